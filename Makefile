@@ -1,0 +1,48 @@
+# Everything a fresh machine with Python >= 3.11 and pip needs: `make train`, `make test`.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint format clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
+
+train: $(READY) ## Train the digits example; more flags: make train ARGS="--config.train.seed=1"
+	$(BIN)/python -m densejax.main --config=configs/digits.py $(ARGS)
+
+test: $(READY) ## Run the tests, without the slow ones
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+lint: $(READY) ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY) ## Correct what can be corrected by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment and what the tools keep (never runs/)
+	rm -rf .venv .pytest_cache .ruff_cache dist build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The versions of uv.lock, by a uv on the PATH or else by one installed into the environment.
+# --inexact: what was added by hand (jax[cuda13], that uv) stays. Without any uv, pip installs the
+# newest versions that pyproject.toml allows, and says so.
+SYNC := sync --frozen --inexact --extra dev
+$(READY): export UV_PROJECT_ENVIRONMENT := .venv
+$(READY): pyproject.toml uv.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+	  "PYTHON=$(PYTHON): Python 3.11 or newer is needed; name one: make PYTHON=python3.12"; exit 1; }
+	@uv --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	@if uv --version >/dev/null 2>&1; then \
+	  uv $(SYNC) --python "$(PYTHON)"; \
+	elif $(BIN)/python -m pip install --quiet uv; then \
+	  $(BIN)/uv $(SYNC) --python $(BIN)/python; \
+	else \
+	  echo "uv cannot be had: pip installs without the pins of uv.lock"; \
+	  $(BIN)/python -m pip install --editable '.[dev]'; \
+	fi
+	@touch $@

@@ -1,0 +1,1 @@
+"""Facts about networks: counts, feature reuse, rooflines, plots."""

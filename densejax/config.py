@@ -1,0 +1,190 @@
+"""The configuration: one schema with every key, its default, its unit and its check."""
+
+import ast
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import config_dict
+
+
+class UserError(ValueError):
+    """Bad input, said in one line: the field, the value, what is allowed and what to do."""
+
+
+def default() -> config_dict.ConfigDict:
+    """Every key with its default; `config.model` is filled by `densejax.models.fields(name)`."""
+    config = config_dict.ConfigDict()
+    config.name = ""  # the card's name; the default run directory is called after it
+    config.seed = 0  # of the parameters, the order of examples, augmentation and dropout
+    config.model = config_dict.ConfigDict()  # a network family and its fields
+
+    config.data = data = config_dict.ConfigDict()
+    data.name = ""  # a set in densejax.data.builders.SETS, or any set prepared by TFDS
+    data.directory = "~/.cache/densejax/data"  # where sets are prepared, once
+    data.manual_dir = ""  # folder with the original files; "" downloads them
+    data.train_split = "train"  # e.g. "train+extra" for SVHN
+    data.validation_size = 0  # training images held out, drawn once whatever the seed
+    data.normalization = "statistics"  # "statistics": the set's mean and std; "scale": / 255
+    data.image_size = 0  # pixels, height and width that images are resized to; 0: as stored
+
+    config.augmentation = augmentation = config_dict.ConfigDict()
+    augmentation.shift = 4  # pixels of zero padding before the random crop; 0: no shift
+    augmentation.flip = True  # mirror half of the images
+
+    config.train = train = config_dict.ConfigDict()
+    train.epochs = 300
+    train.batch_size = 64  # images per step over all devices; a multiple of their number
+    train.label_smoothing = 0.0  # probability mass spread evenly over all classes
+    train.dtype = "float32"  # of the computation; parameters and statistics stay float32
+
+    config.optimizer = optimizer = config_dict.ConfigDict()  # SGD, decay coupled into the gradient
+    optimizer.learning_rate = 0.1  # the peak, for train.batch_size images
+    optimizer.momentum = 0.9
+    optimizer.nesterov = True  # without dampening
+    optimizer.weight_decay = 1e-4
+    optimizer.decay_all = True  # as the paper; False: kernels only, no biases and no norms
+    optimizer.schedule = "step"  # a name in densejax.optimizer.SCHEDULES
+    optimizer.drop_at = (0.5, 0.75)  # "step": fractions of training after which the rate drops
+    optimizer.drop_factor = 0.1  # "step": what each drop multiplies the rate by
+    optimizer.warmup_epochs = 0.0  # the rate rises linearly from zero
+
+    config.evaluate = evaluate = config_dict.ConfigDict()
+    evaluate.every_epochs = 1  # 0: only at the end
+    evaluate.split = "test"  # read during training; "validation" where images are held out
+    evaluate.final_split = "test"  # what the run's result is measured on; "validation" to tune
+    evaluate.batch_size = 512  # images per step over all devices; a multiple of their number
+
+    config.checkpoint = checkpoint = config_dict.ConfigDict()
+    checkpoint.every_epochs = 1  # and at the last step
+    checkpoint.keep_latest = 2
+    checkpoint.select = "last"  # the model of the result: "last", or "best" on held-out images
+
+    config.parallel = parallel = config_dict.ConfigDict()
+    parallel.mode = "shard_map"  # or "pmap"; the numbers are the same
+    parallel.batch_norm = "global"  # statistics over the whole batch; "replica": each device's
+
+    config.log = log = config_dict.ConfigDict()
+    log.every_steps = 50  # between records in metrics.jsonl
+    log.seconds = 10.0  # between lines on the screen where it is no terminal
+    return config
+
+
+# key: (test, what is allowed). A type that differs from the default's is reported before this.
+_POSITIVE = (lambda value: value > 0, "a number above 0")
+_NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
+_FRACTION = (lambda value: 0 <= value < 1, "a number in [0, 1)")
+
+
+def _one_of(*names: str):
+    return lambda value: value in names, " or ".join(repr(name) for name in names)
+
+
+_CHECKS = {
+    "name": (lambda value: value and "/" not in value, "a name without '/'"),
+    "seed": (lambda value: 0 <= value < 2**32, "an integer in [0, 2**32)"),
+    "data.name": (bool, "the name of a data set"),
+    "data.validation_size": _NOT_NEGATIVE,
+    "data.normalization": _one_of("statistics", "scale"),
+    "data.image_size": _NOT_NEGATIVE,
+    "augmentation.shift": _NOT_NEGATIVE,
+    "train.epochs": _POSITIVE,
+    "train.batch_size": _POSITIVE,
+    "train.label_smoothing": _FRACTION,
+    "train.dtype": _one_of("float32", "bfloat16", "float64"),
+    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.momentum": _FRACTION,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.drop_at": (
+        lambda value: all(0 < x < 1 for x in value) and sorted(value) == list(value),
+        "rising fractions in (0, 1)",
+    ),
+    "optimizer.drop_factor": (lambda value: 0 < value <= 1, "a number in (0, 1]"),
+    "optimizer.warmup_epochs": _NOT_NEGATIVE,
+    "evaluate.every_epochs": _NOT_NEGATIVE,
+    "evaluate.split": _one_of("test", "validation"),
+    "evaluate.final_split": _one_of("test", "validation"),
+    "evaluate.batch_size": _POSITIVE,
+    "checkpoint.every_epochs": _POSITIVE,
+    "checkpoint.keep_latest": _POSITIVE,
+    "checkpoint.select": _one_of("last", "best"),
+    "parallel.mode": _one_of("shard_map", "pmap"),
+    "parallel.batch_norm": _one_of("global", "replica"),
+    "log.every_steps": _POSITIVE,
+    "log.seconds": _POSITIVE,
+}
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of a nested config by their dotted key."""
+    leaves = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | config_dict.ConfigDict):
+            leaves |= flatten(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves
+
+
+def check(config: config_dict.ConfigDict) -> None:
+    """Raises UserError for the first key that is unknown, missing, mistyped or out of range.
+
+    Keys of `config.model` are checked by `densejax.models.create`, which knows the families.
+    """
+    schema, values = flatten(default()), flatten(config)
+    values = {key: value for key, value in values.items() if not key.startswith("model.")}
+    for key in sorted(set(schema) ^ set(values)):
+        what = "missing" if key in schema else "unknown"
+        section = [name for name in schema if name.startswith(key.rpartition(".")[0])]
+        raise UserError(f"{what} key {key}; allowed here are {', '.join(section)}")
+    for key, value in values.items():
+        kind = type(schema[key])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UserError(f"{key} = {value!r}: give a value of type {kind.__name__}")
+        test, allowed = _CHECKS.get(key, (None, None))
+        if test and not test(value):
+            raise UserError(f"{key} = {value!r}: allowed is {allowed}")
+    held_out = config.data.validation_size > 0
+    for key, wants in (
+        ("evaluate.split", "validation"),
+        ("evaluate.final_split", "validation"),
+        ("checkpoint.select", "best"),
+    ):
+        if values[key] == wants and not held_out:
+            raise UserError(f"{key} = {wants!r}: set data.validation_size above 0")
+    if config.checkpoint.select == "best" and (
+        config.evaluate.split != "validation" or config.evaluate.every_epochs == 0
+    ):
+        raise UserError(
+            "checkpoint.select = 'best': set evaluate.split = 'validation' and "
+            "evaluate.every_epochs above 0; test images never choose a model"
+        )
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> config_dict.ConfigDict:
+    """Reads what follows the colon of `--config=configs/cifar10.py:depth=40,growth_rate=12`.
+
+    Args:
+      arg: `key=value` pairs with commas between them; None or "": the defaults.
+      **defaults: every key that the card reads; a value takes its default's type, and a default
+        of None takes any number or name.
+
+    Raises:
+      UserError: an unknown key, a pair without "=", or a value of another type.
+    """
+    values = config_dict.ConfigDict(defaults)
+    for pair in filter(None, (arg or "").split(",")):
+        key, equals, text = pair.partition("=")
+        if key not in defaults or not equals:
+            allowed = ", ".join(f"{name}={value}" for name, value in defaults.items())
+            raise UserError(f"config argument {pair!r}: give key=value pairs of {allowed}")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        kind = type(defaults[key])
+        if defaults[key] is not None and type(value) is not kind:
+            if kind is not float or type(value) is not int:
+                raise UserError(f"config argument {key}={text}: give a {kind.__name__}")
+        with values.ignore_type():
+            values[key] = value
+    return values

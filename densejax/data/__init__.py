@@ -1,0 +1,90 @@
+"""From `config.data` to batches: which images train, which are held out, which test."""
+
+import dataclasses
+
+import numpy as np
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+
+from densejax.config import UserError
+from densejax.data import builders
+from densejax.data.augment import Preparation
+from densejax.data.memory import MemorySet, permutation
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run reads.
+
+    Attributes:
+      info: the facts of the data set.
+      train: training batches.
+      evaluation: "test" and, where images are held out, "validation".
+    """
+
+    info: builders.SetInfo
+    train: MemorySet
+    evaluation: dict[str, MemorySet]
+
+
+def preparation(config: ConfigDict) -> Preparation:
+    """How images become the network's input, from `config.data` and `config.augmentation`."""
+    info = builders.info(config.data.name, config.data.directory)
+    channels = info.image_shape[-1]
+    scale = ((0.0,) * channels, (255.0,) * channels)
+    mean, std = scale if config.data.normalization == "scale" else (info.mean, info.std)
+    augmentation = config.augmentation
+    return Preparation(
+        mean, std, augmentation.shift, augmentation.flip, config.data.image_size, config.train.dtype
+    )
+
+
+def hold_out(size: int, validation_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(indices that train, indices held out) of `size` examples, the same whatever the seed."""
+    if not 0 <= validation_size < size:
+        raise UserError(
+            f"data.validation_size = {validation_size}: must be below the {size} training images"
+        )
+    order = permutation(seed=0, epoch=0, size=size)
+    return np.sort(order[validation_size:]), np.sort(order[:validation_size])
+
+
+def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Data:
+    """Reads a set, prepares it first where that was not done, and puts it on the devices.
+
+    Held-out images come from the first split that `data.train_split` names.
+
+    Args:
+      config: the whole configuration.
+      whole: sharding that puts a whole copy on every device.
+      split: sharding that cuts the leading axis of a batch over the devices.
+
+    Raises:
+      UserError: a set, split or size that is not there; the message says how to get it.
+    """
+
+    def read(name):
+        return builders.read(
+            config.data.name, name, config.data.directory, config.data.manual_dir
+        )
+
+    first, *more = config.data.train_split.split("+")
+    images, labels = read(first)
+    trains, held_out = hold_out(len(images), config.data.validation_size)
+    arrays = {"test": read("test")}
+    if len(held_out):
+        arrays["validation"] = (images[held_out], labels[held_out])
+        images, labels = images[trains], labels[trains]
+    parts = [(images, labels), *map(read, more)]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    if config.train.batch_size > len(images):
+        raise UserError(
+            f"train.batch_size = {config.train.batch_size}: must be at most the {len(images)} "
+            f"training images"
+        )
+    size = config.evaluate.batch_size
+    return Data(
+        builders.info(config.data.name, config.data.directory),
+        MemorySet(images, labels, config.train.batch_size, config.seed, whole, split),
+        {name: MemorySet(*pair, size, config.seed, whole, split) for name, pair in arrays.items()},
+    )

@@ -1,0 +1,68 @@
+"""Normalisation and augmentation in jax.numpy, inside the step, one random key per example."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """How stored images become the network's input.
+
+    Attributes:
+      mean: per channel, in uint8 units.
+      std: per channel, in uint8 units.
+      shift: pixels of padding on each side before the random crop; 0: none.
+      flip: mirror half of the images.
+      image_size: height and width after a bilinear resize; 0: as stored.
+      dtype: of the result.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    shift: int = 0
+    flip: bool = False
+    image_size: int = 0
+    dtype: str = "float32"
+
+    def evaluation(self, images: jax.Array) -> jax.Array:
+        """Maps images uint8 [batch, height, width, channels] to normalised floats."""
+        return self._resize(self._normalise(images))
+
+    def training(self, images: jax.Array, keys: jax.Array) -> jax.Array:
+        """The same with random mirroring and shifts, drawn from one key per example.
+
+        The order is the authors': normalise, mirror, pad with zeros (the mean colour), crop.
+        """
+        images = self._normalise(images)
+        # One draw for everything: each threefry call costs seconds of compilation on a CPU.
+        bits = jax.vmap(lambda key: jax.random.bits(key, (3,)))(keys)
+        if self.flip:
+            mirrored = (bits[:, 0] & 1).astype(bool)
+            images = jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+        if self.shift:
+            offsets = bits[:, 1:] % jnp.uint32(2 * self.shift + 1)
+            images = jax.vmap(self._crop)(images, offsets.astype(jnp.int32))
+        return self._resize(images)
+
+    def _normalise(self, images):
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        mean, std = jnp.asarray(self.mean, dtype), jnp.asarray(self.std, dtype)
+        return (images.astype(dtype) - mean) / std
+
+    def _crop(self, image, offset):
+        padding = ((self.shift, self.shift), (self.shift, self.shift), (0, 0))
+        start = (offset[0], offset[1], jnp.int32(0))
+        return jax.lax.dynamic_slice(jnp.pad(image, padding), start, image.shape)
+
+    def _resize(self, images):
+        if self.image_size:
+            shape = (len(images), self.image_size, self.image_size, images.shape[-1])
+            images = jax.image.resize(images, shape, "bilinear")
+        return images.astype(self.dtype)
+
+
+def example_keys(key: jax.Array, positions: jax.Array) -> jax.Array:
+    """One key per example, from the step's key and places int32 [batch] in the global batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, positions)

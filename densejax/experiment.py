@@ -1,0 +1,113 @@
+"""What a configuration stands for: data, network, optimizer and state, built on the devices."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from densejax import config as config_schema
+from densejax import data, metrics, models, optimizer, parallel
+from densejax.data import builders
+from densejax.step import Task, TrainState, eval_step, init_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a configuration stands for, built on the devices that are there.
+
+    Attributes:
+      config: checked.
+      mesh: all devices.
+      data: batches.
+      task: model, optimizer and preparation.
+      learning_rate: of the next step, from the number of steps done.
+      steps: length of the whole training.
+    """
+
+    config: ConfigDict
+    mesh: jax.sharding.Mesh
+    data: data.Data
+    task: Task
+    learning_rate: optimizer.Schedule
+    steps: int
+
+    def map(self, step: Callable, donate: bool = False) -> Callable:
+        """A step of one replica, mapped over the devices and compiled at its first call."""
+        step = functools.partial(step, self.task)
+        return parallel.map_step(step, self.mesh, self.config.parallel.mode, donate)
+
+    @functools.cached_property
+    def init(self) -> Callable[[], TrainState]:
+        """Draws the state before the first step."""
+        # Optimising this program takes minutes and gains nothing: it runs once.
+        options = {"xla_backend_optimization_level": 0}
+        sharding = parallel.replicated(self.mesh)
+        dtype = jnp.promote_types(self.config.train.dtype, jnp.float32)
+        init = functools.partial(init_state, self.task, dtype)
+        return jax.jit(init, out_shardings=sharding, compiler_options=options)
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state, as a restore wants them."""
+        sharding = parallel.replicated(self.mesh)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(self.init),
+        )
+
+    @functools.cached_property
+    def evaluate(self) -> Callable[[TrainState, str], dict[str, float]]:
+        """Means over every image of a split, each once."""
+        step = self.map(eval_step)
+        add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+
+        def evaluate(state, split):
+            sums = [step(state, batch) for batch in self.data.evaluation[split].evaluation()]
+            total = functools.reduce(add, sums)
+            if (seen := int(total["count"])) != (size := self.data.evaluation[split].size):
+                raise RuntimeError(f"{split}: {seen} images were evaluated, there are {size}")
+            return metrics.means(total)
+
+        return evaluate
+
+
+def describe(config: ConfigDict) -> tuple[builders.SetInfo, nn.Module]:
+    """The facts of the data set and the network; all that can be known without a device.
+
+    Raises:
+      UserError: the first thing that is wrong with the configuration.
+    """
+    config_schema.check(config)
+    info = builders.info(config.data.name, config.data.directory)
+    axis = parallel.AXIS if config.parallel.batch_norm == "global" else None
+    model = models.create(config.model, info.num_classes, jnp.dtype(config.train.dtype), axis)
+    return info, model
+
+
+def build(config: ConfigDict) -> Experiment:
+    """Builds everything that a configuration stands for; starts the devices.
+
+    Raises:
+      UserError: the first thing that is wrong with the configuration or the data.
+    """
+    info, model = describe(config)
+    mesh = parallel.mesh()
+    parallel.check_batch_size("train.batch_size", config.train.batch_size, mesh)
+    parallel.check_batch_size("evaluate.batch_size", config.evaluate.batch_size, mesh)
+    run_data = data.create(config, parallel.replicated(mesh), parallel.split(mesh))
+    steps = config.train.epochs * run_data.train.steps_per_epoch
+    learning_rate = optimizer.schedule(config.optimizer, steps, run_data.train.steps_per_epoch)
+    task = Task(
+        model=model,
+        optimizer=optimizer.create(config.optimizer, learning_rate),
+        preparation=data.preparation(config),
+        image_shape=info.image_shape,
+        seed=config.seed,
+        label_smoothing=config.train.label_smoothing,
+        log_every=config.log.every_steps,
+    )
+    return Experiment(config, mesh, run_data, task, learning_rate, steps)

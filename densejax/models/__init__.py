@@ -1,0 +1,118 @@
+"""The model table: names are presets of fields; a family and its fields describe a network."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from ml_collections import config_dict
+
+from densejax.config import UserError
+from densejax.models.densenet import DenseNet
+
+FAMILIES = {"densenet": DenseNet}
+# Fields that a run decides, not the network's description.
+RUN_FIELDS = ("num_classes", "dtype", "batch_norm_axis", "parent", "name")
+
+# The four forms of the paper: bottleneck (B) and compression (C) each on or off.
+VARIANTS = {
+    "plain": {"bottleneck": False, "compression": 1.0},
+    "b": {"bottleneck": True, "compression": 1.0},
+    "c": {"bottleneck": False, "compression": 0.5},
+    "bc": {"bottleneck": True, "compression": 0.5},
+}
+_DENSENET = {"family": "densenet"}
+_IMAGENET = {"family": "densenet", "stem": "imagenet"}
+MODELS = {
+    "densenet_40_12": _DENSENET | VARIANTS["plain"] | {"depth": 40, "growth_rate": 12},
+    "densenet_100_12": _DENSENET | VARIANTS["plain"] | {"depth": 100, "growth_rate": 12},
+    "densenet_100_24": _DENSENET | VARIANTS["plain"] | {"depth": 100, "growth_rate": 24},
+    "densenet_b_100_12": _DENSENET | VARIANTS["b"] | {"depth": 100, "growth_rate": 12},
+    "densenet_c_40_12": _DENSENET | VARIANTS["c"] | {"depth": 40, "growth_rate": 12},
+    "densenet_bc_40_12": _DENSENET | {"depth": 40, "growth_rate": 12},
+    "densenet_bc_40_36": _DENSENET | {"depth": 40, "growth_rate": 36},
+    "densenet_bc_40_48": _DENSENET | {"depth": 40, "growth_rate": 48},
+    "densenet_bc_40_60": _DENSENET | {"depth": 40, "growth_rate": 60},
+    "densenet_bc_100_12": _DENSENET | {"depth": 100, "growth_rate": 12},
+    "densenet_bc_190_40": _DENSENET | {"depth": 190, "growth_rate": 40},
+    "densenet_bc_250_24": _DENSENET | {"depth": 250, "growth_rate": 24},
+    "densenet121": _IMAGENET | {"blocks": (6, 12, 24, 16), "growth_rate": 32},
+    "densenet161": _IMAGENET | {"blocks": (6, 12, 36, 24), "growth_rate": 48},
+    "densenet169": _IMAGENET | {"blocks": (6, 12, 32, 32), "growth_rate": 32},
+    "densenet201": _IMAGENET | {"blocks": (6, 12, 48, 32), "growth_rate": 32},
+    "densenet232": _IMAGENET | {"blocks": (6, 12, 48, 48), "growth_rate": 48},
+    "densenet264": _IMAGENET | {"blocks": (6, 12, 64, 48), "growth_rate": 32},
+    "densenet264_48": _IMAGENET | {"blocks": (6, 12, 64, 48), "growth_rate": 48},
+    "densenet_d2l": _IMAGENET
+    | VARIANTS["c"]
+    | {"blocks": (4, 4, 4, 4), "growth_rate": 32, "stem_width": 64, "convolution_bias": True},
+}
+
+
+def variant(name: str) -> dict[str, Any]:
+    """The fields of one of the paper's four forms: "plain", "b", "c" or "bc"."""
+    if name not in VARIANTS:
+        raise UserError(f"variant = {name!r}: allowed are {', '.join(VARIANTS)}")
+    return VARIANTS[name]
+
+
+def _description(family: str) -> dict[str, dataclasses.Field]:
+    """The fields that describe a network of a family, by name."""
+    if family not in FAMILIES:
+        raise UserError(f"model.family = {family!r}: allowed are {', '.join(FAMILIES)}")
+    fields = dataclasses.fields(FAMILIES[family])
+    return {field.name: field for field in fields if field.name not in RUN_FIELDS}
+
+
+def fields(name: str, **changes) -> config_dict.ConfigDict:
+    """The section `config.model` of a named network, every field of its family filled in.
+
+    Fields that may be None or of several types accept all their types in an override.
+
+    Raises:
+      UserError: an unknown name or field; the message lists what is allowed.
+    """
+    if name not in MODELS:
+        raise UserError(f"model = {name!r}: allowed are {', '.join(sorted(MODELS))}")
+    values = MODELS[name] | changes
+    description = _description(values["family"])
+    if unknown := sorted(set(values) - set(description) - {"family"}):
+        raise UserError(f"model.{unknown[0]}: {values['family']} has {', '.join(description)}")
+    section = config_dict.ConfigDict({"family": values["family"]})
+    hints = typing.get_type_hints(FAMILIES[values["family"]])
+    for field in description.values():
+        value = values.get(field.name, field.default)
+        types_ = typing.get_args(hints[field.name])
+        if isinstance(hints[field.name], types.UnionType):
+            kinds = {typing.get_origin(t) or t for t in types_} - {types.NoneType}
+            kind = kinds.pop() if len(kinds) == 1 else object
+            section[field.name] = config_dict.FieldReference(value, field_type=kind)
+        else:
+            section[field.name] = value
+    return section
+
+
+def create(
+    model: Mapping[str, Any],
+    num_classes: int,
+    dtype: Any = jnp.float32,
+    batch_norm_axis: str | None = None,
+) -> nn.Module:
+    """Builds a network from the section `config.model`.
+
+    Raises:
+      UserError: a field that its family does not have, or a value that describes no network.
+    """
+    values = dict(model)
+    family = values.pop("family")
+    description = _description(family)
+    if wrong := sorted(set(values) ^ set(description)):
+        raise UserError(f"model.{wrong[0]}: the fields of {family} are {', '.join(description)}")
+    network = FAMILIES[family](
+        num_classes=num_classes, dtype=dtype, batch_norm_axis=batch_norm_axis, **values
+    )
+    network.check()
+    return network

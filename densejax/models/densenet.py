@@ -1,0 +1,204 @@
+"""DenseNet, -B, -C and -BC: x_l = H_l([x_0, ..., x_{l-1}]) (Huang et al. 2017, arXiv:1608.06993)."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from densejax.config import UserError
+from densejax.models import layers
+from densejax.models.layers import Layers
+
+
+class DenseLayer(nn.Module):
+    """H_l: BN-ReLU-3x3, with a bottleneck BN-ReLU-1x1 before it (paper, section 3)."""
+
+    growth_rate: int
+    bottleneck_width: int  # in growth rates; 0: no bottleneck
+    layers: Layers
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Maps features [batch, height, width, channels] to `growth_rate` new feature maps."""
+        conv, norm, dropout = self.layers.conv, self.layers.norm, self.layers.dropout
+        x = nn.relu(norm(name="norm1")(features))
+        if self.bottleneck_width:
+            x = conv(self.bottleneck_width * self.growth_rate, (1, 1), name="conv1")(x)
+            x = dropout(x, name="dropout1")
+            x = nn.relu(norm(name="norm2")(x))
+            x = conv(self.growth_rate, (3, 3), name="conv2")(x)
+            return dropout(x, name="dropout2")
+        x = conv(self.growth_rate, (3, 3), name="conv1")(x)
+        return dropout(x, name="dropout1")
+
+
+class ConcatBlock(nn.Module):
+    """A dense block as the paper writes it: every layer reads the concatenation of all before."""
+
+    depth: int
+    growth_rate: int
+    bottleneck_width: int
+    layers: Layers
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Maps c feature maps to c + depth * growth_rate: its own input comes first."""
+        for index in range(1, self.depth + 1):
+            layer = DenseLayer(
+                self.growth_rate, self.bottleneck_width, self.layers, name=f"layer{index}"
+            )
+            features = jnp.concatenate([features, layer(features)], axis=-1)
+        return features
+
+
+# Implementations of a dense block. All have ConcatBlock's fields and the same parameter paths.
+BLOCKS = {"concat": ConcatBlock}
+
+
+class Transition(nn.Module):
+    """BN-ReLU-1x1 and 2x2 average pooling between two blocks."""
+
+    width: int
+    layers: Layers
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Maps features to `width` feature maps of half the height and width."""
+        x = nn.relu(self.layers.norm(name="norm")(features))
+        x = self.layers.conv(self.width, (1, 1), name="conv")(x)
+        return layers.average_pool(self.layers.dropout(x, name="dropout"))
+
+
+class DenseNet(nn.Module):
+    """A densely connected network, described by its fields.
+
+    Attributes:
+      num_classes: length of the logits.
+      depth: L in the paper: layers of a three-block network, 3n + 4 (6n + 4 with bottleneck).
+      blocks: instead of `depth`: the number of dense layers in each block.
+      growth_rate: k in the paper, feature maps that a layer adds; or one for each block.
+      bottleneck: the B of DenseNet-BC: a 1x1 convolution before each 3x3.
+      bottleneck_width: output width of that 1x1 in growth rates (4 in the paper).
+      compression: theta in the paper, the share of channels that a transition keeps; the C of
+        DenseNet-BC where below 1.
+      stem: "cifar" (3x3) or "imagenet" (7x7 stride 2, norm, ReLU, max-pooling).
+      stem_width: channels of the stem. None: 2k for the ImageNet stem and for DenseNet-BC,
+        otherwise 16 (the paper's text; only so its 27.2M parameters of L=100, k=24 are met).
+      dropout_rate: after every convolution but the first.
+      convolution_bias: convolutions add a bias (d2l's form; the paper's do not).
+      batch_norm_epsilon: added to the variance.
+      block: the implementation of a dense block, a name in BLOCKS; parameters are the same.
+      dtype: precision of the computation.
+      batch_norm_axis: mapped axis that BatchNorm's batch statistics are averaged over.
+    """
+
+    num_classes: int
+    depth: int | None = None
+    blocks: tuple[int, ...] | None = None
+    growth_rate: int | tuple[int, ...] = 12
+    bottleneck: bool = True
+    bottleneck_width: int = 4
+    compression: float = 0.5
+    stem: str = "cifar"
+    stem_width: int | None = None
+    dropout_rate: float = 0.0
+    convolution_bias: bool = False
+    batch_norm_epsilon: float = 1e-5
+    block: str = "concat"
+    dtype: Any = jnp.float32
+    batch_norm_axis: str | None = None
+
+    def block_depths(self) -> tuple[int, ...]:
+        """Layers of each block, from `blocks` or from `depth` (raises UserError)."""
+        if (self.depth is None) == (self.blocks is None):
+            raise UserError(
+                f"model.depth = {self.depth} and model.blocks = {self.blocks}: give exactly one"
+            )
+        if self.blocks is not None:
+            if not self.blocks or any(not isinstance(n, int) or n < 1 for n in self.blocks):
+                raise UserError(f"model.blocks = {self.blocks}: give positive numbers of layers")
+            return tuple(self.blocks)
+        unit = 6 if self.bottleneck else 3
+        layers_per_block, left = divmod(self.depth - 4, unit)
+        if left or layers_per_block < 1:
+            lower = max(self.depth - 4 - left, unit) + 4
+            raise UserError(
+                f"model.depth = {self.depth}: with model.bottleneck = {self.bottleneck} it must "
+                f"be {unit}n + 4, n >= 1; the nearest are {lower} and {lower + unit}"
+            )
+        return (layers_per_block,) * 3
+
+    def growth_rates(self) -> tuple[int, ...]:
+        """The growth rate of each block (raises UserError)."""
+        number = len(self.block_depths())
+        rates = self.growth_rate
+        rates = (rates,) * number if isinstance(rates, int) else tuple(rates)
+        if len(rates) != number or any(not isinstance(k, int) or k < 1 for k in rates):
+            raise UserError(
+                f"model.growth_rate = {self.growth_rate}: give one positive integer, or one for "
+                f"each of the {number} blocks"
+            )
+        return rates
+
+    def check(self) -> None:
+        """Raises UserError for fields that describe no network."""
+        self.growth_rates()
+        for field, table in (("stem", layers.STEMS), ("block", BLOCKS)):
+            if getattr(self, field) not in table:
+                raise UserError(
+                    f"model.{field} = {getattr(self, field)!r}: allowed are {', '.join(table)}"
+                )
+        if not 0 < self.compression <= 1:
+            raise UserError(f"model.compression = {self.compression}: must be in (0, 1]")
+        if not 0 <= self.dropout_rate < 1:
+            raise UserError(f"model.dropout_rate = {self.dropout_rate}: must be in [0, 1)")
+        for field in ("bottleneck_width", "stem_width"):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise UserError(f"model.{field} = {getattr(self, field)}: must be at least 1")
+
+    @nn.compact
+    def __call__(
+        self, image: jax.Array, train: bool = False, keys: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Classifies images.
+
+        Args:
+          image: float [batch, height, width, channels], normalised.
+          train: batch statistics and dropout; updates the collection "batch_stats".
+          keys: uint32 [batch, 2], one random key per example; needed for dropout.
+
+        Returns:
+          logits float32 [batch, num_classes], and the features after "stem", "block1",
+          "transition1", ..., the last norm and ReLU ("final") and pooling ("pooled").
+        """
+        bound = layers.bind(
+            train=train,
+            dtype=self.dtype,
+            batch_norm_axis=self.batch_norm_axis,
+            epsilon=self.batch_norm_epsilon,
+            convolution_bias=self.convolution_bias,
+            dropout_rate=self.dropout_rate,
+            keys=keys,
+        )
+        growth_rates, depths = self.growth_rates(), self.block_depths()
+        stem_width = self.stem_width
+        if stem_width is None:
+            wide = self.stem == "imagenet" or (self.bottleneck and self.compression < 1)
+            stem_width = 2 * growth_rates[0] if wide else 16
+        features = {}
+        x = layers.STEMS[self.stem](stem_width, bound, name="stem")(image)
+        features["stem"] = x
+        for index, (depth, growth_rate) in enumerate(zip(depths, growth_rates, strict=True), 1):
+            width = self.bottleneck_width if self.bottleneck else 0
+            block = BLOCKS[self.block](depth, growth_rate, width, bound, name=f"block{index}")
+            features[f"block{index}"] = x = block(x)
+            if index < len(depths):
+                width = math.floor(self.compression * x.shape[-1])
+                features[f"transition{index}"] = x = Transition(
+                    width, bound, name=f"transition{index}"
+                )(x)
+        features["final"] = x = nn.relu(bound.norm(name="norm")(x))
+        logits, features["pooled"] = layers.Head(self.num_classes, name="head")(x)
+        return logits, features

@@ -1,0 +1,159 @@
+"""The parts that every network shares: bound convolutions and norms, dropout, stems and the head."""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# He et al. 2015 with fan-out, std = sqrt(2 / (k * k * c_out)): what the DenseNet authors' code uses.
+fan_out_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)): the classifier's weights in the authors' code.
+fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """What a network builds from, with precision, BatchNorm's meaning and dropout bound once.
+
+    Attributes:
+      conv: `conv(features, (height, width), name=...)`, padded as PyTorch pads ("same" for odd
+        kernels, and at stride 2 the same on both sides).
+      norm: `norm(name=...)`, BatchNorm with statistics in float32.
+      dropout: `dropout(x, name=...)`, one independent draw per element.
+    """
+
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+    dropout: Callable[..., jax.Array]
+
+
+def bind(
+    *,
+    train: bool,
+    dtype: Any,
+    batch_norm_axis: str | None,
+    epsilon: float = 1e-5,
+    convolution_bias: bool = False,
+    dropout_rate: float = 0.0,
+    keys: jax.Array | None = None,
+) -> Layers:
+    """Binds the policy of one forward pass.
+
+    Args:
+      train: batch statistics and dropout if true, running statistics if false.
+      dtype: precision of the computation; parameters and statistics stay float32.
+      batch_norm_axis: mapped axis over which BatchNorm averages its statistics; None: this
+        replica's examples only.
+      epsilon: added to BatchNorm's variance.
+      convolution_bias: whether convolutions add a bias.
+      dropout_rate: fraction of elements that are dropped when `train`.
+      keys: uint32 [batch, 2], one random key per example; needed for dropout.
+    """
+    norm = functools.partial(
+        nn.BatchNorm,
+        use_running_average=not train,
+        axis_name=batch_norm_axis if train else None,
+        momentum=0.9,  # 0.1 in PyTorch's sense
+        epsilon=epsilon,
+        use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where the mean is large
+        dtype=dtype,
+    )
+    conv = functools.partial(
+        convolution, dtype=dtype, use_bias=convolution_bias, kernel_init=fan_out_normal
+    )
+    rate = dropout_rate if train else 0.0
+    return Layers(conv, norm, lambda x, name: Dropout(rate, name=name)(x, keys))
+
+
+def convolution(features: int, kernel_size: tuple[int, int], strides: int = 1, **rest) -> nn.Conv:
+    """A convolution with PyTorch's padding: flax's "SAME" shifts the image by one at stride 2."""
+    padding = tuple((size // 2, size // 2) for size in kernel_size)
+    return nn.Conv(features, kernel_size, strides=strides, padding=padding, **rest)
+
+
+def hash_bits(keys: jax.Array, salt: int, size: int) -> jax.Array:
+    """Random bits from a counter: uint32 [batch, size] from keys uint32 [batch, 2].
+
+    MurmurHash3's finaliser (Appleby), applied to the element's number with each word of its
+    example's key. A mask depends on the example's key and place alone, never on how the batch is
+    laid out over devices, and it compiles in a blink where a threefry draw takes seconds.
+    """
+
+    def mix(bits):
+        bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+        bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+        return bits ^ (bits >> 16)
+
+    first, second = (mix(keys[:, i : i + 1] ^ jnp.uint32(salt)) for i in range(2))
+    counter = jnp.arange(size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+    return mix(mix(counter[None] ^ first) + second)
+
+
+class Dropout(nn.Module):
+    """Element-wise dropout (Srivastava et al. 2014) with one key per example."""
+
+    rate: float
+
+    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """Drops elements of x [batch, ...] with keys uint32 [batch, 2]; scales up what is left."""
+        if self.rate == 0.0:
+            return x
+        salt = zlib.crc32("/".join(self.path).encode())  # a stream of its own for every layer
+        bits = hash_bits(keys, salt, x[0].size).reshape(x.shape)
+        keep = bits >= jnp.uint32(round(self.rate * 2**32))
+        return jnp.where(keep, x / jnp.asarray(1 - self.rate, x.dtype), jnp.zeros_like(x))
+
+
+def average_pool(x: jax.Array) -> jax.Array:
+    """2x2 average pooling, stride 2, of x [batch, height, width, channels]; odd edges drop out."""
+    batch, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    # A reshaped mean: its gradient is a broadcast, where a window's would be a scatter.
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+
+
+class CifarStem(nn.Module):
+    """One 3x3 convolution, stride 1: no norm, no pooling (as the authors' CIFAR networks)."""
+
+    width: int
+    layers: Layers
+
+    @nn.compact
+    def __call__(self, image):
+        """Maps image [batch, height, width, channels] to features of the same height and width."""
+        return self.layers.conv(self.width, (3, 3), name="conv")(image)
+
+
+class ImageNetStem(nn.Module):
+    """7x7 convolution, stride 2; BatchNorm, ReLU; 3x3 max-pooling, stride 2 (paper, Table 1)."""
+
+    width: int
+    layers: Layers
+
+    @nn.compact
+    def __call__(self, image):
+        """Maps image [batch, height, width, channels] to a quarter of its height and width."""
+        x = self.layers.conv(self.width, (7, 7), 2, name="conv")(image)
+        x = nn.relu(self.layers.norm(name="norm")(x))
+        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+STEMS = {"cifar": CifarStem, "imagenet": ImageNetStem}
+
+
+class Head(nn.Module):
+    """Global average pooling and the linear classifier; logits are float32."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, features):
+        """Maps features [batch, height, width, channels] to (logits, pooled features)."""
+        pooled = features.mean((1, 2), dtype=jnp.float32)
+        classifier = nn.Dense(self.num_classes, kernel_init=fan_in_uniform, name="classifier")
+        return classifier(pooled), pooled

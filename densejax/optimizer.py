@@ -1,0 +1,82 @@
+"""SGD as the papers have it, and learning-rate schedules by name."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from densejax.config import UserError
+
+Schedule = Callable[[int], float]
+
+
+def _step(config: ConfigDict, steps: int, warmup: int) -> Schedule:
+    """Drops after exactly the given fractions of training (the paper: 50 % and 75 %)."""
+    drops = {round(fraction * steps) - warmup: config.drop_factor for fraction in config.drop_at}
+    return optax.piecewise_constant_schedule(config.learning_rate, drops)
+
+
+def _cosine(config: ConfigDict, steps: int, warmup: int) -> Schedule:
+    """Half a cosine from the peak to zero (Loshchilov and Hutter 2017, no restarts)."""
+    return optax.cosine_decay_schedule(config.learning_rate, steps - warmup)
+
+
+def _linear(config: ConfigDict, steps: int, warmup: int) -> Schedule:
+    """A straight line from the peak to zero."""
+    return optax.linear_schedule(config.learning_rate, 0.0, steps - warmup)
+
+
+def _constant(config: ConfigDict, steps: int, warmup: int) -> Schedule:
+    return optax.constant_schedule(config.learning_rate)
+
+
+# Each gives the rate as a function of the steps done since warm-up ended.
+SCHEDULES = {"step": _step, "cosine": _cosine, "linear": _linear, "constant": _constant}
+
+
+def schedule(config: ConfigDict, steps: int, steps_per_epoch: int) -> Schedule:
+    """The learning rate of the next step as a function of the number of steps done.
+
+    Args:
+      config: the section `config.optimizer`.
+      steps: length of the whole training; warm-up is part of it.
+      steps_per_epoch: the unit of `warmup_epochs`.
+
+    Raises:
+      UserError: an unknown schedule, or a warm-up as long as training.
+    """
+    if config.schedule not in SCHEDULES:
+        raise UserError(
+            f"optimizer.schedule = {config.schedule!r}: allowed are {', '.join(SCHEDULES)}"
+        )
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if warmup >= steps:
+        raise UserError(
+            f"optimizer.warmup_epochs = {config.warmup_epochs}: must be below train.epochs"
+        )
+    decay = SCHEDULES[config.schedule](config, steps, warmup)
+
+    def rate(step):
+        step = jnp.asarray(step, float)
+        rise = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
+        return rise * decay(jnp.maximum(step - warmup, 0))
+
+    return rate
+
+
+def create(config: ConfigDict, learning_rate: Schedule) -> optax.GradientTransformation:
+    """SGD with momentum whose weight decay is coupled: added to the gradient before momentum.
+
+    Decoupled decay is another optimizer. With `decay_all` it reaches every parameter, as the
+    authors' code has it; otherwise kernels alone.
+    """
+
+    def decayed(params):
+        return jax.tree.map(lambda leaf: config.decay_all or leaf.ndim > 1, params)
+
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.sgd(learning_rate, config.momentum or None, config.nesterov),
+    )

@@ -1,0 +1,91 @@
+"""Devices: their mesh, where arrays live on it, and the one place that maps a step over it."""
+
+import hashlib
+import os
+import pathlib
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from densejax.config import UserError
+
+AXIS = "data"
+
+
+def start() -> None:
+    """Turns on the persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR names another.
+
+    It is private, and one folder per processor: programs compiled for one fail on another, and a
+    home directory may be shared by many.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cpu = pathlib.Path("/proc/cpuinfo")
+        text = cpu.read_text().partition("\n\n")[0] if cpu.exists() else platform.processor()
+        facts = [line for line in text.splitlines() if line.startswith(("flags", "model name"))]
+        name = hashlib.sha256("".join([platform.machine(), *facts]).encode()).hexdigest()[:8]
+        cache = pathlib.Path("~/.cache/densejax/compiled").expanduser() / name
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def mesh() -> Mesh:
+    """All devices of all processes along one axis, "data"."""
+    # Explicit axes, JAX's default, would ask linen's layers for shardings they do not know.
+    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split(mesh: Mesh) -> NamedSharding:
+    """The leading axis, examples, cut evenly over the devices."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def check_batch_size(key: str, batch_size: int, mesh: Mesh) -> None:
+    """Raises UserError where a batch does not divide evenly over the devices."""
+    if left := batch_size % mesh.size:
+        nearest = f"{batch_size - left} and {batch_size - left + mesh.size}".removeprefix("0 and ")
+        raise UserError(
+            f"{key} = {batch_size}: must be a multiple of the {mesh.size} devices; nearest: {nearest}"
+        )
+
+
+def map_step(
+    step: Callable[[Any, Any], Any], mesh: Mesh, mode: str, donate: bool = False
+) -> Callable[[Any, Any], Any]:
+    """Maps `step(state, batch)`, written for one replica with the axis name "data", over a mesh.
+
+    Both modes take and return the same arrays: a replicated state, a batch whose leading axis is
+    the global batch, replicated results.
+
+    Args:
+      step: function of one replica.
+      mesh: the devices.
+      mode: "shard_map" (jit of shard_map) or "pmap".
+      donate: reuse the state's memory for the new state (pmap keeps the old one too: it takes
+        the state unstacked, and cannot donate what it broadcasts).
+    """
+    if mode == "shard_map":
+        mapped = jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+            out_specs=PartitionSpec(),
+        )
+        return jax.jit(mapped, donate_argnums=(0,) if donate else ())
+    mapped = jax.pmap(
+        step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=list(mesh.devices.flat)
+    )
+
+    def per_device(array):
+        return array.reshape(mesh.size, -1, *array.shape[1:])
+
+    stack = jax.jit(lambda batch: jax.tree.map(per_device, batch), out_shardings=split(mesh))
+    return lambda state, batch: mapped(state, stack(batch))

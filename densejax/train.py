@@ -1,0 +1,244 @@
+"""A run, read top to bottom: build, restore, step, log, evaluate, save, report.
+
+What a resume does: (1) a run directory belongs to one configuration; (2) a start in it restores
+the newest intact checkpoint; (3) the step number is the position in the data and in every random
+stream, so what follows is bitwise what would have followed; (4) records of metrics.jsonl behind
+that step are cut off and written again; (5) a finished run prints its result again.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import signal
+import time
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+import densejax
+from densejax import checkpoint, metric_log, metrics, workdir
+from densejax.analysis import counts
+from densejax.config import UserError
+from densejax.experiment import Experiment, build, describe
+from densejax.step import TrainState, train_step
+
+PACKAGES = ("densejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every `every` steps, and at the last, happens after `step`."""
+    return step % every == 0 or step == last
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | found
+
+
+def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> int:
+    """Trains, or resumes, or evaluates; returns the process's exit code.
+
+    Args:
+      config: the whole configuration.
+      directory: the run directory.
+      mode: "train" or "eval".
+      force: resume in the directory of another configuration.
+    """
+    describe(config)
+    path = epath.Path(directory)
+    if mode == "eval":
+        experiment = build(config)
+        workdir.check(path, config)
+        with contextlib.closing(open_checkpoints(config, path)) as checkpoints:
+            result = measure(experiment, select(experiment, checkpoints))
+        print(json.dumps(result, indent=2))
+        return 0
+    with workdir.open_run(path, config, force):
+        summary = path / "summary.json"
+        if summary.exists() and (found := json.loads(summary.read_text()))["finished"]:
+            if found["config"]["train"]["epochs"] == config.train.epochs:
+                print(result_line(found, path))
+                return 0
+        return train(config, path)
+
+
+def train(config: ConfigDict, path: epath.Path) -> int:
+    """Trains from where the run directory stands; returns the process's exit code."""
+    experiment = build(config)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stop_signals())
+        checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(config, path)))
+        state = checkpoints.restore_latest(experiment.abstract_state)
+        start = 0 if state is None else int(state.step)
+        if start > experiment.steps:
+            raise UserError(
+                f"train.epochs = {config.train.epochs}: {path} has {start} steps behind it, more "
+                f"than these {experiment.steps}; give more epochs or another --workdir"
+            )
+        facts = summarise(experiment, path, start)
+        log = metric_log.MetricLog(
+            path,
+            total_steps=experiment.steps,
+            start_step=start,
+            batch_size=config.train.batch_size,
+            epoch_steps=experiment.data.train.steps_per_epoch,
+            seconds=config.log.seconds,
+        )
+        stack.enter_context(contextlib.closing(log))
+        state = experiment.init() if state is None else state
+        state, first_step, last_metrics = fit(experiment, state, log, checkpoints, stop)
+        if stop:
+            print(f"{stop[0].name}: saved step {int(state.step)}; the same command goes on from it")
+            return 128 + stop[0] if stop[0] is signal.SIGINT else 0
+        chosen = select(experiment, checkpoints) if config.checkpoint.select == "best" else state
+        with log.pause():
+            known = last_metrics if chosen is state else {}
+            result = measure(experiment, chosen, known)
+    result |= facts | {
+        "seconds_to_first_step": first_step,
+        "images_per_second": log.images_per_second,
+        "finished": True,
+        "config": json.loads(config.to_json()),
+    }
+    if jax.process_index() == 0:
+        workdir.write_json(path / "summary.json", result)
+        print(result_line(result, path))
+    return 0
+
+
+def fit(
+    experiment: Experiment,
+    state: TrainState,
+    log: metric_log.MetricLog,
+    checkpoints: checkpoint.Checkpoints,
+    stop: list[signal.Signals],
+) -> tuple[TrainState, float | None, dict[str, dict[str, float]]]:
+    """Takes steps until the last, or until a signal has arrived in `stop`.
+
+    Returns:
+      The state, seconds from the process's start to the end of its first step (None without
+      one), and the metrics of the last step's evaluation by split.
+    """
+    config, last = experiment.config, experiment.steps
+    epoch = experiment.data.train.steps_per_epoch
+    take_step = experiment.map(train_step, donate=True)
+    first_step, late, evaluated = None, [], {}
+
+    def log_late():
+        while late:
+            step, sums = late.pop()
+            values = {f"train_{name}": value for name, value in metrics.means(sums).items()}
+            log.train(step, values | {"learning_rate": float(experiment.learning_rate(step - 1))})
+
+    for step in range(int(state.step) + 1, last + 1):
+        state, sums = take_step(state, experiment.data.train.batch(step - 1))
+        if first_step is None:
+            jax.block_until_ready(sums)
+            first_step = time.monotonic() - densejax.STARTED
+        log_late()  # the metrics of the step before, while the device is busy with this one
+        if due(step, config.log.every_steps, last):
+            late.append((step, sums))
+        evaluates = config.evaluate.every_epochs and due(
+            step, config.evaluate.every_epochs * epoch, last
+        )
+        saves = due(step, config.checkpoint.every_epochs * epoch, last) or stop
+        if evaluates or saves:
+            log_late()
+            with log.pause():
+                if evaluates:
+                    split = config.evaluate.split
+                    evaluated = {split: experiment.evaluate(state, split)}
+                    log.evaluation(step, split, evaluated[split])
+                if saves:
+                    known = {f"{s}_{k}": v for s, m in evaluated.items() for k, v in m.items()}
+                    checkpoints.save(step, state, known if evaluates else {})
+        if stop:
+            break
+    return state, first_step, evaluated
+
+
+def open_checkpoints(config: ConfigDict, path: epath.Path) -> checkpoint.Checkpoints:
+    """The checkpoints of a run directory; the best held-out loss's is kept where it is asked for."""
+    best = "validation_error" if config.checkpoint.select == "best" else ""
+    return checkpoint.Checkpoints(path / "checkpoints", config.checkpoint.keep_latest, best)
+
+
+def select(experiment: Experiment, checkpoints: checkpoint.Checkpoints) -> TrainState:
+    """The state that the result is measured on: the newest, or the best on held-out images."""
+    if experiment.config.checkpoint.select == "best":
+        return checkpoints.restore_best(experiment.abstract_state)
+    state = checkpoints.restore_latest(experiment.abstract_state)
+    if state is None:
+        raise UserError("--mode=eval: there is no checkpoint to evaluate; train first")
+    return state
+
+
+def measure(
+    experiment: Experiment, state: TrainState, known: dict[str, dict[str, float]] | None = None
+) -> dict[str, Any]:
+    """The result of a state on `evaluate.final_split`, unless it is `known` already."""
+    split = experiment.config.evaluate.final_split
+    values = (known or {}).get(split) or experiment.evaluate(state, split)
+    result = {f"{split}_{name}": value for name, value in values.items()}
+    result[f"{split}_error"] = 1 - values["accuracy"]
+    result[f"{split}_examples"] = experiment.data.evaluation[split].size
+    return result | {"steps": int(state.step)}
+
+
+def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str, Any]:
+    """Prints what is about to run; returns the facts of it that belong into the result."""
+    task, config = experiment.task, experiment.config
+    size = config.data.image_size
+    shape = (size, size, task.image_shape[-1]) if size else task.image_shape
+    parameters, multiply_adds = counts.of_network(task.model, shape)
+    device = f"{experiment.mesh.size} x {jax.devices()[0].device_kind}"
+    train = experiment.data.train
+    sizes = {name: split.size for name, split in experiment.data.evaluation.items()}
+    rows = [
+        ("run", str(path)),
+        ("model", f"{config.model.family}, {metric_log.count(parameters)} parameters, "
+                  f"{metric_log.si(multiply_adds)} multiply-adds an image"),
+        ("data", f"{config.data.name}, {metric_log.count(train.size)} images train, "
+                 + ", ".join(f"{metric_log.count(n)} {name}" for name, n in sizes.items())),
+        ("steps", f"{metric_log.count(experiment.steps)} of {config.train.batch_size} images, "
+                  f"{config.train.epochs} epochs" + (f", resuming after {start}" if start else "")),
+        ("devices", f"{device}, {config.parallel.mode}, {config.train.dtype}"),
+    ]  # fmt: skip
+    if jax.process_index() == 0:
+        print(metric_log.table(rows), flush=True)
+    return {
+        "parameters": parameters,
+        "multiply_adds": multiply_adds,
+        "device": device,
+        "versions": versions(),
+    }
+
+
+def result_line(summary: dict[str, Any], path: epath.Path) -> str:
+    """One line that says what came out and where it is."""
+    split = summary["config"]["evaluate"]["final_split"]
+    accuracy = metric_log.percent(summary[f"{split}_accuracy"])
+    examples = metric_log.count(summary[f"{split}_examples"])
+    return f"{split} accuracy {accuracy} on {examples} images; {path}/summary.json has the rest"
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Collects SIGTERM and SIGINT in a list; a second one ends the process at once."""
+    received = []
+
+    def receive(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number))
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

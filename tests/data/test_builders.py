@@ -1,0 +1,441 @@
+"""The builders read the official formats exactly, and refuse whatever is not official."""
+
+import dataclasses
+import functools
+import gzip
+import hashlib
+import http.server
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from densejax.data import builders
+from tests import archives
+
+CASES = [
+    ("fashion_mnist", False),
+    ("cifar10", False),
+    ("cifar10", True),
+    ("cifar100", False),
+    ("cifar100", True),
+    ("svhn", False),
+]
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Makes a tiny set official; returns its arrays."""
+
+    def make(name, **arguments):
+        facts, arrays = archives.make(name, tmp_path / "manual", **arguments)
+        monkeypatch.setitem(builders.SETS, name, facts)
+        return arrays
+
+    return make
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(name, split="train"):
+        return builders.read(name, split, str(tmp_path / "data"), str(tmp_path / "manual"))
+
+    return read
+
+
+def damage(path, position=-1):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("name", "python"), CASES)
+def test_reads_what_the_archive_holds_in_its_order(tiny, read, name, python, recwarn, capfd):
+    arrays = tiny(name, python=python)
+    for split, (images, labels) in arrays.items():
+        got_images, got_labels = read(name, split)
+        assert got_images.dtype == np.uint8 and got_labels.dtype == np.int32
+        np.testing.assert_array_equal(got_images, images)
+        np.testing.assert_array_equal(got_labels, labels)
+    assert not recwarn.list
+    assert capfd.readouterr() == ("", "")
+
+
+def test_joins_splits_in_the_order_of_their_names(tiny, read):
+    arrays = tiny("svhn")
+    images, labels = read("svhn", "train+extra")
+    np.testing.assert_array_equal(
+        images, np.concatenate([arrays[s][0] for s in ("train", "extra")])
+    )
+    np.testing.assert_array_equal(
+        labels, np.concatenate([arrays[s][1] for s in ("train", "extra")])
+    )
+
+
+def test_svhn_label_ten_is_digit_zero(tiny, tmp_path, read):
+    import scipy.io
+
+    arrays = tiny("svhn")
+    stored = scipy.io.loadmat(tmp_path / "manual/train_32x32.mat")["y"].ravel()
+    assert set(stored[arrays["train"][1] == 0]) == {10} and stored.min() >= 1
+    assert read("svhn")[1][0] == 0
+
+
+def test_more_examples_than_one_bulk_read(tiny, read):
+    arrays = tiny("fashion_mnist", splits={"train": builders.READ_AT_ONCE + 5, "test": 3})
+    np.testing.assert_array_equal(read("fashion_mnist")[0], arrays["train"][0])
+
+
+def test_a_tilde_is_the_home_folder(tiny, tmp_path, monkeypatch):
+    arrays = tiny("svhn")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    np.testing.assert_array_equal(
+        builders.read("svhn", "test", "~/data", "~/manual")[0], arrays["test"][0]
+    )
+    assert (tmp_path / "data/svhn").exists() and not (tmp_path / "~").exists()
+
+
+def test_digits_are_scikit_learns_split_by_a_fixed_permutation(read, tmp_path):
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(1797)
+    digest = hashlib.sha256(order[:360].astype("<i8").tobytes()).hexdigest()
+    assert digest == "7a74f43813d21918cef7ebb898f80368ac22be66bb36552900ad7de67e7593bd"
+    for split, index in (("train", order[360:]), ("test", order[:360])):
+        images, labels = read("digits", split)
+        assert len(images) == {"train": 1437, "test": 360}[split]
+        np.testing.assert_array_equal(images[..., 0], digits.images[index])
+        np.testing.assert_array_equal(labels, digits.target[index])
+    facts = builders.info("digits", str(tmp_path))
+    np.testing.assert_allclose(facts.mean, read("digits")[0].mean(), atol=1e-4)
+    np.testing.assert_allclose(facts.std, read("digits")[0].std(), atol=1e-4)
+
+
+def test_a_second_call_reads_what_the_first_wrote(tiny, read, tmp_path):
+    arrays = tiny("cifar10")
+    read("cifar10")
+    for path in (tmp_path / "manual").iterdir():
+        path.unlink()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "data").rglob("*")}
+    np.testing.assert_array_equal(read("cifar10", "test")[0], arrays["test"][0])
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "data").rglob("*")} == before
+
+
+def test_digests_cover_every_prepared_file(tiny, read, tmp_path):
+    tiny("cifar10")
+    read("cifar10")
+    (folder,) = (tmp_path / "data/cifar10").iterdir()
+    files = {path.name for path in folder.iterdir()} - {builders.DIGESTS}
+    assert len(files) >= 4
+    for name in files:
+        original = (folder / name).read_bytes()
+        damage(folder / name, len(original) // 2)
+        with pytest.raises(builders.DataError, match=f"damaged.*{name}.*delete the folder"):
+            read("cifar10")
+        (folder / name).write_bytes(original)
+    read("cifar10")
+    (folder / builders.DIGESTS).unlink()
+    with pytest.raises(builders.DataError, match=builders.DIGESTS):
+        read("cifar10")
+
+
+@pytest.mark.parametrize(("name", "python"), CASES)
+def test_a_changed_file_is_refused(tiny, read, tmp_path, name, python):
+    tiny(name, python=python)
+    file = builders.SETS[name].files[0][int(python)]
+    path = tmp_path / "manual" / file.name
+    damage(path, path.stat().st_size // 2)
+    with pytest.raises(builders.DataError, match=file.name) as error:
+        read(name)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "data" / name).exists() or not any((tmp_path / "data" / name).iterdir())
+
+
+def test_a_wrong_digest_names_the_file_and_both_digests(tiny, read, tmp_path):
+    tiny("cifar10")
+    expected = builders.SETS["cifar10"].files[0][0].sha256
+    path = tmp_path / "manual/cifar-10-binary.tar.gz"
+    damage(path)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(
+        builders.DataError, match=f"{path} has SHA-256 {found}, expected {expected}"
+    ):
+        read("cifar10")
+
+
+def test_a_recompressed_idx_file_is_as_good(tiny, read, tmp_path):
+    arrays = tiny("fashion_mnist")
+    path = tmp_path / "manual/train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), compresslevel=1))
+    np.testing.assert_array_equal(read("fashion_mnist")[0], arrays["train"][0])
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "cifar10", "svhn"])
+def test_a_truncated_file_is_refused_even_if_its_digest_were_right(
+    tiny, read, tmp_path, monkeypatch, name
+):
+    tiny(name)
+    for path in (tmp_path / "manual").iterdir():
+        content = path.read_bytes()
+        if name == "fashion_mnist":
+            content = gzip.compress(gzip.decompress(content)[:-1])
+        path.write_bytes(content if name == "fashion_mnist" else content[: len(content) // 2])
+    facts = archives.with_digests(builders.SETS[name], tmp_path / "manual")
+    monkeypatch.setitem(builders.SETS, name, facts)
+    with pytest.raises(builders.DataError, match=f"data.name = {name}: .*manual") as error:
+        read(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cut_gzip_stream_is_one_line(tiny, read, tmp_path):
+    tiny("fashion_mnist")
+    path = tmp_path / "manual/train-labels-idx1-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(builders.DataError, match="train-labels.*ended"):
+        read("fashion_mnist")
+
+
+def test_a_wrong_magic_number_is_refused(tiny, read, tmp_path, monkeypatch):
+    tiny("fashion_mnist")
+    path = tmp_path / "manual/t10k-labels-idx1-ubyte.gz"
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[2] = 0x0D  # float32
+    path.write_bytes(gzip.compress(content))
+    facts = archives.with_digests(builders.SETS["fashion_mnist"], tmp_path / "manual")
+    monkeypatch.setitem(builders.SETS, "fashion_mnist", facts)
+    with pytest.raises(builders.DataError, match="t10k-labels.* starts with"):
+        read("fashion_mnist")
+
+
+def test_wrong_counts_and_labels_are_refused(tiny, read, monkeypatch):
+    arrays = tiny("cifar10")
+    facts = builders.SETS["cifar10"]
+    monkeypatch.setitem(
+        builders.SETS, "cifar10", dataclasses.replace(facts, splits={"train": 10, "test": 11})
+    )
+    with pytest.raises(builders.DataError, match=r"test images are uint8\[10, 32, 32, 3\], not"):
+        read("cifar10")
+    arrays["test"][1][3] = 10
+    tiny("cifar10", arrays=arrays)
+    with pytest.raises(builders.DataError, match="test has labels 0 to 10, not 0 to 9"):
+        read("cifar10")
+
+
+def test_svhn_label_zero_is_out_of_range(tiny, read, tmp_path, monkeypatch):
+    import scipy.io
+
+    tiny("svhn")
+    path = tmp_path / "manual/test_32x32.mat"
+    content = scipy.io.loadmat(path)
+    content["y"][2] = 0
+    scipy.io.savemat(path, {"X": content["X"], "y": content["y"]})
+    facts = archives.with_digests(builders.SETS["svhn"], tmp_path / "manual")
+    monkeypatch.setitem(builders.SETS, "svhn", facts)
+    with pytest.raises(builders.DataError, match="test has labels -1 to 9"):
+        read("svhn")
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_cannot_run_code(read, tmp_path, monkeypatch):
+    manual, marker = tmp_path / "manual", tmp_path / "executed"
+    manual.mkdir()
+    evil = archives.python2_pickle({b"data": Evil(marker), b"labels": []})
+    members = {f"cifar-10-batches-py/data_batch_{number}": evil for number in range(1, 6)}
+    members["cifar-10-batches-py/test_batch"] = evil
+    archives.write_tar(manual / "cifar-10-python.tar.gz", members)
+    facts = archives.with_digests(builders.SETS["cifar10"], manual)
+    monkeypatch.setitem(builders.SETS, "cifar10", facts)
+    with pytest.raises(builders.DataError, match="pickle asks for posix.mkdir, which is not data"):
+        read("cifar10")
+    assert not marker.exists()
+
+
+def test_a_tar_is_never_extracted(tiny, read, tmp_path, monkeypatch):
+    arrays = tiny("cifar100")
+    path = tmp_path / "manual/cifar-100-binary.tar.gz"
+    import tarfile
+
+    with tarfile.open(path) as archive:
+        members = {m.name: archive.extractfile(m).read() for m in archive}
+    archives.write_tar(path, {"../../escaped": b"x", "/tmp/../escaped": b"x", **members})
+    facts = archives.with_digests(builders.SETS["cifar100"], tmp_path / "manual")
+    monkeypatch.setitem(builders.SETS, "cifar100", facts)
+    np.testing.assert_array_equal(read("cifar100")[0], arrays["train"][0])
+    assert not list(tmp_path.rglob("escaped")) and not (tmp_path.parent / "escaped").exists()
+    members.pop("cifar-100-binary/test.bin")
+    archives.write_tar(path, {"../cifar-100-binary/test.bin": b"x", **members})
+    facts = archives.with_digests(facts, tmp_path / "manual")
+    monkeypatch.setitem(builders.SETS, "cifar100", facts)
+    with pytest.raises(builders.DataError, match="cifar-100-binary/test.bin"):
+        builders.read("cifar100", "train", str(tmp_path / "other"), str(tmp_path / "manual"))
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "cifar10", "cifar100", "svhn"])
+def test_a_missing_file_without_a_network_is_one_line_within_seconds(tiny, read, tmp_path, name):
+    tiny(name)
+    for path in (tmp_path / "manual").iterdir():
+        path.unlink()
+    start = time.monotonic()
+    with pytest.raises(builders.DataError, match="not found in data.manual_dir") as error:
+        read(name)
+    assert time.monotonic() - start < 5
+    file = builders.SETS[name].files[0][0]
+    for part in (f"data.name = {name}", file.name, file.url, str(tmp_path / "manual"), "refused"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+    assert ("apt-get install dataset-fashion-mnist" in str(error.value)) == (
+        name == "fashion_mnist"
+    )
+
+
+def test_downloads_from_the_official_address(tiny, tmp_path, monkeypatch):
+    arrays = tiny("cifar10")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Quiet, directory=tmp_path / "manual")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        facts = builders.SETS["cifar10"]
+        url = f"http://127.0.0.1:{server.server_port}/cifar-10-binary.tar.gz"
+        file = dataclasses.replace(facts.files[0][0], url=url)
+        facts = dataclasses.replace(facts, files=((file, *facts.files[0][1:]),))
+        monkeypatch.setitem(builders.SETS, "cifar10", facts)
+        images, _ = builders.read("cifar10", "train", str(tmp_path / "data"))
+        server.shutdown()
+    np.testing.assert_array_equal(images, arrays["train"][0])
+
+
+def test_unknown_names_and_splits_list_what_there_is(tiny, read):
+    with pytest.raises(builders.DataError, match="data.name = mnist.*fashion_mnist, cifar10,"):
+        read("mnist")
+    tiny("cifar10")
+    with pytest.raises(builders.DataError, match="no split 'validation'.*train, test"):
+        read("cifar10", "train+validation")
+
+
+def test_a_set_that_tfds_has_prepared_can_be_named(tmp_path):
+    import tensorflow_datasets as tfds
+
+    random = np.random.default_rng(1)
+    images = random.integers(0, 256, (6, 5, 4, 3), np.uint8)
+    features = {
+        "image": tfds.features.Tensor(shape=(5, 4, 3), dtype=np.uint8),
+        "label": tfds.features.ClassLabel(names=["a", "b", "c"]),
+    }
+
+    def store(name, features, images):
+        class Folder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+            VERSION = tfds.core.Version("2.0.0")
+
+            def _info(self):
+                return tfds.core.DatasetInfo(
+                    builder=self,
+                    features=tfds.features.FeaturesDict(features),
+                    disable_shuffling=True,
+                )
+
+            def _split_generators(self, dl_manager):
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self):
+                yield from enumerate(
+                    {"image": image, "label": index % 3} for index, image in enumerate(images)
+                )
+
+        Folder.name = name
+        Folder(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+
+    store("leaves", features, images)
+    facts = builders.info("leaves", str(tmp_path))
+    assert facts.image_shape == (5, 4, 3) and facts.splits == {"train": 6}
+    assert facts.class_names == ("a", "b", "c") and facts.num_classes == 3
+    assert facts.mean == (0.0,) * 3 and facts.std == (255.0,) * 3
+    got_images, got_labels = builders.read("leaves", "train", str(tmp_path))
+    np.testing.assert_array_equal(got_images, images)
+    np.testing.assert_array_equal(got_labels, [0, 1, 2, 0, 1, 2])
+
+    features["image"] = tfds.features.Tensor(shape=(5, 4, 3), dtype=np.float32)
+    store("floats", features, images.astype(np.float32))
+    with pytest.raises(builders.DataError, match="needs image, uint8"):
+        builders.read("floats", "train", str(tmp_path))
+
+
+def test_a_killed_preparation_leaves_nothing_that_looks_whole(tiny, read, tmp_path):
+    arrays = tiny("cifar10")
+    program = """
+import dataclasses, os, sys
+import numpy as np
+from densejax.data import builders
+from tests import archives
+facts = archives.with_digests(builders.SETS["cifar10"], sys.argv[1])
+facts = dataclasses.replace(facts, splits={"train": 10, "test": 10})
+builders.SETS["cifar10"] = facts
+original = builders._sha256
+def killed(path, compressed=False):
+    if "array_record" in path.name:
+        os.kill(os.getpid(), 9)
+    return original(path, compressed)
+builders._sha256 = killed
+builders.prepare("cifar10", sys.argv[2], sys.argv[1])
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "manual"), str(tmp_path / "data")]
+    assert subprocess.run(command, capture_output=True).returncode == -9
+    assert list((tmp_path / "data").rglob("*.array_record*"))
+    np.testing.assert_array_equal(read("cifar10")[0], arrays["train"][0])
+
+
+def official_fashion_mnist():
+    for folder in (os.environ.get("DENSEJAX_FASHION_MNIST"), "/usr/share/datasets/fashion-mnist"):
+        if folder and all(
+            (Path(folder) / file.name).exists() for (file,) in builders.SETS["fashion_mnist"].files
+        ):
+            return folder
+    return None
+
+
+@pytest.mark.skipif(official_fashion_mnist() is None, reason="the four files are not here")
+def test_fashion_mnist_itself(tmp_path):
+    directory, manual = str(tmp_path), official_fashion_mnist()
+    images, labels = builders.read("fashion_mnist", "train", directory, manual)
+    test_images, test_labels = builders.read("fashion_mnist", "test", directory, manual)
+    assert images.shape == (60000, 28, 28, 1) and test_images.shape == (10000, 28, 28, 1)
+    assert (np.bincount(labels) == 6000).all() and (np.bincount(test_labels) == 1000).all()
+    with gzip.open(Path(manual) / "train-images-idx3-ubyte.gz") as file:
+        assert file.read()[16:] == images.tobytes()
+    with gzip.open(Path(manual) / "t10k-labels-idx1-ubyte.gz") as file:
+        assert file.read()[8:] == test_labels.astype(np.uint8).tobytes()
+    facts = builders.info("fashion_mnist", directory)
+    np.testing.assert_allclose(facts.mean, images.mean(), atol=1e-4)
+    np.testing.assert_allclose(facts.std, images.std(), atol=1e-4)
+
+
+def test_the_facts_are_complete():
+    for name, facts in builders.SETS.items():
+        assert len(set(facts.class_names)) == facts.num_classes, name
+        assert len(facts.mean) == len(facts.std) == facts.image_shape[2], name
+        for entry in facts.files:
+            for file in entry:
+                assert len(file.sha256) == 64 and file.url.endswith(file.name)
+    assert builders.SETS["cifar100"].num_classes == 100
+    assert list(builders.SETS["cifar100"].class_names) == sorted(
+        builders.SETS["cifar100"].class_names
+    )

@@ -1,0 +1,278 @@
+"""Checkpoints come back bitwise or not at all."""
+
+import random
+import resource
+import shutil
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from densejax.checkpoint import CheckpointError, Checkpoints
+
+# tensorstore calls back into an event loop that orbax has closed after the first bad leaf
+noisy = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@flax.struct.dataclass
+class State:
+    """The fields of a training state, in small."""
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def make_state(seed=0, width=24, dtype=jnp.float32):
+    """A replicated state with one sharded leaf, several dtypes and a NaN with a payload."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    key = jax.random.key(seed)
+    params = {
+        "conv1": {"kernel": jax.random.normal(key, (3, 3, 3, width), dtype)},
+        "block1": {"layer1": {"scale": jax.random.normal(key, (width,), jnp.bfloat16)}},
+    }
+    payload = jnp.asarray(np.array([0x7FC00123, 0x80000000], np.uint32).view(np.float32))
+    state = State(
+        step=jnp.asarray(seed, jnp.int32),
+        params=params,
+        batch_stats={"mean": payload, "seen": jnp.arange(8, dtype=jnp.uint8)},
+        opt_state=optax.sgd(0.1, momentum=0.9).init(params),
+    )
+    state = jax.device_put(state, NamedSharding(mesh, P()))
+    sharded = jax.device_put(state.batch_stats["seen"], NamedSharding(mesh, P("data")))
+    return state.replace(batch_stats=state.batch_stats | {"seen": sharded})
+
+
+def abstract(state):
+    """The state's shapes, dtypes and shardings."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+    )
+
+
+def assert_bitwise(actual, expected):
+    """Same structure, dtypes, shardings and bytes."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape and a.sharding == b.sharding
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def saved(directory, steps, **options):
+    """A directory with one checkpoint of `make_state(step)` per step."""
+    checkpoints = Checkpoints(directory, **options)
+    for step in steps:
+        checkpoints.save(step, make_state(step), {"validation/loss": 1.0 / step})
+    checkpoints.close()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """Checkpoints 10 and 20, for tests that only read or that copy them."""
+    return saved(tmp_path_factory.mktemp("two_steps") / "checkpoints", [10, 20])
+
+
+def restored_latest(directory, **options):
+    """What a fresh start restores."""
+    checkpoints = Checkpoints(directory, **options)
+    try:
+        return checkpoints.restore_latest(abstract(make_state()))
+    finally:
+        checkpoints.close()
+
+
+def test_bitwise_and_on_the_given_shardings(two_steps):
+    checkpoints = Checkpoints(two_steps)
+    assert checkpoints.steps() == [10, 20] and checkpoints.latest_step() == 20
+    assert_bitwise(checkpoints.restore_latest(abstract(make_state())), make_state(20))
+    assert_bitwise(checkpoints.restore_step(10, abstract(make_state())), make_state(10))
+    shapes = abstract(make_state())
+    seen, mean = shapes.batch_stats["seen"], shapes.batch_stats["mean"]
+    replicated = jax.ShapeDtypeStruct(seen.shape, seen.dtype, sharding=mean.sharding)
+    moved = shapes.replace(batch_stats=shapes.batch_stats | {"seen": replicated})
+    assert checkpoints.restore_latest(moved).batch_stats["seen"].sharding == mean.sharding
+    checkpoints.close()
+
+
+def test_no_checkpoint_is_none_and_opening_writes_nothing(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "none")
+    assert checkpoints.restore_latest(abstract(make_state())) is None
+    assert checkpoints.latest_step() is None and checkpoints.best_step() is None
+    with pytest.raises(CheckpointError, match="No checkpoint in .* has a"):
+        checkpoints.restore_best(abstract(make_state()))
+    with pytest.raises(CheckpointError, match="No checkpoint 5 in"):
+        checkpoints.restore_step(5, abstract(make_state()))
+    checkpoints.close()
+    assert not (tmp_path / "none").exists()
+
+
+def test_buffers_may_be_donated_once_save_returns(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    state = make_state(1, width=4096)
+    expected = jax.tree.map(np.asarray, make_state(1, width=4096))
+    destroy = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0)
+    checkpoints.save(1, state, {})
+    jax.block_until_ready(destroy(state))
+    checkpoints.wait()
+    shapes = abstract(make_state(1, width=4096))
+    restored = jax.tree.map(np.asarray, checkpoints.restore_latest(shapes))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8)),
+        jax.tree.map(np.atleast_1d, restored),
+        jax.tree.map(np.atleast_1d, expected),
+    )
+    checkpoints.close()
+
+
+def test_best_survives_restarts_and_is_not_a_nan(tmp_path):
+    losses = {1: 0.9, 2: 0.1, 3: float("nan"), 4: 0.4, 5: 0.1, 6: 0.5, 7: 0.6}
+    for step, loss in losses.items():  # every step is a restart
+        checkpoints = Checkpoints(tmp_path, keep_latest=2, keep_best="loss")
+        checkpoints.save(step, make_state(step), {"loss": loss} if step != 6 else {})
+        checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, keep_latest=2, keep_best="loss")
+    assert checkpoints.steps() == [2, 6, 7] and checkpoints.best_step() == 2
+    assert_bitwise(checkpoints.restore_best(abstract(make_state())), make_state(2))
+    checkpoints.close()
+
+
+def test_saving_a_step_again_changes_nothing_and_an_older_one_is_refused(tmp_path):
+    saved(tmp_path, [3])
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, make_state(9), {})
+    with pytest.raises(CheckpointError, match="step=2: delete the newer .3. in"):
+        checkpoints.save(2, make_state(2), {})
+    assert_bitwise(checkpoints.restore_latest(abstract(make_state())), make_state(3))
+    checkpoints.close()
+
+
+@noisy
+def test_flipped_bits_are_never_silently_wrong(two_steps, tmp_path):
+    random_numbers = random.Random(0)
+    files = sorted(path for path in (two_steps / "20").rglob("*") if path.is_file())
+    pristine = {10: make_state(10), 20: make_state(20)}
+    outcome = []
+    for attempt in range(40):
+        directory = tmp_path / str(attempt)
+        shutil.copytree(two_steps, directory)
+        source = files[attempt % len(files)]  # every kind of file
+        if attempt % 2:  # half of them in proportion to the sizes: mostly array data
+            source = random_numbers.choices(files, [f.stat().st_size for f in files])[0]
+        target = directory / source.relative_to(two_steps)
+        content = bytearray(target.read_bytes())
+        if not content:
+            continue
+        content[random_numbers.randrange(len(content))] ^= 1 << random_numbers.randrange(8)
+        target.write_bytes(content)
+        state = restored_latest(directory, keep_best="validation/loss")
+        assert_bitwise(state, pristine[int(state.step)])
+        outcome.append(int(state.step))
+        shutil.rmtree(directory)
+    assert 10 in outcome  # else no flip hit anything that matters
+
+
+@noisy
+@pytest.mark.parametrize("harm", ["truncate", "delete", "empty", "foreign", "no_record"])
+def test_half_written_step_is_named_passed_over_and_replaced(two_steps, tmp_path, harm, caplog):
+    directory = shutil.copytree(two_steps, tmp_path / "checkpoints")
+    step = directory / "20"
+    data = [path for path in (step / "state").rglob("*") if path.parent.name == "d"]
+    if harm == "truncate":
+        for path in data:
+            path.write_bytes(path.read_bytes()[:100])
+    elif harm == "delete":
+        for path in data:
+            path.unlink()
+    elif harm == "empty":
+        shutil.rmtree(step)
+        step.mkdir()
+    elif harm == "foreign":  # the record of one step on the state of another
+        shutil.rmtree(step / "state")
+        shutil.copytree(directory / "10" / "state", step / "state")
+    else:
+        shutil.rmtree(step / "record")
+    checkpoints = Checkpoints(directory)
+    assert_bitwise(checkpoints.restore_latest(abstract(make_state())), make_state(10))
+    assert f"{step} is damaged" in caplog.text
+    assert checkpoints.latest_step() == 10 and step.exists()  # a reader deletes nothing
+    checkpoints.save(20, make_state(20), {})
+    checkpoints.close()
+    assert_bitwise(restored_latest(directory), make_state(20))
+
+
+@noisy
+def test_all_damaged_is_an_error_that_keeps_the_files(two_steps, tmp_path):
+    directory = shutil.copytree(two_steps, tmp_path / "checkpoints")
+    for step in "10", "20":
+        shutil.rmtree(directory / step / "state")
+    with pytest.raises(CheckpointError, match="No checkpoint is intact"):
+        restored_latest(directory)
+    assert (directory / "10").exists() and (directory / "20").exists()
+
+
+def test_leftovers_of_a_killed_save_are_ignored_then_removed(two_steps, tmp_path):
+    directory = shutil.copytree(two_steps, tmp_path / "checkpoints")
+    leftover = directory / "25.orbax-checkpoint-tmp"
+    shutil.copytree(directory / "20", leftover)
+    assert_bitwise(restored_latest(directory), make_state(20))
+    assert leftover.exists()
+    saved(directory, [30])
+    assert not leftover.exists()
+
+
+def test_another_model_is_a_readable_difference_not_damage(two_steps):
+    checkpoints = Checkpoints(two_steps)
+    model = make_state()
+    for other, expected in [
+        (
+            make_state(width=8),
+            r"params/conv1/kernel: float32\[3, 3, 3, 24\] in the checkpoint, "
+            r"float32\[3, 3, 3, 8\] in the model",
+        ),
+        (make_state(dtype=jnp.float16), r"float32\[.*in the checkpoint, float16\["),
+        (model.replace(batch_stats={}), r"batch_stats/mean: .* in the checkpoint, absent in the"),
+        (
+            model.replace(params=model.params | {"head": model.step}),
+            r"params/head: absent in the checkpoint, int32\[\] in the model",
+        ),
+    ]:
+        with pytest.raises(CheckpointError, match=expected):
+            checkpoints.restore_latest(abstract(other))
+    assert checkpoints.steps() == [10, 20]
+    checkpoints.close()
+
+
+@noisy
+def test_a_failed_save_is_reported_and_the_older_steps_stay(tmp_path):
+    saved(tmp_path, [1, 2])
+    checkpoints = Checkpoints(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # like a full disk
+    try:
+        checkpoints.save(3, make_state(3, width=10_000), {})
+        with pytest.raises(CheckpointError, match="Cannot save in .*Is the disk full"):
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoints.steps() == [1, 2]
+    assert_bitwise(checkpoints.restore_latest(abstract(make_state())), make_state(2))
+    checkpoints.save(4, make_state(4), {})
+    checkpoints.close()
+    assert_bitwise(restored_latest(tmp_path), make_state(4))
+    assert not list(tmp_path.glob("*tmp*"))
+
+
+def test_a_directory_that_cannot_be_made_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    checkpoints = Checkpoints(tmp_path / "file" / "checkpoints")
+    with pytest.raises(CheckpointError, match="Cannot save in .*NotADirectory"):
+        checkpoints.save(1, make_state(1), {})
+    checkpoints.close()

@@ -1,0 +1,197 @@
+"""What the log leaves on disk and on the screen, read back from outside."""
+
+import builtins
+import io
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from etils import epath
+from etils.epath import testing as epath_testing
+from tensorboardX.proto import event_pb2
+
+from densejax import metric_log
+from densejax.config import UserError
+from densejax.metric_log import MetricLog, count, duration, percent, si, table
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return epath.Path(tmp_path)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until a test moves it."""
+    now = [100.0]
+    monkeypatch.setattr(metric_log.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def create(workdir, start_step=0, **others):
+    return MetricLog(workdir, 40, start_step, batch_size=8, epoch_steps=20, **others)
+
+
+def run(workdir, start_step, stop_step):
+    """Logs every 5 steps and evaluates every 20, as a loop does; is not closed, as in a crash."""
+    log = create(workdir, start_step)
+    if start_step == 0:
+        log.evaluation(0, "validation", {"loss": jnp.float32(2.3)})
+    for step in range(start_step + 5, stop_step + 1, 5):
+        loss = jnp.float32(1) / step
+        log.train(step, {"train_loss": loss, "train_accuracy": 0.1, "learning_rate": 1e-3 * step})
+        if step % 20 == 0:
+            with log.pause():
+                log.evaluation(step, "validation", {"loss": loss / 3, "accuracy": jnp.float32(0.7)})
+    return log
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_record_holds_only_what_does_not_depend_on_the_clock(workdir):
+    run(workdir, 0, 20)
+    first, *_, last = records(workdir / "metrics.jsonl")
+    assert first == {"step": 0, "epoch": 0.0, "validation_loss": pytest.approx(2.3)}
+    assert last["step"] == 20 and last["epoch"] == 1.0
+    assert set(last) == {"step", "epoch", "validation_loss", "validation_accuracy"}
+    assert set(records(workdir / "timings.jsonl")[0]) == {"step", "seconds", "images_per_second"}
+
+
+@pytest.mark.parametrize(("saved", "stop"), [(0, 15), (20, 20), (20, 35)])
+@pytest.mark.parametrize("torn", ["", '{"step": 40, "epo'])
+def test_a_resumed_run_leaves_the_same_bytes(workdir, saved, stop, torn):
+    whole, parts = workdir / "whole", workdir / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    run(whole, 0, 40).close()
+    run(parts, 0, stop)
+    timings = (parts / "timings.jsonl").read_text()
+    with (parts / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    run(parts, saved, 40).close()
+    assert (parts / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert (parts / "timings.jsonl").read_text().startswith(timings)
+    assert len(records(parts / "timings.jsonl")) == stop // 5 + (40 - saved) // 5
+    assert not list(parts.glob("*.part"))
+
+
+def test_a_line_that_is_no_record_is_named(workdir):
+    (workdir / "metrics.jsonl").write_text('{"step": 5}\nnoise\n{"step": 10}\n')
+    with pytest.raises(UserError, match="metrics.jsonl.*not a record"):
+        create(workdir, 10)
+
+
+def test_an_object_store_gets_whole_files(tmp_path, monkeypatch):
+    def local(path):
+        return str(path).replace("gs://bucket", str(tmp_path))
+
+    def open_object(original, path, mode):
+        assert "a" not in mode, "object stores have no append"
+        return builtins.open(local(path), mode)
+
+    def replace(original, path, target):
+        pathlib.Path(local(path)).replace(local(target))
+
+    def exists(original, path):
+        return pathlib.Path(local(path)).exists()
+
+    class Board:
+        def __init__(self, *positional, **named): ...
+        def add_scalar(self, *positional): ...
+        def flush(self): ...
+        def close(self): ...
+
+    monkeypatch.setattr("tensorboardX.SummaryWriter", Board)
+    with epath_testing.mock_epath(open=open_object, replace=replace, exists=exists):
+        log = run(epath.Path("gs://bucket"), 0, 35)
+        last = records(tmp_path / "metrics.jsonl")[-1]  # a save after it must find it written
+        assert last["step"] == 20 and "validation_loss" in last
+        log.train(36, {"train_loss": 1.0})
+        with log.pause():
+            assert records(tmp_path / "metrics.jsonl")[-1]["step"] == 36
+        log.close()
+        run(epath.Path("gs://bucket"), 20, 40).close()
+    (tmp_path / "local").mkdir()
+    run(epath.Path(tmp_path / "local"), 0, 40).close()
+    expected = (tmp_path / "local" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == expected
+
+
+def test_images_per_second_leaves_out_the_first_interval_and_pauses(workdir, clock):
+    log = create(workdir)
+    for step, seconds in ((5, 60.0), (10, 2.0), (15, 4.0), (20, 1.0)):
+        clock[0] += seconds
+        log.train(step, {"train_loss": 1.0})
+        if step == 5:
+            assert log.images_per_second is None
+        with log.pause():
+            clock[0] += 1000.0
+    assert log.images_per_second == pytest.approx(5 * 8 / 2.0)
+    rates = [record["images_per_second"] for record in records(workdir / "timings.jsonl")]
+    assert rates == pytest.approx([40 / 60, 20.0, 10.0, 40.0])
+
+
+def test_without_a_terminal_a_line_every_few_seconds(workdir, clock, capsys):
+    log = create(workdir, seconds=10.0)
+    for step in range(1, 41):
+        clock[0] += 3.0
+        log.train(step, {"train_loss": 0.5, "train_accuracy": 0.9512})
+    log.evaluation(40, "test", {"accuracy": 0.25})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == (
+        "step 4/40, train_loss 0.5, train_accuracy 95.12 %, 3 images/s, 1 min 48 s left"
+    )
+    assert [line.split(",")[0] for line in lines[1:3]] == ["step 8/40", "step 12/40"]
+    assert lines[-1] == "step 40, test_accuracy 25.00 %"
+    assert len(lines) == 11
+
+
+def test_on_a_terminal_a_bar(workdir, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", screen)
+    run(workdir, 0, 40).close()
+    assert "100%|" in screen.getvalue() and "train_accuracy 10.00 %" in screen.getvalue()
+    assert " left" not in screen.getvalue(), "plain lines beside the bar"
+
+
+def test_other_processes_write_nothing(workdir, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    run(workdir, 0, 40).close()
+    assert list(workdir.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_tensorboard_drops_what_the_resume_writes_again(workdir):
+    run(workdir, 0, 30).close()
+    before = set((workdir / "tensorboard").iterdir())
+    run(workdir, 20, 40).close()
+    (path,) = set((workdir / "tensorboard").iterdir()) - before
+    data, events = path.read_bytes(), []
+    while data:  # TFRecord: length, its checksum, payload, its checksum
+        size = int.from_bytes(data[:8], "little")
+        events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    assert [event.step for event in events if event.HasField("session_log")] == [21]
+    scalars = {(value.tag, event.step) for event in events for value in event.summary.value}
+    assert ("train_loss", 25) in scalars and ("validation_loss", 40) in scalars
+    assert min(step for _, step in scalars) == 25
+
+
+def test_numbers():
+    assert percent(0.9512) == "95.12 %" and percent(1.0) == "100.00 %"
+    assert count(769162) == "769,162"
+    assert [si(number) for number in (0, 0.5, 999, 999.99, 769162, 999_960, 287.9e6, 4e12)] == [
+        *("0", "0.5", "999", "1k", "769.2k", "1M", "287.9M", "4T")
+    ]
+    assert [duration(seconds) for seconds in (0.04, 12.34, 59.97, 185, 3599.9, 3725, 93600)] == [
+        *("0.0 s", "12.3 s", "1 min 00 s", "3 min 05 s", "1 h 00 min", "1 h 02 min", "1 d 02 h")
+    ]
+    assert table([("model", "densenet"), ("parameters", "769,162")]) == (
+        "model       densenet\nparameters  769,162"
+    )

@@ -1,0 +1,232 @@
+"""One run at a time per directory, and no run goes on with another configuration unnoticed."""
+
+import hashlib
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import ml_collections
+import pytest
+
+from densejax import workdir
+from densejax.workdir import WorkdirError, difference, digest, open_run, write_json
+
+
+def make_config(**changes):
+    """A configuration with every kind of value; `changes` by dotted key with `__` for the dot."""
+    config = ml_collections.ConfigDict(
+        {
+            "seed": 0,
+            "model": {"depths": (6, 12), "scale": 0.1, "bias": False, "extra": {}},
+            "train": {"epochs": 300, "batch_size": 64},
+            "log": {"every_steps": 50, "tensorboard": True},
+            "checkpoint": {"keep_latest": 2, "every_epochs": 1, "keep_best": ""},
+            "data": {"name": "digits", "directory": ml_collections.config_dict.placeholder(str)},
+        }
+    )
+    for key, value in changes.items():
+        config.update_from_flattened_dict({key.replace("__", "."): value})
+    return config
+
+
+def history(path):
+    """The starts recorded in a run directory."""
+    return [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
+
+
+def test_default_name_ignores_what_a_resume_may_change():
+    base = workdir.default("digits", make_config())
+    assert base.startswith("runs/digits-") and len(base) == len("runs/digits-") + 8
+    same = [
+        make_config(train__epochs=1),
+        make_config(log__every_steps=7),
+        make_config(checkpoint__keep_latest=9),
+        make_config(data__directory="/data"),
+        make_config().lock(),
+        ml_collections.FrozenConfigDict(make_config()),
+    ]
+    assert {workdir.default("digits", config) for config in same} == {base}
+    other = [
+        make_config(seed=1),
+        make_config(model__depths=(12, 6)),
+        make_config(model__bias=True),
+        make_config(train__batch_size=65),
+        make_config(checkpoint__keep_best="loss"),
+        make_config(data__name="log"),
+    ]
+    assert len({digest(config) for config in [make_config(), *other]}) == 1 + len(other)
+
+
+def test_digest_is_that_of_canonical_json():
+    config = ml_collections.ConfigDict({"b": {"y": (1, None)}, "a": 0.5, "train": {"epochs": 3}})
+    text = '{"a": "0.5", "b.y": "[1, null]"}'
+    assert digest(config) == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_difference_is_flat_sorted_and_takes_a_tuple_for_a_list():
+    old = {"a": {"b": 1, "c": [1, 2]}, "d": None, "gone": True, "empty": {}}
+    new = {"a": {"b": 1.5, "c": (1, 2)}, "d": "x", "new": {"k": 0}, "empty": {}}
+    assert difference(old, new) == [
+        "a.b: 1 -> 1.5",
+        'd: null -> "x"',
+        "gone: true -> (absent)",
+        "new.k: (absent) -> 0",
+    ]
+    assert difference(old, old) == []
+
+
+def test_write_json_replaces_and_keeps_the_old_file_when_it_fails(tmp_path):
+    write_json(tmp_path / "a.json", {"z": 0.1, "a": [1]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"z": 0.1, "a": [1]}
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"z": object()})
+    assert "0.1" in (tmp_path / "a.json").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_new_run_a_resume_and_what_they_record(tmp_path):
+    path = tmp_path / "runs" / "a"
+    with open_run(path, make_config()) as run:
+        assert os.fspath(run) == os.fspath(path)
+        assert json.loads((path / "lock").read_text())["pid"] == os.getpid()
+    assert sorted(entry.name for entry in path.iterdir()) == ["config.json", "history.jsonl"]
+    with open_run(path, make_config(train__epochs=301, log__tensorboard=False)):
+        pass
+    assert json.loads((path / "config.json").read_text())["train"]["epochs"] == 301
+    first, second = history(path)
+    assert first["changes"] == []
+    assert second["changes"] == ["log.tensorboard: true -> false", "train.epochs: 300 -> 301"]
+    assert first["host"] == socket.gethostname() and first["command"] == sys.argv
+    assert {"jax", "flax", "densejax"} <= set(first["versions"])
+
+
+def test_another_configuration_is_shown_and_only_forced(tmp_path):
+    with open_run(tmp_path, make_config()):
+        pass
+    changed = make_config(seed=1, model__depths=(6, 6), train__epochs=1)
+    with pytest.raises(WorkdirError) as caught, open_run(tmp_path, changed):
+        pass
+    assert "  model.depths: [6, 12] -> [6, 6]\n  seed: 0 -> 1\n" in str(caught.value)
+    assert "--resume=force" in str(caught.value) and "epochs" not in str(caught.value)
+    assert not (tmp_path / "lock").exists() and len(history(tmp_path)) == 1
+    with open_run(tmp_path, changed, force=True):
+        pass
+    assert "seed: 0 -> 1" in history(tmp_path)[-1]["changes"]
+    with open_run(tmp_path, changed):
+        pass
+
+
+def test_creation_killed_before_config_json_starts_anew(tmp_path):
+    with open_run(tmp_path, make_config()):
+        pass
+    (tmp_path / "config.json").unlink()
+    with open_run(tmp_path, make_config(seed=1)):
+        pass
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "/proc/nowhere"])
+def test_a_path_that_cannot_be_made_is_one_clear_line(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WorkdirError) as caught, open_run(tmp_path / name, make_config()):
+        pass
+    assert f"workdir={tmp_path / name}: " in str(caught.value)
+    assert "Choose a --workdir" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_damaged_config_is_an_error(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(WorkdirError, match="workdir="), open_run(tmp_path, make_config()):
+        pass
+
+
+@pytest.fixture
+def other_process(tmp_path):
+    """A second process that holds the lock of tmp_path."""
+    code = (
+        "import sys, time, ml_collections\n"
+        "from densejax import workdir\n"
+        "with workdir.open_run(sys.argv[1], ml_collections.ConfigDict({'a': 1})):\n"
+        "    print('open', flush=True); sys.stdin.readline()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert process.stdout.readline() == b"open\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_live_process_keeps_its_lock_and_a_killed_one_loses_it(tmp_path, other_process, caplog):
+    config = ml_collections.ConfigDict({"a": 1})
+    os.utime(tmp_path / "lock", (0, 0))  # on this host the process counts, not its heartbeat
+    with pytest.raises(WorkdirError) as caught, open_run(tmp_path, config):
+        pass
+    assert f"in use on {socket.gethostname()} by process {other_process.pid}" in str(caught.value)
+    other_process.kill()  # SIGKILL; not yet waited for: a zombie is dead too
+    while ") Z " not in pathlib.Path(f"/proc/{other_process.pid}/stat").read_text():
+        time.sleep(0.01)
+    with open_run(tmp_path, config):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+    assert "Taking over the stale lock" in caplog.text
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["config.json", "history.jsonl"]
+
+
+def test_a_lock_goes_when_its_process_ends_well(tmp_path, other_process):
+    other_process.communicate(b"\n")
+    assert other_process.returncode == 0 and not (tmp_path / "lock").exists()
+
+
+@pytest.mark.parametrize("holder", ['{"host": "elsewhere", "pid": 7, "started": "1"}', ""])
+def test_another_hosts_lock_lives_as_long_as_its_heartbeat(tmp_path, holder):
+    (tmp_path / "lock").write_text(holder)
+    with pytest.raises(WorkdirError, match="in use on (elsewhere|an unknown host)"):
+        with open_run(tmp_path, make_config()):
+            pass
+    assert (tmp_path / "lock").read_text() == holder
+    old = time.time() - workdir.STALE - 1
+    os.utime(tmp_path / "lock", (old, old))
+    with open_run(tmp_path, make_config()):
+        pass
+
+
+def test_a_reused_process_number_does_not_keep_the_lock(tmp_path):
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": "1"}
+    (tmp_path / "lock").write_text(json.dumps(holder))
+    with open_run(tmp_path, make_config()):
+        with pytest.raises(WorkdirError, match="in use"), open_run(tmp_path, make_config()):
+            pass  # not even by this process
+
+
+def test_the_heart_beats_and_notices_a_lost_lock(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(workdir, "HEARTBEAT", 0.02)
+    with open_run(tmp_path, make_config()):
+        os.utime(tmp_path / "lock", (0, 0))
+        deadline = time.time() + 5
+        while (tmp_path / "lock").stat().st_mtime < 1 and time.time() < deadline:
+            time.sleep(0.01)
+        assert (tmp_path / "lock").stat().st_mtime > 1
+        (tmp_path / "lock").write_text("{}")
+        while "took over" not in caplog.text and time.time() < deadline:
+            time.sleep(0.01)
+    assert "took over" in caplog.text
+    assert (tmp_path / "lock").read_text() == "{}"  # it is the other's now
+
+
+def test_changed_versions_are_logged(tmp_path, monkeypatch, caplog):
+    with open_run(tmp_path, make_config()):
+        pass
+    assert "Versions differ" not in caplog.text
+    text = (tmp_path / "history.jsonl").read_text()
+    (tmp_path / "history.jsonl").write_text(text.replace('"flax": "', '"flax": "0.0+'))
+    with open_run(tmp_path, make_config()):
+        pass
+    assert 'Versions differ from the last start: flax: "0.0+' in caplog.text
