@@ -1,9 +1,9 @@
 """DenseNet on CIFAR-100 by the paper's recipe; without arguments DenseNet-BC, L = 100, k = 12.
 
-Paper:     Huang et al. 2017, "Densely Connected Convolutional Networks", section 4, Table 2 (C100+).
+Paper:     Huang et al. 2017, "Densely Connected Convolutional Networks", Table 2 (C100+).
 Data:      50,000 training images, all used; 10,000 test images, read once, after the last epoch.
 Command:   python -m densejax.main --config=configs/cifar100.py
-           ... --config=configs/cifar100.py:variant=plain,depth=40   (error 24.42 %, 1.1M parameters)
+           ... --config=configs/cifar100.py:variant=plain,depth=40   (error 24.42 %, 1.1M)
            ... --config=configs/cifar100.py:augment=False            (column C100: dropout 0.2)
 Hardware:  one accelerator; 800,032 parameters and 288M multiply-adds an image, 300 epochs.
 Time:      not measured; --config.log.every_steps=10 shows images/s within a minute.

@@ -51,9 +51,9 @@ def split(mesh: Mesh) -> NamedSharding:
 def check_batch_size(key: str, batch_size: int, mesh: Mesh) -> None:
     """Raises UserError where a batch does not divide evenly over the devices."""
     if left := batch_size % mesh.size:
-        nearest = f"{batch_size - left} and {batch_size - left + mesh.size}".removeprefix("0 and ")
         raise UserError(
-            f"{key} = {batch_size}: must be a multiple of the {mesh.size} devices; nearest: {nearest}"
+            f"{key} = {batch_size}: must be a multiple of the {mesh.size} devices, "
+            f"such as {batch_size - left + mesh.size}"
         )
 
 

@@ -7,9 +7,8 @@ that step are cut off and written again; (5) a finished run prints its result ag
 """
 
 import contextlib
-import importlib.metadata
 import json
-import platform
+import math
 import signal
 import time
 from typing import Any
@@ -25,18 +24,10 @@ from densejax.config import UserError
 from densejax.experiment import Experiment, build, describe
 from densejax.step import TrainState, train_step
 
-PACKAGES = ("densejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
 
 def due(step: int, every: int, last: int) -> bool:
     """Whether something that happens every `every` steps, and at the last, happens after `step`."""
     return step % every == 0 or step == last
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version()} | found
 
 
 def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> int:
@@ -126,6 +117,7 @@ def fit(
     config, last = experiment.config, experiment.steps
     epoch = experiment.data.train.steps_per_epoch
     take_step = experiment.map(train_step, donate=True)
+    split = config.evaluate.split
     first_step, late, evaluated = None, [], {}
 
     def log_late():
@@ -146,23 +138,23 @@ def fit(
             step, config.evaluate.every_epochs * epoch, last
         )
         saves = due(step, config.checkpoint.every_epochs * epoch, last) or stop
+        saves = saves or (evaluates and config.checkpoint.select == "best")
         if evaluates or saves:
             log_late()
             with log.pause():
                 if evaluates:
-                    split = config.evaluate.split
                     evaluated = {split: experiment.evaluate(state, split)}
                     log.evaluation(step, split, evaluated[split])
                 if saves:
-                    known = {f"{s}_{k}": v for s, m in evaluated.items() for k, v in m.items()}
-                    checkpoints.save(step, state, known if evaluates else {})
+                    error = 1 - evaluated[split]["accuracy"] if evaluates else math.nan
+                    checkpoints.save(step, state, {f"{split}_error": error})
         if stop:
             break
     return state, first_step, evaluated
 
 
 def open_checkpoints(config: ConfigDict, path: epath.Path) -> checkpoint.Checkpoints:
-    """The checkpoints of a run directory; the best held-out loss's is kept where it is asked for."""
+    """The checkpoints of a run directory."""
     best = "validation_error" if config.checkpoint.select == "best" else ""
     return checkpoint.Checkpoints(path / "checkpoints", config.checkpoint.keep_latest, best)
 
@@ -214,7 +206,7 @@ def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str,
         "parameters": parameters,
         "multiply_adds": multiply_adds,
         "device": device,
-        "versions": versions(),
+        "versions": workdir.versions(),
     }
 
 

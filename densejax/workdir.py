@@ -9,11 +9,8 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-import os
 import socket
 import sys
-import threading
-import time
 from collections.abc import Iterator
 
 import jax
@@ -23,6 +20,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from densejax import lock
 from densejax.config import UserError
 
 # What a resume may change: these keys and everything below them.
@@ -31,8 +29,6 @@ RESUMABLE = (
     *("data.directory", "data.manual_dir", "log", "parallel.mode", "profile", "train.epochs"),
 )
 PACKAGES = ("densejax", "flax", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
-HEARTBEAT = 20.0  # seconds between two signs of life in a lock
-STALE = 120.0  # seconds without one after which another host's lock is taken over
 
 
 class WorkdirError(UserError):
@@ -60,9 +56,15 @@ def difference(old: dict, new: dict) -> list[str]:
     ]
 
 
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": sys.version.split()[0]} | found
+
+
 def write_json(path: epath.PathLike, value) -> None:
     """Writes JSON such that a reader, or a kill at any moment, finds the old or the new file."""
-    _write(epath.Path(path), json.dumps(value, indent=2) + "\n")
+    lock.write(epath.Path(path), json.dumps(value, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -82,17 +84,28 @@ def open_run(
             try:
                 if my_turn and is_writer:
                     path.mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(_locked(path))
+                    stack.enter_context(lock.hold(path))
                     _record_start(path, config, _accepted_changes(path, config, force))
                 elif my_turn:
                     _accepted_changes(path, config, force=False)
-            except WorkdirError as error:
+            except (WorkdirError, lock.LockError) as error:
                 problem = str(error)
             except (OSError, ValueError) as error:
                 problem = f"workdir={path}: {error}. Choose a --workdir that can be written."
             if not multihost_utils.process_allgather(np.asarray(not problem)).all():
                 raise WorkdirError(problem or f"workdir={path}: refused by another process.")
         yield path
+
+
+def check(path: epath.PathLike, config: ml_collections.ConfigDict) -> None:
+    """For readers, who take no lock: WorkdirError unless `path` is a run of this configuration."""
+    path = epath.Path(path)
+    try:
+        if _accepted_changes(path, config.to_dict(), force=False) is not None:
+            return
+    except OSError as error:
+        raise WorkdirError(f"workdir={path}: {error}.") from error
+    raise WorkdirError(f"workdir={path}: not a run directory (it has no config.json).")
 
 
 def _accepted_changes(path, config, force) -> list[str] | None:
@@ -110,97 +123,19 @@ def _accepted_changes(path, config, force) -> list[str] | None:
 def _record_start(path, config, changes) -> None:
     history = path / "history.jsonl"
     lines = history.read_text().splitlines() if history.exists() else []
-    versions = {"python": sys.version.split()[0]}
-    versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    if lines and (other := difference(json.loads(lines[-1])["versions"], versions)):
+    if lines and (other := difference(json.loads(lines[-1])["versions"], versions())):
         logging.warning("Versions differ from the last start: %s", ", ".join(other))
     start = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
-        "versions": versions,
+        "versions": versions(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "command": sys.argv,
         "changes": changes or [],
     }
-    _write(history, "\n".join([*lines, json.dumps(start)]) + "\n")
+    lock.write(history, "\n".join([*lines, json.dumps(start)]) + "\n")
     if changes != []:  # new, or changed
         write_json(path / "config.json", config)
-
-
-@contextlib.contextmanager
-def _locked(path) -> Iterator[None]:
-    lock, pid = path / "lock", os.getpid()
-    me = {"host": socket.gethostname(), "pid": pid, "started": _started(pid), "time": time.time()}
-    mine = json.dumps(me)
-    while not _created(lock, mine):
-        with contextlib.suppress(FileNotFoundError):  # released or taken over in this moment
-            seen = lock.read_text()
-            _require_stale(lock, seen)
-            logging.warning("Taking over the stale lock %s: %s", lock, seen)
-            grave = lock.rename(path / f"lock.{me['host']}.{pid}")
-            # Another process may have taken over first: what was moved is then its live lock.
-            grave.unlink() if grave.read_text() == seen else grave.rename(lock)
-    stop = threading.Event()
-
-    def beat():
-        while not stop.wait(HEARTBEAT):
-            try:
-                if not lock.exists() or lock.read_text() != mine:
-                    logging.error("Another process took over %s: stop one of the two.", lock)
-                    return
-                _write(lock, mine)
-            except OSError as error:  # perhaps the disk is full for a moment: try the next time
-                logging.warning("Cannot refresh %s: %s", lock, error)
-
-    heart = threading.Thread(target=beat, name="workdir heartbeat", daemon=True)
-    heart.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        heart.join()
-        if lock.exists() and lock.read_text() == mine:
-            lock.unlink()
-
-
-def _created(lock, text) -> bool:
-    if "://" in os.fspath(lock):  # object stores have no exclusive creation: a race is possible
-        return not lock.exists() and bool(lock.write_text(text))
-    try:
-        with open(lock, "x") as file:
-            file.write(text)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _require_stale(lock, text) -> None:
-    age = time.time() - lock.stat().mtime
-    try:
-        holder = json.loads(text)
-    except ValueError:  # the holder died, or is, between creating and writing it
-        holder = {"host": "an unknown host", "pid": "unknown"}
-    alive = age < STALE
-    if holder["host"] == socket.gethostname():
-        alive = _started(holder["pid"]) == holder["started"]
-    if alive:
-        raise WorkdirError(
-            f"workdir={lock.parent} is in use on {holder['host']} by process {holder['pid']}: "
-            "stop it or choose another --workdir."
-        )
-
-
-def _started(pid: int) -> str | None:
-    # When a live process started, in clock ticks ("" without /proc); None when it is dead.
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass  # alive, of another user
-    stat = epath.Path(f"/proc/{pid}/stat")
-    state, *fields = stat.read_text().rpartition(")")[2].split() if stat.exists() else [""] * 21
-    return None if state == "Z" else fields[18]
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, str]:
@@ -215,9 +150,3 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, str]:
 
 def _resumable(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in RESUMABLE)
-
-
-def _write(path: epath.Path, text: str) -> None:
-    temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)

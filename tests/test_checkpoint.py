@@ -133,7 +133,7 @@ def test_buffers_may_be_donated_once_save_returns(tmp_path):
 
 
 def test_best_survives_restarts_and_is_not_a_nan(tmp_path):
-    losses = {1: 0.9, 2: 0.1, 3: float("nan"), 4: 0.4, 5: 0.1, 6: 0.5, 7: 0.6}
+    losses = {1: float("nan"), 2: 0.1, 3: 0.9, 4: 0.4, 5: 0.1, 6: 0.5, 7: 0.6}
     for step, loss in losses.items():  # every step is a restart
         checkpoints = Checkpoints(tmp_path, keep_latest=2, keep_best="loss")
         checkpoints.save(step, make_state(step), {"loss": loss} if step != 6 else {})
@@ -180,7 +180,7 @@ def test_flipped_bits_are_never_silently_wrong(two_steps, tmp_path):
 
 
 @noisy
-@pytest.mark.parametrize("harm", ["truncate", "delete", "empty", "foreign", "no_record"])
+@pytest.mark.parametrize("harm", ["truncate", "delete", "empty", "foreign", "record", "no_record"])
 def test_half_written_step_is_named_passed_over_and_replaced(two_steps, tmp_path, harm, caplog):
     directory = shutil.copytree(two_steps, tmp_path / "checkpoints")
     step = directory / "20"
@@ -197,6 +197,11 @@ def test_half_written_step_is_named_passed_over_and_replaced(two_steps, tmp_path
     elif harm == "foreign":  # the record of one step on the state of another
         shutil.rmtree(step / "state")
         shutil.copytree(directory / "10" / "state", step / "state")
+    elif harm == "record":  # still good JSON, and the state is whole
+        path = step / "record" / "metadata"
+        path.write_text(
+            path.read_text().replace('"validation/loss": 0.05', '"validation/loss": 0.04')
+        )
     else:
         shutil.rmtree(step / "record")
     checkpoints = Checkpoints(directory)

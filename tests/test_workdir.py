@@ -12,7 +12,7 @@ import time
 import ml_collections
 import pytest
 
-from densejax import workdir
+from densejax import lock, workdir
 from densejax.workdir import WorkdirError, difference, digest, open_run, write_json
 
 
@@ -81,10 +81,13 @@ def test_difference_is_flat_sorted_and_takes_a_tuple_for_a_list():
 
 def test_write_json_replaces_and_keeps_the_old_file_when_it_fails(tmp_path):
     write_json(tmp_path / "a.json", {"z": 0.1, "a": [1]})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"z": 0.1, "a": [1]}
+    with open(tmp_path / "a.json") as reader:  # at work during the next write
+        write_json(tmp_path / "a.json", {"z": 0.2})
+        assert json.load(reader) == {"z": 0.1, "a": [1]}
+    assert json.loads((tmp_path / "a.json").read_text()) == {"z": 0.2}
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"z": object()})
-    assert "0.1" in (tmp_path / "a.json").read_text()
+    assert "0.2" in (tmp_path / "a.json").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
@@ -120,6 +123,16 @@ def test_another_configuration_is_shown_and_only_forced(tmp_path):
         pass
 
 
+def test_a_reader_needs_a_run_of_its_configuration_but_no_lock(tmp_path):
+    with pytest.raises(WorkdirError, match="not a run directory"):
+        workdir.check(tmp_path / "nowhere", make_config())
+    with open_run(tmp_path, make_config()):
+        workdir.check(tmp_path, make_config(train__epochs=1))
+        with pytest.raises(WorkdirError, match="seed: 0 -> 1"):
+            workdir.check(tmp_path, make_config(seed=1))
+    assert len(history(tmp_path)) == 1
+
+
 def test_creation_killed_before_config_json_starts_anew(tmp_path):
     with open_run(tmp_path, make_config()):
         pass
@@ -149,7 +162,7 @@ def other_process(tmp_path):
     """A second process that holds the lock of tmp_path."""
     code = (
         "import sys, time, ml_collections\n"
-        "from densejax import workdir\n"
+        "from densejax import lock, workdir\n"
         "with workdir.open_run(sys.argv[1], ml_collections.ConfigDict({'a': 1})):\n"
         "    print('open', flush=True); sys.stdin.readline()\n"
     )
@@ -192,7 +205,7 @@ def test_another_hosts_lock_lives_as_long_as_its_heartbeat(tmp_path, holder):
         with open_run(tmp_path, make_config()):
             pass
     assert (tmp_path / "lock").read_text() == holder
-    old = time.time() - workdir.STALE - 1
+    old = time.time() - lock.STALE - 1
     os.utime(tmp_path / "lock", (old, old))
     with open_run(tmp_path, make_config()):
         pass
@@ -207,7 +220,7 @@ def test_a_reused_process_number_does_not_keep_the_lock(tmp_path):
 
 
 def test_the_heart_beats_and_notices_a_lost_lock(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(workdir, "HEARTBEAT", 0.02)
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.02)
     with open_run(tmp_path, make_config()):
         os.utime(tmp_path / "lock", (0, 0))
         deadline = time.time() + 5

@@ -64,9 +64,7 @@ def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Da
     """
 
     def read(name):
-        return builders.read(
-            config.data.name, name, config.data.directory, config.data.manual_dir
-        )
+        return builders.read(config.data.name, name, config.data.directory, config.data.manual_dir)
 
     first, *more = config.data.train_split.split("+")
     images, labels = read(first)

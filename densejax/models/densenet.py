@@ -1,4 +1,4 @@
-"""DenseNet, -B, -C and -BC: x_l = H_l([x_0, ..., x_{l-1}]) (Huang et al. 2017, arXiv:1608.06993)."""
+"""DenseNet, -B, -C and -BC: x_l = H_l([x_0, ..., x_{l-1}]) (Huang et al., arXiv:1608.06993)."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""The parts that every network shares: bound convolutions and norms, dropout, stems and the head."""
+"""What every network shares: bound convolutions and norms, dropout, stems and the head."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# He et al. 2015 with fan-out, std = sqrt(2 / (k * k * c_out)): what the DenseNet authors' code uses.
+# He et al. 2015 with fan-out, std = sqrt(2 / (k * k * c_out)): as in the DenseNet authors' code.
 fan_out_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)): the classifier's weights in the authors' code.
 fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

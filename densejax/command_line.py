@@ -1,0 +1,69 @@
+"""What every command shares: --config with its overrides, and bad input said in one line."""
+
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from densejax import models
+from densejax.config import UserError, default, flatten
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A card of configs/, with arguments after a colon: configs/cifar10.py:depth=40"
+)
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Parses the flags, calls `main` and exits with its code; bad input exits with 2."""
+
+    def guarded(argv):
+        logging.set_verbosity(logging.WARNING)  # orbax tells a story about every save
+        try:
+            sys.exit(main())
+        except UserError as error:
+            _stop(str(error))
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        left = flags.FLAGS(argv)
+    except Exception as error:  # a card is Python: anything may come out of it
+        _stop(_explain(error, argv))
+    if left[1:]:
+        _stop(f"{left[1]!r} is no flag; flags look like --config=configs/digits.py")
+    if CONFIG.value is None:
+        _stop("--config: name a card, such as --config=configs/digits.py")
+    if not isinstance(CONFIG.value, ConfigDict):
+        file = flags.FLAGS["config"].config_filename
+        _stop(f"--config={file}: there is no such file; cards are in configs/")
+    return left
+
+
+def _stop(text: str) -> NoReturn:
+    print(f"densejax: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _explain(error: Exception, argv: list[str]) -> str:
+    text = str(error)
+    given = dict(re.findall(r"^--?config\.([\w.]+)=?(.*)$", "\n".join(argv), re.MULTILINE))
+    known = flatten(default())
+    for name in models.MODELS:
+        known |= flatten({"model": models.fields(name)})
+    for key in given if isinstance(error, AttributeError | KeyError) else ():
+        if key not in known:
+            section = key.rpartition(".")[0]
+            beside = [name for name in known if name.rpartition(".")[0] == section]
+            sections = sorted({name.partition(".")[0] for name in known})
+            return f"{key}: unknown key; allowed are {', '.join(beside or sections)}"
+    if wrong := re.match(r"flag --config\.([\w.]+)=", text):
+        kind = type(known.get(wrong[1])).__name__
+        wanted = "a Python literal" if kind == "NoneType" else f"a value of type {kind}"
+        return f"{wrong[1]} = {given.get(wrong[1])}: give {wanted}"
+    # A card's own error comes as a traceback in the text; its last line is what was wrong.
+    return text.strip().splitlines()[-1].removeprefix("densejax.config.UserError: ")
