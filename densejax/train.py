@@ -50,10 +50,10 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
         return 0
     with workdir.open_run(path, config, force):
         summary = path / "summary.json"
-        if summary.exists() and (found := json.loads(summary.read_text()))["finished"]:
-            if found["config"]["train"]["epochs"] == config.train.epochs:
-                print(result_line(found, path))
-                return 0
+        found = json.loads(summary.read_text()) if summary.exists() else None
+        if found and found["config"]["train"]["epochs"] == config.train.epochs:
+            print(result_line(found, path))
+            return 0
         return train(config, path)
 
 
@@ -92,7 +92,6 @@ def train(config: ConfigDict, path: epath.Path) -> int:
     result |= facts | {
         "seconds_to_first_step": first_step,
         "images_per_second": log.images_per_second,
-        "finished": True,
         "config": json.loads(config.to_json()),
     }
     if jax.process_index() == 0:
