@@ -70,10 +70,35 @@ def bind(
     return Layers(conv, norm, lambda x, name: Dropout(rate, name=name)(x, keys))
 
 
-def convolution(features: int, kernel_size: tuple[int, int], strides: int = 1, **rest) -> nn.Conv:
+def convolution(features: int, kernel_size: tuple[int, int], strides: int = 1, **rest) -> nn.Module:
     """A convolution with PyTorch's padding: flax's "SAME" shifts the image by one at stride 2."""
+    if kernel_size == (1, 1) and strides == 1:
+        return Pointwise(features, **rest)
     padding = tuple((size // 2, size // 2) for size in kernel_size)
     return nn.Conv(features, kernel_size, strides=strides, padding=padding, **rest)
+
+
+class Pointwise(nn.Module):
+    """A 1x1 convolution written as the matrix product it is, with nn.Conv's parameters.
+
+    XLA fuses what comes before and after into a product, which it does not for a convolution.
+    """
+
+    features: int
+    use_bias: bool
+    dtype: Any
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [batch, height, width, channels] to [batch, height, width, features]."""
+        shape = (1, 1, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+        y = x.astype(self.dtype).reshape(-1, shape[2]) @ kernel[0, 0]
+        if self.use_bias:
+            zeros = nn.initializers.zeros_init()
+            y += self.param("bias", zeros, (self.features,)).astype(self.dtype)
+        return y.reshape(*x.shape[:-1], self.features)
 
 
 def hash_bits(keys: jax.Array, salt: int, size: int) -> jax.Array:
