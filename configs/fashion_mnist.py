@@ -1,17 +1,37 @@
-"""placeholder"""
+"""DenseNet-BC on Fashion-MNIST: at most 200,000 parameters, an hour on two CPU cores.
+
+Network:   blocks of 3, 6 and 11 layers, k = 12: few layers where feature maps are large, since
+           that is where the time goes. 199,798 parameters, 34.0M multiply-adds an image.
+Data:      60,000 training images and 10,000 test images, read once, after the last epoch.
+Command:   python -m densejax.main --config=configs/fashion_mnist.py \
+               --config.data.manual_dir=/usr/share/datasets/fashion-mnist
+Hardware:  2 CPU cores.
+"""
 
 from densejax import config as schema
 from densejax import models
 
 
 def get_config(arg: str | None = None):
-    """The card; `arg` may set depth, growth_rate."""
-    args = schema.parse_arg(arg, depth=40, growth_rate=12)
+    """The card; `arg` may set growth_rate and tune (choose on 5,000 held-out images)."""
+    args = schema.parse_arg(arg, growth_rate=12, tune=False)
     config = schema.default()
     config.name = "fashion_mnist"
     config.model = models.fields(
-        "densenet_bc_40_12", depth=args.depth, growth_rate=args.growth_rate
+        "densenet_bc_40_12", depth=None, blocks=(3, 6, 11), growth_rate=args.growth_rate
     )
     config.data.name = "fashion_mnist"
-    config.data.manual_dir = ""
+    config.augmentation.shift = 2
+    config.train.epochs = 22
+    config.train.batch_size = 128
+    config.optimizer.learning_rate = 0.2
+    config.optimizer.weight_decay = 5e-4
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_epochs = 1.0
+    config.evaluate.every_epochs = 0
+    if args.tune:  # test images are not read
+        config.data.validation_size = 5000
+        config.evaluate.every_epochs = 1
+        config.evaluate.split = "validation"
+        config.evaluate.final_split = "validation"
     return config

@@ -30,6 +30,12 @@ def due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
+def say(text: str) -> None:
+    """Prints on process 0 alone."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
 def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> int:
     """Trains, or resumes, or evaluates; returns the process's exit code.
 
@@ -46,13 +52,13 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
         workdir.check(path, config)
         with contextlib.closing(open_checkpoints(config, path)) as checkpoints:
             result = measure(experiment, select(experiment, checkpoints))
-        print(json.dumps(result, indent=2))
+        say(json.dumps(result, indent=2))
         return 0
     with workdir.open_run(path, config, force):
         summary = path / "summary.json"
         found = json.loads(summary.read_text()) if summary.exists() else None
         if found and found["config"]["train"]["epochs"] == config.train.epochs:
-            print(result_line(found, path))
+            say(result_line(found, path))
             return 0
         return train(config, path)
 
@@ -83,7 +89,7 @@ def train(config: ConfigDict, path: epath.Path) -> int:
         state = experiment.init() if state is None else state
         state, first_step, last_metrics = fit(experiment, state, log, checkpoints, stop)
         if stop:
-            print(f"{stop[0].name}: saved step {int(state.step)}; the same command goes on from it")
+            say(f"{stop[0].name}: saved step {int(state.step)}; the same command goes on from it")
             return 128 + stop[0] if stop[0] is signal.SIGINT else 0
         chosen = select(experiment, checkpoints) if config.checkpoint.select == "best" else state
         with log.pause():
@@ -96,7 +102,7 @@ def train(config: ConfigDict, path: epath.Path) -> int:
     }
     if jax.process_index() == 0:
         workdir.write_json(path / "summary.json", result)
-        print(result_line(result, path))
+    say(result_line(result, path))
     return 0
 
 
@@ -199,8 +205,7 @@ def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str,
                   f"{config.train.epochs} epochs" + (f", resuming after {start}" if start else "")),
         ("devices", f"{device}, {config.parallel.mode}, {config.train.dtype}"),
     ]  # fmt: skip
-    if jax.process_index() == 0:
-        print(metric_log.table(rows), flush=True)
+    say(metric_log.table(rows))
     return {
         "parameters": parameters,
         "multiply_adds": multiply_adds,

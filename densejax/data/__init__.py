@@ -19,7 +19,7 @@ class Data:
     Attributes:
       info: the facts of the data set.
       train: training batches.
-      evaluation: "test" and, where images are held out, "validation".
+      evaluation: "test" where it is measured and "validation" where images are held out.
     """
 
     info: builders.SetInfo
@@ -52,7 +52,8 @@ def hold_out(size: int, validation_size: int) -> tuple[np.ndarray, np.ndarray]:
 def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Data:
     """Reads a set, prepares it first where that was not done, and puts it on the devices.
 
-    Held-out images come from the first split that `data.train_split` names.
+    Held-out images come from the first split that `data.train_split` names. Test images are read
+    only where the configuration measures on them.
 
     Args:
       config: the whole configuration.
@@ -69,7 +70,9 @@ def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Da
     first, *more = config.data.train_split.split("+")
     images, labels = read(first)
     trains, held_out = hold_out(len(images), config.data.validation_size)
-    arrays = {"test": read("test")}
+    evaluate = config.evaluate
+    measured = {evaluate.final_split, *([evaluate.split] if evaluate.every_epochs else [])}
+    arrays = {"test": read("test")} if "test" in measured else {}
     if len(held_out):
         arrays["validation"] = (images[held_out], labels[held_out])
         images, labels = images[trains], labels[trains]

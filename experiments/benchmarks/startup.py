@@ -1,0 +1,90 @@
+"""Seconds from a process's start to the end of its first training step, cold and warm.
+
+Command: python experiments/benchmarks/startup.py --model=densenet_40_12 [--format=json]
+
+Every try is a process of its own that builds the whole run (digits resized to 32x32), draws the
+parameters and takes one step. Cold: an empty compilation cache. Warm: the cache that the cold
+try before it has left.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+
+
+def child(model: str, batch_size: int) -> None:
+    """Takes one step of a network and prints the seconds since the process started."""
+    import time
+
+    import jax
+
+    import densejax
+    from densejax import config as schema
+    from densejax import experiment, models, parallel, step
+
+    config = schema.default()
+    config.name = config.data.name = "digits"
+    config.data.image_size = 32
+    config.train.batch_size = batch_size
+    config.model = models.fields(model)
+    parallel.start()
+    built = experiment.build(config)
+    take_step = built.map(step.train_step, donate=True)
+    jax.block_until_ready(take_step(built.init(), built.data.train.batch(0)))
+    print(time.monotonic() - densejax.STARTED)
+
+
+def measure(model: str, batch_size: int, cache: str) -> float:
+    """Runs one process with a compilation cache and returns its seconds to the first step."""
+    command = [sys.executable, __file__, "--child", f"--model={model}"]
+    command.append(f"--batch_size={batch_size}")
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return float(output.stdout.split()[-1])
+
+
+def main() -> None:
+    """Prints the medians over `--tries` pairs of a cold and a warm start."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="densenet_40_12")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--tries", type=int, default=5)
+    parser.add_argument("--format", choices=["text", "json"], default="text")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return child(options.model, options.batch_size)
+    seconds = {"cold": [], "warm": []}
+    for _ in range(options.tries):
+        with tempfile.TemporaryDirectory() as cache:
+            for name in seconds:
+                seconds[name].append(measure(options.model, options.batch_size, cache))
+    import jax
+
+    result = {
+        "model": options.model,
+        "batch_size": options.batch_size,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        "jax": jax.__version__,
+        "seconds_to_first_step": {
+            name: {"median": statistics.median(tries), "all": tries}
+            for name, tries in seconds.items()
+        },
+    }
+    if options.format == "json":
+        print(json.dumps(result, indent=2))
+        return None
+    print(f"{options.model}, batch {options.batch_size}, {result['device']}, jax {jax.__version__}")
+    for name, tries in seconds.items():
+        spread = f"{min(tries):.1f} to {max(tries):.1f}"
+        median = statistics.median(tries)
+        print(f"{name}: {median:.1f} s to the first step (n = {len(tries)}, {spread})")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Augmentation: what every output may be, how often, and that it follows the example's key."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from densejax.data.augment import Preparation, example_keys
+
+PLAIN = {"mean": (0.0,), "std": (1.0,)}
+
+
+def keys(number, seed=0):
+    return example_keys(jax.random.key(seed), jnp.arange(number, dtype=jnp.int32))
+
+
+def train(preparation, images, keys):
+    return np.asarray(jax.jit(preparation.training)(images, keys))
+
+
+def test_evaluation_normalises_per_channel():
+    images = np.asarray([[[[0, 100, 255]]], [[[10, 20, 30]]]], np.uint8)
+    found = Preparation((1.0, 2.0, 3.0), (2.0, 4.0, 5.0)).evaluation(jnp.asarray(images))
+    expected = (images - np.asarray([1.0, 2.0, 3.0])) / [2.0, 4.0, 5.0]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert found.dtype == jnp.float32
+
+
+def test_padding_is_the_mean_colour():
+    mean, std = (125.0, 123.0, 114.0), (63.0, 62.0, 67.0)
+    preparation = Preparation(mean, std, shift=4, flip=True)
+    grey = np.broadcast_to(np.uint8(mean), (64, 8, 8, 3))
+    np.testing.assert_array_equal(train(preparation, grey, keys(64)), 0.0)
+    white = np.full((64, 8, 8, 3), 255, np.uint8)
+    found = train(preparation, white, keys(64))
+    inside = (255 - np.asarray(mean)) / std
+    is_inside = np.isclose(found, inside, rtol=1e-5).all(-1)
+    assert (is_inside | (found == 0).all(-1)).all()
+    assert 0 < is_inside.mean() < 1
+
+
+def test_every_window_and_mirror_occurs_as_often_as_the_others():
+    shift, size, number = 4, 8, 16_200
+    image = np.arange(1, size * size + 1, dtype=np.uint8).reshape(size, size, 1)
+    images = np.broadcast_to(image, (number, size, size, 1))
+    found = train(Preparation(**PLAIN, shift=shift, flip=True), images, keys(number))[..., 0]
+    windows = {}
+    for mirrored in (False, True):
+        padded = np.pad(image[:, ::-1, 0] if mirrored else image[:, :, 0], shift)
+        for row in range(2 * shift + 1):
+            for column in range(2 * shift + 1):
+                window = padded[row : row + size, column : column + size]
+                windows[window.astype(np.float32).tobytes()] = 0
+    assert len(windows) == 2 * 81
+    for crop in found:
+        windows[crop.tobytes()] += 1  # a KeyError is a crop that is no window
+    counts = np.asarray(list(windows.values()))
+    assert counts.min() > 0
+    chi_square = ((counts - 100) ** 2 / 100).sum()
+    assert abs(chi_square - 161) < 5 * np.sqrt(2 * 161)
+
+
+@pytest.mark.parametrize("shift, flip", [(0, True), (2, False), (0, False)])
+def test_each_part_can_be_turned_off(shift, flip):
+    image = np.arange(1, 65, dtype=np.uint8).reshape(1, 8, 8, 1)
+    images = np.broadcast_to(image, (200, 8, 8, 1))
+    found = train(Preparation(**PLAIN, shift=shift, flip=flip), images, keys(200))
+    assert len(np.unique(found, axis=0)) == (25 if shift else 2 if flip else 1)
+    if not shift:
+        same = (found == images).all((1, 2, 3))
+        np.testing.assert_array_equal(found[~same], images[~same][:, :, ::-1])
+        assert abs(same.mean() - (0.5 if flip else 1)) < 5 * 0.5 / np.sqrt(200)
+
+
+def test_an_example_follows_its_own_key():
+    images = np.random.Generator(np.random.PCG64(3)).integers(256, size=(8, 8, 8, 3))
+    images, order = images.astype(np.uint8), np.asarray([3, 1, 4, 0, 5, 7, 2, 6])
+    preparation = Preparation((0.0,) * 3, (1.0,) * 3, shift=4, flip=True)
+    whole = train(preparation, images, keys(8))
+    np.testing.assert_array_equal(train(preparation, images[order], keys(8)[order]), whole[order])
+    half = train(preparation, images[4:], keys(8)[4:])
+    np.testing.assert_array_equal(half, whole[4:])
+    assert (train(preparation, images, keys(8, seed=1)) != whole).any((1, 2, 3)).all()
+
+
+def test_keys_are_a_function_of_the_place_in_the_global_batch():
+    positions = jnp.arange(1000, dtype=jnp.int32)
+    whole = np.asarray(jax.random.key_data(example_keys(jax.random.key(0), positions)))
+    half = example_keys(jax.random.key(0), positions[500:])
+    np.testing.assert_array_equal(jax.random.key_data(half), whole[500:])
+    assert len(np.unique(whole, axis=0)) == 1000
+    np.testing.assert_array_equal(
+        whole[7], jax.random.key_data(jax.random.fold_in(jax.random.key(0), 7))
+    )
+
+
+def test_resize():
+    columns = np.asarray([[0, 100], [0, 100]], np.uint8).reshape(1, 2, 2, 1)
+    preparation = Preparation(**PLAIN, image_size=4)
+    found = np.asarray(preparation.evaluation(jnp.asarray(columns)))
+    expected = np.broadcast_to([0.0, 25.0, 75.0, 100.0], (4, 4))  # pixel centres, bilinear
+    np.testing.assert_allclose(found[0, :, :, 0], expected, atol=1e-4)
+    training = Preparation(**PLAIN, image_size=4, shift=1, flip=True)
+    shape = jax.eval_shape(training.training, jnp.asarray(columns), keys(1))
+    assert shape.shape == (1, 4, 4, 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_result_has_the_dtype_of_the_computation(dtype):
+    preparation = Preparation(**PLAIN, shift=1, flip=True, image_size=6, dtype=dtype)
+    images = jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.uint8)
+    for result in (
+        jax.eval_shape(preparation.evaluation, images),
+        jax.eval_shape(preparation.training, images, keys(4)),
+    ):
+        assert (result.shape, result.dtype) == ((4, 6, 6, 1), dtype)
+
+
+def test_normalisation_is_rounded_once():
+    # In bfloat16, 250 - 249 would be taken of two numbers that are both rounded to 250 or 248.
+    images = jnp.full((1, 1, 1, 1), 250, jnp.uint8)
+    found = Preparation((249.0,), (1.0,), dtype="bfloat16").evaluation(images)
+    assert found.astype(jnp.float32) == 1.0

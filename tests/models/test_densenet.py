@@ -1,0 +1,359 @@
+"""DenseNet against an independent NumPy forward pass, and the facts of its architecture."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from densejax.config import UserError
+from densejax.models import fields, layers
+from densejax.models.densenet import BLOCKS, ConcatBlock, DenseNet
+from densejax.models.layers import Dropout
+
+tiny = functools.partial(DenseNet, num_classes=10, growth_rate=4, blocks=(2, 2))
+
+
+def abstract(model, image_shape, **call):
+    """Shapes and dtypes of (variables, (logits, features)); nothing is computed."""
+    image = jax.ShapeDtypeStruct(image_shape, jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    apply = functools.partial(model.apply, **call)
+    return variables, jax.eval_shape(apply, variables, image)
+
+
+def random_variables(model, image_shape, generator):
+    """Variables far from their initial values, so that each one's place and use matters."""
+    variables, _ = abstract(model, image_shape)
+
+    def draw(path, leaf):
+        values = generator.normal(size=leaf.shape)
+        name = path[-1].key
+        if name == "kernel":
+            values *= np.sqrt(2 / np.prod(leaf.shape[:-1]))
+        if name in ("scale", "var"):
+            values = np.exp(0.3 * values)
+        return values.astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, variables)
+
+
+# The oracle: the paper's section 3 written out in float64, PyTorch's padding, no JAX.
+
+
+def convolve(x, kernel, stride=1):
+    height, width = kernel.shape[:2]
+    x = np.pad(x, ((0, 0), (height // 2,) * 2, (width // 2,) * 2, (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(x, (height, width), axis=(1, 2))
+    return np.einsum("bijchw,hwco->bijo", windows[:, ::stride, ::stride], kernel)
+
+
+def forward(variables, image, train, depths, rates, bottleneck, stem):
+    """Logits, and the running statistics after the pass, by path."""
+    params = flatten_dict(jax.tree.map(np.float64, variables["params"]), sep="/")
+    stats = flatten_dict(jax.tree.map(np.float64, variables["batch_stats"]), sep="/")
+    after = dict(stats)
+
+    def norm_relu(x, path):
+        mean, variance = stats[f"{path}/mean"], stats[f"{path}/var"]
+        if train:
+            after[f"{path}/mean"] = 0.9 * mean + 0.1 * x.mean((0, 1, 2))
+            after[f"{path}/var"] = 0.9 * variance + 0.1 * x.var((0, 1, 2))  # biased
+            mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
+        x = (x - mean) / np.sqrt(variance + 1e-5)
+        return np.maximum(x * params[f"{path}/scale"] + params[f"{path}/bias"], 0)
+
+    x = convolve(np.float64(image), params["stem/conv/kernel"], 2 if stem == "imagenet" else 1)
+    if stem == "imagenet":
+        x = norm_relu(x, "stem/norm")
+        x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+        x = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))[:, ::2, ::2]
+        x = x.max((-2, -1))
+    for number, (depth, rate) in enumerate(zip(depths, rates, strict=True), 1):
+        seen = [x]  # the outputs of all layers so far
+        for layer in range(1, depth + 1):
+            path = f"block{number}/layer{layer}"
+            y = norm_relu(np.concatenate(seen, axis=-1), f"{path}/norm1")
+            y = convolve(y, params[f"{path}/conv1/kernel"])
+            if bottleneck:
+                y = convolve(norm_relu(y, f"{path}/norm2"), params[f"{path}/conv2/kernel"])
+            assert y.shape[-1] == rate
+            seen.append(y)
+        x = np.concatenate(seen, axis=-1)
+        if number < len(depths):
+            path = f"transition{number}"
+            x = convolve(norm_relu(x, f"{path}/norm"), params[f"{path}/conv/kernel"])
+            x = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+    pooled = norm_relu(x, "norm").mean((1, 2))
+    return pooled @ params["head/classifier/kernel"] + params["head/classifier/bias"], after
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+@pytest.mark.parametrize("bottleneck", [False, True], ids=["plain", "bc"])
+def test_forward_equals_numpy(bottleneck, stem, train):
+    rates = (4, 3)
+    model = tiny(
+        growth_rate=rates,
+        bottleneck=bottleneck,
+        compression=0.5 if bottleneck else 1.0,
+        stem=stem,
+    )
+    generator = np.random.Generator(np.random.PCG64(7))
+    size = 8 if stem == "cifar" else 16
+    image = generator.normal(size=(4, size, size, 3)).astype(np.float32)
+    variables = random_variables(model, image.shape, generator)
+    expected, stats = forward(variables, image, train, (2, 2), rates, bottleneck, stem)
+
+    @jax.jit
+    def apply(variables, image):
+        return model.apply(variables, image, train=train, mutable=["batch_stats"])
+
+    (logits, _), updated = apply(variables, image)
+    assert logits.std() > 0.1
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    updated = flatten_dict(updated["batch_stats"], sep="/")
+    assert updated.keys() == stats.keys()
+    for path, value in stats.items():
+        np.testing.assert_allclose(updated[path], value, rtol=1e-5, atol=1e-5, err_msg=path)
+
+
+def test_parameter_paths_are_the_public_format():
+    variables, _ = abstract(tiny(blocks=(1, 2)), (1, 8, 8, 3))
+    norms = ["block1/layer1/norm1", "block1/layer1/norm2", "block2/layer1/norm1"]
+    norms += ["block2/layer1/norm2", "block2/layer2/norm1", "block2/layer2/norm2"]
+    norms += ["transition1/norm", "norm"]
+    convs = ["stem/conv", "transition1/conv", "block1/layer1/conv1", "block1/layer1/conv2"]
+    convs += ["block2/layer1/conv1", "block2/layer1/conv2"]
+    convs += ["block2/layer2/conv1", "block2/layer2/conv2"]
+    expected = {f"{norm}/{leaf}" for norm in norms for leaf in ("scale", "bias")}
+    expected |= {f"{conv}/kernel" for conv in convs}
+    expected |= {"head/classifier/kernel", "head/classifier/bias"}
+    assert set(flatten_dict(variables["params"], sep="/")) == expected
+    stats = {f"{norm}/{leaf}" for norm in norms for leaf in ("mean", "var")}
+    assert set(flatten_dict(variables["batch_stats"], sep="/")) == stats
+
+
+def test_features_are_named_cifar():
+    model = DenseNet(10, depth=40, growth_rate=12, bottleneck=False, compression=1.0)
+    _, (logits, features) = abstract(model, (2, 32, 32, 3))
+    assert logits.shape == (2, 10)
+    assert {name: value.shape[1:] for name, value in features.items()} == {
+        "stem": (32, 32, 16),
+        "block1": (32, 32, 160),
+        "transition1": (16, 16, 160),
+        "block2": (16, 16, 304),
+        "transition2": (8, 8, 304),
+        "block3": (8, 8, 448),
+        "final": (8, 8, 448),
+        "pooled": (448,),
+    }
+
+
+def test_features_are_named_imagenet():
+    model = DenseNet(1000, blocks=(6, 12, 24, 16), growth_rate=32, stem="imagenet")
+    _, (_, features) = abstract(model, (1, 224, 224, 3))
+    assert {name: value.shape[1:] for name, value in features.items()} == {
+        "stem": (56, 56, 64),
+        "block1": (56, 56, 256),
+        "transition1": (28, 28, 128),
+        "block2": (28, 28, 512),
+        "transition2": (14, 14, 256),
+        "block3": (14, 14, 1024),
+        "transition3": (7, 7, 512),
+        "block4": (7, 7, 1024),
+        "final": (7, 7, 1024),
+        "pooled": (1024,),
+    }
+
+
+@pytest.mark.parametrize(
+    "changes, width",
+    [
+        ({"bottleneck": False, "compression": 1.0}, 16),
+        ({"bottleneck": True, "compression": 1.0}, 16),
+        ({"bottleneck": False, "compression": 0.5}, 16),
+        ({"bottleneck": True, "compression": 0.5}, 24),
+        ({"bottleneck": False, "compression": 1.0, "stem": "imagenet"}, 24),
+        ({"stem_width": 5}, 5),
+        ({"growth_rate": (20, 12, 12)}, 40),
+    ],
+)
+def test_stem_width(changes, width):
+    _, (_, features) = abstract(DenseNet(10, **{"depth": 10} | changes), (1, 32, 32, 3))
+    assert features["stem"].shape[-1] == width
+
+
+def test_compression_rounds_down():
+    _, (_, features) = abstract(tiny(growth_rate=3, stem_width=5), (1, 8, 8, 3))
+    assert features["block1"].shape[-1] == 11 and features["transition1"].shape[-1] == 5
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block_of_d2l(name):
+    # d2l.ai, section 8.7.2: DenseBlock(2, 10) on 3 channels gives 23.
+    bound = layers.bind(train=False, dtype=jnp.float32, batch_norm_axis=None)
+    block = BLOCKS[name](2, 10, 0, bound)
+    image = jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32)
+    features, _ = jax.eval_shape(block.init_with_output, jax.random.key(0), image)
+    assert features.shape == (4, 8, 8, 23)
+
+
+def test_block_puts_its_input_first():
+    bound = layers.bind(train=False, dtype=jnp.float32, batch_norm_axis=None)
+    image = jax.random.normal(jax.random.key(1), (2, 4, 4, 3))
+    block = ConcatBlock(1, 4, 0, bound)
+    features, _ = jax.jit(block.init_with_output)(jax.random.key(0), image)
+    np.testing.assert_array_equal(features[..., :3], image)
+
+
+def test_network_of_d2l():
+    # d2l.ai, section 8.7.4: 96x96 images of one channel; transitions halve 192, 224 and 240.
+    section = dict(fields("densenet_d2l"))
+    assert section.pop("family") == "densenet"
+    variables, (logits, features) = abstract(DenseNet(10, **section), (1, 96, 96, 1))
+    assert logits.shape == (1, 10)
+    widths = [features[f"transition{number}"].shape[-1] for number in (1, 2, 3)]
+    assert widths == [96, 112, 120] and features["block4"].shape == (1, 3, 3, 248)
+    params = flatten_dict(variables["params"], sep="/")
+    convs = [path for path in params if path.endswith("kernel") and "conv" in path.split("/")[-2]]
+    assert len(convs) == 1 + 16 + 3
+    assert all(path.replace("kernel", "bias") in params for path in convs)
+    assert params["stem/conv/bias"].shape == (64,)
+
+
+def test_bfloat16_keeps_parameters_statistics_and_logits():
+    model = tiny(dtype=jnp.bfloat16)
+    image = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    (logits, features), updated = jax.eval_shape(train, variables, image)
+    assert {leaf.dtype for leaf in jax.tree.leaves((variables, updated))} == {jnp.float32}
+    assert logits.dtype == features.pop("pooled").dtype == jnp.float32
+    assert {value.dtype for value in features.values()} == {jnp.bfloat16}
+
+
+def test_initial_values():
+    model = tiny(convolution_bias=True, growth_rate=24)
+    variables = jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, 8, 8, 3)))
+    params = flatten_dict(variables["params"], sep="/")
+    convs = [p for p in params if p.endswith("kernel") and not p.startswith("head")]
+    assert len(convs) == 10
+    for path in convs:
+        kernel = np.asarray(params[path])
+        height, width, _, c_out = kernel.shape
+        expected = np.sqrt(2 / (height * width * c_out))
+        error = expected / np.sqrt(2 * kernel.size)  # standard error of a sample's std
+        assert abs(kernel.std() - expected) < 5 * error, path
+        assert np.abs(kernel).max() > 2.5 * expected, path  # normal, not truncated or uniform
+    classifier = np.asarray(params["head/classifier/kernel"])
+    bound = 1 / np.sqrt(len(classifier))
+    assert 0.99 * bound < np.abs(classifier).max() <= bound
+    np.testing.assert_allclose(classifier.std(), bound / np.sqrt(3), rtol=0.1)
+    for path, leaf in params.items():
+        if not path.endswith("kernel"):
+            np.testing.assert_array_equal(leaf, 1.0 if path.endswith("scale") else 0.0)
+    for path, leaf in flatten_dict(variables["batch_stats"], sep="/").items():
+        np.testing.assert_array_equal(leaf, 1.0 if path.endswith("var") else 0.0)
+
+
+@pytest.mark.parametrize("bottleneck", [False, True], ids=["plain", "bc"])
+def test_dropout_follows_every_convolution_but_the_stem(bottleneck):
+    model = tiny(bottleneck=bottleneck, dropout_rate=0.2)
+    calls = []
+
+    def record(call, arguments, named, context):
+        result = call(*arguments, **named)
+        if context.method_name == "__call__":
+            calls.append((context.module, arguments[0], result))
+        return result
+
+    def run(variables, image, keys):
+        with nn.intercept_methods(record):
+            model.apply(variables, image, train=True, keys=keys, mutable=["batch_stats"])
+
+    variables, _ = abstract(model, (2, 8, 8, 3))
+    keys = jax.ShapeDtypeStruct((2, 2), jnp.uint32)
+    jax.eval_shape(run, variables, jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32), keys)
+    dropped = {id(value): module for module, value, _ in calls if isinstance(module, Dropout)}
+    convolved = {
+        id(result): "/".join(module.path) for module, _, result in calls if type(module) is nn.Conv
+    }
+    assert [p for key, p in convolved.items() if key not in dropped] == ["stem/conv"]
+    assert dropped.keys() <= convolved.keys() and {d.rate for d in dropped.values()} == {0.2}
+    assert len({d.path for d in dropped.values()}) == len(dropped) == 4 * (1 + bottleneck) + 1
+
+
+def test_dropout_draws_from_the_keys_in_training_alone():
+    model, plain = tiny(dropout_rate=0.5), tiny()
+    generator = np.random.Generator(np.random.PCG64(1))
+    image = generator.normal(size=(2, 8, 8, 3)).astype(np.float32)
+    variables = random_variables(plain, image.shape, generator)
+    np.testing.assert_array_equal(
+        jax.jit(model.apply)(variables, image)[0], jax.jit(plain.apply)(variables, image)[0]
+    )
+
+    @jax.jit
+    def train(keys):
+        return model.apply(variables, image, train=True, keys=keys, mutable=["batch_stats"])[0][0]
+
+    keys = jnp.asarray([[1, 2], [3, 4]], jnp.uint32)
+    np.testing.assert_array_equal(train(keys), train(keys))
+    assert (train(keys) != train(keys + jnp.uint32(1))).all()
+
+
+def test_every_parameter_has_a_gradient():
+    model = tiny(convolution_bias=False, stem="imagenet")
+    generator = np.random.Generator(np.random.PCG64(2))
+    image = generator.normal(size=(4, 16, 16, 3)).astype(np.float32)
+    variables = random_variables(model, image.shape, generator)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        variables_ = variables | {"params": params}
+        (logits, _), _ = model.apply(variables_, image, train=True, mutable=["batch_stats"])
+        return jnp.square(logits).sum()
+
+    for path, leaf in flatten_dict(gradient(variables["params"]), sep="/").items():
+        assert np.abs(leaf).max() > 1e-6, path
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({}, ["model.depth = None", "model.blocks = None", "exactly one"]),
+        ({"depth": 40, "blocks": (1, 1)}, ["model.depth = 40", "model.blocks = (1, 1)", "one"]),
+        ({"depth": 41}, ["model.depth = 41", "bottleneck = True", "6n + 4", "40 and 46"]),
+        ({"depth": 4}, ["model.depth = 4", "6n + 4", "10 and 16"]),
+        ({"depth": -9}, ["model.depth = -9", "6n + 4", "10 and 16"]),
+        ({"depth": 42, "bottleneck": False}, ["model.depth = 42", "3n + 4", "40 and 43"]),
+        ({"blocks": ()}, ["model.blocks = ()", "positive"]),
+        ({"blocks": (6, 0)}, ["model.blocks = (6, 0)", "positive"]),
+        ({"blocks": (6, 1.5)}, ["model.blocks = (6, 1.5)", "positive"]),
+        ({"depth": 40, "growth_rate": 0}, ["model.growth_rate = 0", "positive integer"]),
+        ({"depth": 40, "growth_rate": (12, 12)}, ["growth_rate = (12, 12)", "each of the 3"]),
+        ({"depth": 40, "stem": "vgg"}, ["model.stem = 'vgg'", "cifar, imagenet"]),
+        ({"depth": 40, "block": "sum"}, ["model.block = 'sum'", ", ".join(BLOCKS)]),
+        ({"depth": 40, "compression": 0.0}, ["model.compression = 0.0", "(0, 1]"]),
+        ({"depth": 40, "compression": 1.5}, ["model.compression = 1.5", "(0, 1]"]),
+        ({"depth": 40, "dropout_rate": 1.0}, ["model.dropout_rate = 1.0", "[0, 1)"]),
+        ({"depth": 40, "dropout_rate": -0.1}, ["model.dropout_rate = -0.1", "[0, 1)"]),
+        ({"depth": 40, "bottleneck_width": 0}, ["model.bottleneck_width = 0", "at least 1"]),
+        ({"depth": 40, "stem_width": 0}, ["model.stem_width = 0", "at least 1"]),
+    ],
+)
+def test_bad_fields_are_said_in_one_line(changes, said):
+    with pytest.raises(UserError) as error:
+        DenseNet(10, **changes).check()
+    line = str(error.value)
+    assert "\n" not in line and all(part in line for part in said), line
+
+
+def test_good_fields_pass():
+    for changes in ({"depth": 10}, {"blocks": (1,)}, {"depth": 7, "bottleneck": False}):
+        DenseNet(10, **changes).check()
+    DenseNet(10, depth=40, growth_rate=(4, 8, 16), compression=1.0, stem_width=1).check()

@@ -1,0 +1,157 @@
+"""The model table: exact parameter counts and multiply-adds of every name, and its errors."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from densejax import models
+from densejax.analysis import counts
+from densejax.config import UserError
+
+# name: (classes, image size, channels, parameters, multiply-adds as published). The ImageNet
+# counts are torchvision's; the CIFAR ones equal those of osmr/imgclsmob and the paper's Table 2.
+TABLE = {
+    "densenet_40_12": (10, 32, 3, 1_019_722, "264.8M"),
+    "densenet_100_12": (10, 32, 3, 6_979_642, "1.770G"),
+    "densenet_100_24": (10, 32, 3, 27_249_082, "6.889G"),
+    "densenet_b_100_12": (10, 32, 3, 1_180_666, None),
+    "densenet_c_40_12": (10, 32, 3, 578_090, "192.0M"),
+    "densenet_bc_40_12": (10, 32, 3, 176_122, "72.4M"),
+    "densenet_bc_40_36": (10, 32, 3, 1_542_682, "0.647G"),
+    "densenet_bc_40_48": (10, 32, 3, 2_733_130, "1.150G"),
+    "densenet_bc_40_60": (10, 32, 3, 4_261_690, "1.796G"),
+    "densenet_bc_100_12": (10, 32, 3, 769_162, "287.9M"),
+    "densenet_bc_190_40": (10, 32, 3, 25_624_430, "9.302G"),
+    "densenet_bc_250_24": (10, 32, 3, 15_324_406, "5.419G"),
+    "densenet121": (1000, 224, 3, 7_978_856, "2.834G"),
+    "densenet161": (1000, 224, 3, 28_681_000, "7.728G"),
+    "densenet169": (1000, 224, 3, 14_149_480, "3.360G"),
+    "densenet201": (1000, 224, 3, 20_013_928, "4.291G"),
+    "densenet232": (1000, 224, 3, 55_570_984, "10.119G"),
+    "densenet264": (1000, 224, 3, 33_337_704, "5.752G"),
+    "densenet264_48": (1000, 224, 3, 72_686_632, "12.851G"),
+    "densenet_d2l": (10, 96, 1, 758_226, None),
+}
+# The same nets with other fields: the authors' code has stems of 2k, the paper's text of 16.
+CHANGED = [
+    ("densenet_40_12", {"stem_width": 24}, 10, 1_059_298, "282.9M"),
+    ("densenet_100_24", {"stem_width": 48}, 10, 28_071_706, "7.266G"),
+    ("densenet_c_40_12", {"stem_width": 24}, 10, 599_050, "205.9M"),
+    ("densenet_b_100_12", {"stem_width": 24}, 10, 1_210_066, "376.8M"),
+]
+PARAMETERS = [
+    ("densenet_40_12", {}, 100, 1_060_132),
+    ("densenet_100_12", {}, 100, 7_084_852),
+    ("densenet_100_24", {}, 100, 27_457_972),
+    ("densenet_bc_100_12", {}, 100, 800_032),
+    ("densenet_bc_250_24", {}, 100, 15_480_556),
+    ("densenet_bc_190_40", {}, 100, 25_821_620),
+    ("densenet121", {"growth_rate": 8}, 1000, 709_064),
+    ("densenet121", {"growth_rate": 12}, 1000, 1_384_696),
+    ("densenet121", {"growth_rate": 16}, 1000, 2_274_728),
+    ("densenet121", {"growth_rate": 24}, 1000, 4_697_992),
+    ("densenet121", {"growth_rate": 40}, 1000, 12_117_320),
+    ("densenet121", {"growth_rate": 48}, 1000, 17_113_384),
+]
+
+
+def rounded(number, published):
+    """A number in the unit and with the digits of a published one, such as "1.770G"."""
+    digits, unit = published[:-1], {"M": 1e6, "G": 1e9}[published[-1]]
+    return f"{number / unit:.{len(digits.partition('.')[2])}f}{published[-1]}"
+
+
+def test_every_name_is_in_the_table():
+    assert list(models.MODELS) == list(TABLE)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_counts(name):
+    classes, size, channels, parameters, multiply_adds = TABLE[name]
+    network = models.create(models.fields(name), classes)
+    found = counts.of_network(network, (size, size, channels))
+    assert found[0] == parameters
+    assert multiply_adds is None or rounded(found[1], multiply_adds) == multiply_adds
+
+
+@pytest.mark.parametrize("name, changes, classes, parameters, multiply_adds", CHANGED)
+def test_counts_of_other_stems(name, changes, classes, parameters, multiply_adds):
+    network = models.create(models.fields(name, **changes), classes)
+    found = counts.of_network(network, (32, 32, 3))
+    assert (found[0], rounded(found[1], multiply_adds)) == (parameters, multiply_adds)
+
+
+@pytest.mark.parametrize("name, changes, classes, parameters", PARAMETERS)
+def test_parameters(name, changes, classes, parameters):
+    network = models.create(models.fields(name, **changes), classes)
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(network.init, jax.random.key(0), image)
+    assert counts.parameters(variables) == parameters
+
+
+def test_fields_hold_every_field_of_the_family():
+    section = models.fields("densenet_bc_100_12", dropout_rate=0.2)
+    assert section.to_dict() == {
+        "family": "densenet",
+        "depth": 100,
+        "blocks": None,
+        "growth_rate": 12,
+        "bottleneck": True,
+        "bottleneck_width": 4,
+        "compression": 0.5,
+        "stem": "cifar",
+        "stem_width": None,
+        "dropout_rate": 0.2,
+        "convolution_bias": False,
+        "batch_norm_epsilon": 1e-5,
+        "block": "concat",
+    }
+
+
+def test_fields_take_each_of_their_types():
+    section = models.fields("densenet_bc_100_12")
+    section.depth, section.blocks, section.growth_rate = None, (1, 2), (4, 8)
+    section.stem_width = 6
+    network = models.create(section, 10)
+    assert network.block_depths() == (1, 2) and network.growth_rates() == (4, 8)
+    with pytest.raises(TypeError):
+        section.depth = "forty"
+
+
+def test_create_passes_what_the_run_decides():
+    network = models.create(models.fields("densenet_40_12"), 7, jnp.bfloat16, "data")
+    assert (network.num_classes, network.dtype) == (7, jnp.bfloat16)
+    assert network.batch_norm_axis == "data"
+
+
+def test_variants():
+    assert models.variant("bc") == {"bottleneck": True, "compression": 0.5}
+    assert models.variant("plain") == {"bottleneck": False, "compression": 1.0}
+    assert models.variant("b") == {"bottleneck": True, "compression": 1.0}
+    assert models.variant("c") == {"bottleneck": False, "compression": 0.5}
+
+
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (lambda: models.fields("densenet_41"), ["model = 'densenet_41'", *models.MODELS]),
+        (lambda: models.fields("densenet121", widht=3), ["model.widht", "stem_width", "blocks"]),
+        (lambda: models.fields("densenet121", dtype="x"), ["model.dtype", "stem_width"]),
+        (lambda: models.variant("d"), ["variant = 'd'", "plain, b, c, bc"]),
+        (lambda: models.create({"family": "vgg"}, 10), ["model.family = 'vgg'", "densenet"]),
+        (lambda: models.create({"family": "densenet"}, 10), ["model.batch_norm_epsilon"]),
+        (
+            lambda: models.create(models.fields("densenet121", compression=2.0), 10),
+            ["model.compression = 2.0", "(0, 1]"],
+        ),
+        (
+            lambda: models.create(models.fields("densenet121").to_dict() | {"width": 1}, 10),
+            ["model.width", "fields of densenet", "stem_width"],
+        ),
+    ],
+)
+def test_errors_are_one_line(call, said):
+    with pytest.raises(UserError) as error:
+        call()
+    line = str(error.value)
+    assert "\n" not in line and all(part in line for part in said), line

@@ -1,0 +1,111 @@
+"""The tiny run that the tests of whole runs share: digits, depth 7, growth rate 4, ten steps."""
+
+import atexit
+import functools
+import os
+import pathlib
+import shutil
+import tempfile
+
+import jax
+import numpy as np
+
+from densejax import checkpoint, experiment, models, parallel
+from densejax import config as schema
+
+# Prepared data and compiled programs are made once a session, for subprocesses too.
+SESSION = pathlib.Path(tempfile.mkdtemp(prefix="densejax-tests-"))
+atexit.register(shutil.rmtree, SESSION, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(SESSION / "compiled")
+jax.config.update("jax_compilation_cache_dir", str(SESSION / "compiled"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def tiny(**changes):
+    """A configuration of two epochs of five steps; `changes` by dotted key, `__` for the dot."""
+    config = schema.default()
+    config.name = "tiny"
+    config.model = models.fields(
+        "densenet_bc_40_12", depth=7, growth_rate=4, bottleneck=False, dropout_rate=0.2
+    )
+    config.data.name = "digits"
+    config.data.directory = str(SESSION / "data")
+    config.augmentation.shift = 1
+    config.train.epochs = 2
+    config.train.batch_size = 256
+    config.train.label_smoothing = 0.1
+    config.optimizer.warmup_epochs = 0.5
+    config.evaluate.batch_size = 256  # of 360 test images: the second batch is padded
+    config.log.every_steps = 3
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return config
+
+
+def flags(config):
+    """The command line that turns the tiny digits card into `config`."""
+    card = schema.flatten(digits_card().get_config("depth=10,growth_rate=4"))
+    changed = {k: v for k, v in schema.flatten(config).items() if card[k] != v}
+    return [
+        "--config=configs/digits.py:depth=10,growth_rate=4",
+        *(f"--config.{key}={value}" for key, value in changed.items()),
+    ]
+
+
+def digits_card():
+    """The module configs/digits.py."""
+    from configs import digits
+
+    return digits
+
+
+def build(config, devices=4):
+    """The experiment on the first `devices` devices."""
+    whole = parallel.mesh
+    small = jax.make_mesh(
+        (devices,),
+        (parallel.AXIS,),
+        devices=jax.devices()[:devices],
+        axis_types=(jax.sharding.AxisType.Auto,),
+    )
+    parallel.mesh = lambda: small
+    try:
+        return experiment.build(config)
+    finally:
+        parallel.mesh = whole
+
+
+@functools.cache
+def _abstract_state():
+    return experiment.build(tiny()).abstract_state
+
+
+def restored(path):
+    """The arrays by name of the newest checkpoint of a tiny run."""
+    checkpoints = checkpoint.Checkpoints(path / "checkpoints")
+    try:
+        return named(checkpoints.restore_latest(_abstract_state()))
+    finally:
+        checkpoints.close()
+
+
+def named(tree):
+    """Leaves of a tree as NumPy arrays by their path."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_bits(first, second):
+    """Both trees have the same names and the same bytes."""
+    first, second = named(first), named(second)
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name].tobytes() != second[name].tobytes()] == []
+
+
+def distance(first, second):
+    """The largest difference of two trees, as a share of the largest entry of its array."""
+    first, second = named(first), named(second)
+    assert first.keys() == second.keys()
+    return max(
+        np.abs(first[name] - second[name]).max() / max(np.abs(second[name]).max(), 1e-30)
+        for name in first
+    )

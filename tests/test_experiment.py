@@ -1,0 +1,104 @@
+"""Evaluation sees every image once, on any number of devices; the state is what a restore wants."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from densejax import experiment as experiments
+from densejax import models
+from densejax.config import UserError
+from densejax.data import builders
+from tests import runs
+
+
+@functools.cache
+def built(devices, batch_size=256):
+    return runs.build(runs.tiny(evaluate__batch_size=batch_size), devices)
+
+
+def plain_evaluation(experiment, state):
+    """Means by NumPy over the predictions of the model, all images in one batch."""
+    directory = experiment.config.data.directory
+    images, labels = builders.read("digits", "test", directory)
+    prepared = (images.astype(np.float32) - np.float32(4.8781)) / np.float32(6.0140)
+    model = models.create(experiment.config.model, 10)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    logits, _ = jax.jit(model.apply)(jax.device_get(variables), prepared)
+    logits = np.asarray(logits, np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    order = np.argsort(-logits, axis=-1)
+    return {
+        "loss": -log_p[np.arange(len(labels)), labels].mean(),
+        "accuracy": (order[:, 0] == labels).mean(),
+        "top5_accuracy": (order[:, :5] == labels[:, None]).any(-1).mean(),
+    }
+
+
+@pytest.mark.parametrize(("devices", "batch_size"), [(1, 256), (4, 256), (4, 28)])
+def test_evaluation_is_the_plain_mean_over_every_image(devices, batch_size):
+    experiment = built(devices, batch_size)
+    state = experiment.init()
+    assert experiment.data.evaluation["test"].size == 360  # no multiple of either batch size
+    measured = experiment.evaluate(state, "test")
+    assert measured == pytest.approx(plain_evaluation(experiment, state), rel=1e-6)
+
+
+def test_padding_is_masked_and_images_come_in_order():
+    experiment = built(4)
+    batches = [jax.device_get(b) for b in experiment.data.evaluation["test"].evaluation()]
+    assert [int(batch["mask"].sum()) for batch in batches] == [256, 104]
+    images = np.concatenate([batch["image"][batch["mask"]] for batch in batches])
+    stored = builders.read("digits", "test", experiment.config.data.directory)[0]
+    np.testing.assert_array_equal(images, stored)
+
+
+def test_an_image_that_evaluation_loses_is_an_error(monkeypatch):
+    experiment = runs.build(runs.tiny())
+    test = experiment.data.evaluation["test"]
+    monkeypatch.setattr(test, "evaluation", lambda: iter([next(type(test).evaluation(test))]))
+    with pytest.raises(RuntimeError, match="256 images were evaluated, there are 360"):
+        experiment.evaluate(experiment.init(), "test")
+
+
+def test_the_abstract_state_is_that_of_the_first_state():
+    experiment = built(4)
+    state = experiment.init()
+    facts = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), state)
+    assert facts == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), experiment.abstract_state
+    )
+    assert int(state.step) == 0 and all(
+        leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state)
+    )
+    runs.assert_same_bits(state, experiment.init())
+
+
+def test_steps_and_learning_rate_follow_the_configuration():
+    experiment = built(4)
+    assert experiment.steps == 2 * (1437 // 256)
+    rates = [float(experiment.learning_rate(step)) for step in range(10)]
+    # Two steps of warm-up, drops after 5 and round(7.5) = 8 steps.
+    np.testing.assert_allclose(rates, [0.05, *[0.1] * 4, *[0.01] * 3, *[0.001] * 2], rtol=1e-6)
+
+
+def test_the_computation_takes_the_type_that_is_asked_for():
+    info, model = experiments.describe(runs.tiny(train__dtype="bfloat16"))
+    assert model.dtype == jnp.bfloat16 and info.num_classes == 10
+    assert model.batch_norm_axis == "data"
+    _, model = experiments.describe(runs.tiny(parallel__batch_norm="replica"))
+    assert model.batch_norm_axis is None
+
+
+@pytest.mark.parametrize("key", ["train.batch_size", "evaluate.batch_size"])
+def test_batches_must_divide_over_the_devices(key):
+    with pytest.raises(UserError, match=f"{key} = 30: .* 4 devices"):
+        experiments.build(runs.tiny(**{key.replace(".", "__"): 30}))
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: float64 without jax_enable_x64 trains in float32")
+def test_double_precision_that_jax_does_not_give_is_refused():
+    with pytest.raises(UserError, match="train.dtype"):
+        experiments.build(runs.tiny(train__dtype="float64"))

@@ -1,0 +1,93 @@
+"""Metrics against closed forms: the loss, smoothing, top-5, ties and the mask."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from densejax import metrics
+
+
+def generator(seed=0):
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_uniform_logits_cost_the_logarithm_of_the_classes(classes, smoothing):
+    logits, labels = jnp.full((3, classes), 7.0), jnp.asarray([0, 1, 1])
+    losses = metrics.cross_entropy(logits, labels, smoothing)
+    assert losses.shape == (3,) and losses.dtype == jnp.float32
+    np.testing.assert_allclose(losses, np.log(classes), rtol=1e-6)
+
+
+def test_cross_entropy_of_two_classes():
+    # -log(1 / (1 + e^-2)) where right, 2 more where wrong.
+    losses = metrics.cross_entropy(jnp.asarray([[2.0, 0.0], [2.0, 0.0]]), jnp.asarray([0, 1]))
+    right = np.log1p(np.exp(-2.0))
+    np.testing.assert_allclose(losses, [right, right + 2], rtol=1e-6)
+
+
+def test_smoothing_mixes_the_losses_of_all_classes():
+    logits = generator().normal(size=(4, 7)).astype(np.float32)
+    labels = np.asarray([0, 3, 6, 3], np.int32)
+    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    expected = -(0.9 * logs[np.arange(4), labels] + 0.1 * logs.mean(1))
+    losses = metrics.cross_entropy(jnp.asarray(logits), jnp.asarray(labels), 0.1)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_loss_is_finite_for_large_logits():
+    losses = metrics.cross_entropy(jnp.asarray([[1e4, 0.0], [0.0, 1e4]]), jnp.asarray([0, 0]))
+    np.testing.assert_allclose(losses, [0.0, 1e4])
+
+
+def test_ranks():
+    # Logits fall with the class number: the label is the number of classes before it.
+    logits = jnp.broadcast_to(-jnp.arange(10.0), (10, 10))
+    labels = jnp.arange(10, dtype=jnp.int32)
+    sums = metrics.sums(logits, labels, jnp.zeros(10), jnp.ones(10, bool))
+    assert (sums["correct"], sums["correct_top5"], sums["count"]) == (1, 5, 10)
+    assert sums["count"].dtype == jnp.int32
+
+
+def test_a_tie_counts_for_the_label():
+    # As many classes are above the label as where it came first; no order of classes decides.
+    logits = jnp.zeros((6, 6))
+    labels = jnp.arange(6, dtype=jnp.int32)
+    sums = metrics.sums(logits, labels, jnp.zeros(6), jnp.ones(6, bool))
+    assert sums["correct"] == sums["correct_top5"] == 6
+    sums = metrics.sums(logits.at[:, 2].set(1), labels, jnp.zeros(6), jnp.ones(6, bool))
+    assert (sums["correct"], sums["correct_top5"]) == (1, 6)
+
+
+@pytest.mark.parametrize("classes", [5, 6])
+def test_top_five_needs_more_than_five_classes(classes):
+    names = {"loss", "correct", "count"} | ({"correct_top5"} if classes > 5 else set())
+    logits, labels = jnp.zeros((2, classes)), jnp.zeros(2, jnp.int32)
+    sums = metrics.sums(logits, labels, jnp.zeros(2), jnp.ones(2, bool))
+    assert set(sums) == set(metrics.zeros(classes)) == names
+    dtypes = {name: value.dtype for name, value in sums.items()}
+    assert dtypes == {name: value.dtype for name, value in metrics.zeros(classes).items()}
+    assert ("top5_accuracy" in metrics.means(sums)) == (classes > 5)
+
+
+def test_padding_counts_nothing_and_means_are_over_the_real_examples():
+    random = generator(1)
+    logits = random.normal(size=(12, 8)).astype(np.float32)
+    labels = random.integers(8, size=12).astype(np.int32)
+    mask = random.random(12) < 0.6
+    losses = np.asarray(metrics.cross_entropy(jnp.asarray(logits), jnp.asarray(labels)))
+    padded = [np.where(mask, losses, value) for value in (np.nan, np.inf)]
+    order = np.argsort(-logits, 1)
+    found = metrics.means(metrics.sums(logits, labels, losses, mask))
+    assert found["accuracy"] == pytest.approx((order[:, 0] == labels)[mask].mean())
+    top5 = (order[:, :5] == labels[:, None]).any(1)[mask].mean()
+    assert found["top5_accuracy"] == pytest.approx(top5) and top5 < 1
+    assert found["loss"] == pytest.approx(losses[mask].mean(), rel=1e-6)
+    for broken in padded:
+        assert metrics.means(metrics.sums(logits, labels, broken, mask)) == found
+    assert metrics.sums(logits, labels, losses, mask)["count"] == mask.sum()
+    parts = [metrics.sums(logits[p], labels[p], losses[p], mask[p]) for p in np.split(np.arange(12), 3)]
+    added = {name: sum(part[name] for part in parts) for name in metrics.zeros(8)}
+    assert metrics.means(added) == pytest.approx(found, rel=1e-6)
+    assert all(type(value) is float for value in found.values())

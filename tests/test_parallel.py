@@ -1,0 +1,131 @@
+"""Every layout of devices computes the same training, and a batch must divide over them."""
+
+import itertools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from densejax import parallel
+from densejax.config import UserError
+from densejax.step import train_step
+from tests import runs
+
+LAYOUTS = list(itertools.product((1, 4), ("shard_map", "pmap")))
+
+
+def trained(devices, mode, batch_norm="global", steps=3):
+    """The state after a few steps with augmentation, dropout and label smoothing."""
+    config = runs.tiny(parallel__mode=mode, parallel__batch_norm=batch_norm)
+    experiment = runs.build(config, devices)
+    step, state = experiment.map(train_step), experiment.init()
+    for index in range(steps):
+        state, _ = step(state, experiment.data.train.batch(index))
+    return jax.device_get(state)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The state of one device."""
+    return trained(1, "shard_map")
+
+
+@pytest.mark.parametrize(("devices", "mode"), LAYOUTS[1:])
+def test_all_layouts_train_the_same_parameters(reference, devices, mode):
+    state = trained(devices, mode)
+    assert runs.distance(state.params, reference.params) < 1e-6
+    assert runs.distance(state.batch_stats, reference.batch_stats) < 1e-6
+    assert runs.distance(state.metrics, reference.metrics) < 1e-6
+    assert int(state.step) == int(reference.step) == 3
+
+
+def test_statistics_of_each_replica_differ_from_global_ones_and_agree_between_modes(reference):
+    shard_map, pmap = (trained(4, mode, "replica") for mode in ("shard_map", "pmap"))
+    assert runs.distance(shard_map.params, pmap.params) < 1e-6
+    assert runs.distance(shard_map.batch_stats, pmap.batch_stats) < 1e-6
+    assert runs.distance(shard_map.params, reference.params) > 1e-3
+
+
+PRECISE = """
+import jax
+from densejax.step import train_step
+from tests import runs
+
+def trained(devices, mode):
+    config = runs.tiny(parallel__mode=mode, train__dtype="float64")
+    experiment = runs.build(config, devices)
+    step, state = experiment.map(train_step), experiment.init()
+    for index in range(3):
+        state, _ = step(state, experiment.data.train.batch(index))
+    return state
+
+reference = trained(1, "shard_map")
+assert {leaf.dtype.name for leaf in jax.tree.leaves(reference.params)} == {"float64"}
+for mode in ("shard_map", "pmap"):
+    state = trained(4, mode)
+    print(runs.distance(state.params, reference.params),
+          runs.distance(state.batch_stats, reference.batch_stats))
+"""
+
+
+def test_layouts_agree_to_the_last_digits_in_double_precision():
+    environment = os.environ | {"JAX_ENABLE_X64": "1", "JAX_NUM_CPU_DEVICES": "4"}
+    command = [sys.executable, "-c", PRECISE]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert output.returncode == 0, output.stderr
+    distances = np.array(output.stdout.split(), float)
+    assert len(distances) == 4 and distances.max() < 1e-12
+
+
+def test_the_batch_is_cut_in_order_and_results_are_whole():
+    mesh = parallel.mesh()
+    assert mesh.size == 4
+
+    def step(state, batch):
+        index = jax.lax.axis_index(parallel.AXIS)
+        assert batch.shape == (2,)  # one replica sees its share
+        return jax.lax.psum(state + batch.sum() * 10**index, parallel.AXIS)
+
+    batch = jax.device_put(np.arange(8, dtype=np.int32), parallel.split(mesh))
+    for mode in ("shard_map", "pmap"):
+        assert int(parallel.map_step(step, mesh, mode)(np.int32(0), batch)) == 1 + 50 + 900 + 13000
+
+
+def test_a_donated_state_is_gone():
+    mesh = parallel.mesh()
+    state = jax.device_put(np.ones(8, np.float32), parallel.replicated(mesh))
+    batch = jax.device_put(np.ones(4, np.float32), parallel.split(mesh))
+
+    def step(state, batch):
+        return state + jax.lax.psum(batch.sum(), parallel.AXIS)
+
+    assert parallel.map_step(step, mesh, "shard_map", donate=False)(state, batch)[0] == 5
+    assert not state.is_deleted()
+    assert parallel.map_step(step, mesh, "shard_map", donate=True)(state, batch)[0] == 5
+    assert state.is_deleted()
+
+
+def test_a_batch_that_does_not_divide_names_the_next_that_does():
+    parallel.check_batch_size("train.batch_size", 8, parallel.mesh())
+    with pytest.raises(UserError, match="train.batch_size = 9: .* the 4 devices, such as 12"):
+        parallel.check_batch_size("train.batch_size", 9, parallel.mesh())
+
+
+def test_the_compilation_cache_is_private_and_yields_to_the_environment(monkeypatch, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("HOME", str(tmp_path))
+    try:
+        parallel.start()  # tests name a folder of their own
+        assert not (tmp_path / ".cache").exists()
+        assert jax.config.jax_compilation_cache_dir == before
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        parallel.start()
+        folder = pathlib.Path(jax.config.jax_compilation_cache_dir)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert folder.parent == tmp_path / ".cache/densejax/compiled"
+    assert folder.stat().st_mode & 0o077 == 0
