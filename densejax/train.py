@@ -166,6 +166,7 @@ def open_checkpoints(config: ConfigDict, path: epath.Path) -> checkpoint.Checkpo
 
 def select(experiment: Experiment, checkpoints: checkpoint.Checkpoints) -> TrainState:
     """The state that the result is measured on: the newest, or the best on held-out images."""
+    checkpoints.wait()  # the last save may still be under way
     if experiment.config.checkpoint.select == "best":
         return checkpoints.restore_best(experiment.abstract_state)
     state = checkpoints.restore_latest(experiment.abstract_state)

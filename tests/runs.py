@@ -1,6 +1,7 @@
 """The tiny run that the tests of whole runs share: digits, depth 7, growth rate 4, ten steps."""
 
 import atexit
+import contextlib
 import functools
 import os
 import pathlib
@@ -10,14 +11,41 @@ import tempfile
 import jax
 import numpy as np
 
+from configs import digits
 from densejax import checkpoint, experiment, models, parallel
 from densejax import config as schema
+from densejax.step import train_step
 
-# Prepared data and compiled programs are made once a session, for subprocesses too.
-SESSION = pathlib.Path(tempfile.mkdtemp(prefix="densejax-tests-"))
-atexit.register(shutil.rmtree, SESSION, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(SESSION / "compiled")
-jax.config.update("jax_compilation_cache_dir", str(SESSION / "compiled"))
+
+def _session():
+    """A folder for all processes of a test session, removed when the last of them ends."""
+    if "DENSEJAX_TESTS" in os.environ:  # the child of a test
+        return pathlib.Path(os.environ["DENSEJAX_TESTS"])
+    owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+    folder = pathlib.Path(tempfile.gettempdir()) / f"densejax-tests-{os.getuid()}-{owner}"
+    me = folder / "processes" / str(os.getpid())
+    me.mkdir(parents=True)
+
+    def leave():
+        me.rmdir()
+        with contextlib.suppress(OSError):
+            me.parent.rmdir()  # fails while others are there
+            shutil.rmtree(folder)
+
+    atexit.register(leave)
+    return folder
+
+
+# Prepared data and compiled programs are made once, for subprocesses too.
+SESSION = _session()
+ENVIRONMENT = {
+    "DENSEJAX_TESTS": str(SESSION),
+    "JAX_COMPILATION_CACHE_DIR": str(SESSION / "compiled"),
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "4",
+}
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"]
+jax.config.update("jax_compilation_cache_dir", ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
@@ -42,20 +70,23 @@ def tiny(**changes):
 
 
 def flags(config):
-    """The command line that turns the tiny digits card into `config`."""
-    card = schema.flatten(digits_card().get_config("depth=10,growth_rate=4"))
+    """The command line of a configuration that `tiny` made."""
+    card = schema.flatten(digits.get_config("depth=7,growth_rate=4"))
     changed = {k: v for k, v in schema.flatten(config).items() if card[k] != v}
     return [
-        "--config=configs/digits.py:depth=10,growth_rate=4",
+        "--config=configs/digits.py:depth=7,growth_rate=4",
         *(f"--config.{key}={value}" for key, value in changed.items()),
     ]
 
 
-def digits_card():
-    """The module configs/digits.py."""
-    from configs import digits
+def stepper(experiment):
+    """The compiled step of the training loop, on a copy of the state: the loop donates it."""
+    step, whole = experiment.map(train_step, donate=True), parallel.replicated(experiment.mesh)
 
-    return digits
+    def step_on_copy(state, batch):
+        return step(jax.device_put(jax.device_get(state), whole), batch)
+
+    return step_on_copy
 
 
 def build(config, devices=4):

@@ -87,7 +87,9 @@ def test_padding_counts_nothing_and_means_are_over_the_real_examples():
     for broken in padded:
         assert metrics.means(metrics.sums(logits, labels, broken, mask)) == found
     assert metrics.sums(logits, labels, losses, mask)["count"] == mask.sum()
-    parts = [metrics.sums(logits[p], labels[p], losses[p], mask[p]) for p in np.split(np.arange(12), 3)]
+    parts = [
+        metrics.sums(logits[p], labels[p], losses[p], mask[p]) for p in np.split(np.arange(12), 3)
+    ]
     added = {name: sum(part[name] for part in parts) for name in metrics.zeros(8)}
     assert metrics.means(added) == pytest.approx(found, rel=1e-6)
     assert all(type(value) is float for value in found.values())

@@ -112,9 +112,7 @@ def test_cosine():
     expected = [0.05 * (1 + np.cos(np.pi * x)) for x in (0, 0.25, 0.5, 0.75, 1)]
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-9)
     # After ten steps of warm-up the half cosine fits into the ninety that are left.
-    found = rates(
-        [9, 10, 55, 100], schedule="cosine", warmup_epochs=2.0, total=100, epoch=5
-    )
+    found = rates([9, 10, 55, 100], schedule="cosine", warmup_epochs=2.0, total=100, epoch=5)
     assert found == pytest.approx([0.1, 0.1, 0.05, 0.0], rel=1e-5, abs=1e-9)
 
 

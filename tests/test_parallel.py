@@ -1,5 +1,6 @@
 """Every layout of devices computes the same training, and a batch must divide over them."""
 
+import functools
 import itertools
 import os
 import pathlib
@@ -12,17 +13,22 @@ import pytest
 
 from densejax import parallel
 from densejax.config import UserError
-from densejax.step import train_step
 from tests import runs
 
 LAYOUTS = list(itertools.product((1, 4), ("shard_map", "pmap")))
+
+
+@functools.cache
+def first_state():
+    """Drawn once: compiling the draws takes longer than the steps."""
+    return jax.device_get(runs.build(runs.tiny(), 1).init())
 
 
 def trained(devices, mode, batch_norm="global", steps=3):
     """The state after a few steps with augmentation, dropout and label smoothing."""
     config = runs.tiny(parallel__mode=mode, parallel__batch_norm=batch_norm)
     experiment = runs.build(config, devices)
-    step, state = experiment.map(train_step), experiment.init()
+    step, state = runs.stepper(experiment), first_state()
     for index in range(steps):
         state, _ = step(state, experiment.data.train.batch(index))
     return jax.device_get(state)
@@ -52,33 +58,31 @@ def test_statistics_of_each_replica_differ_from_global_ones_and_agree_between_mo
 
 PRECISE = """
 import jax
-from densejax.step import train_step
 from tests import runs
 
-def trained(devices, mode):
-    config = runs.tiny(parallel__mode=mode, train__dtype="float64")
+reference = state = None
+for devices, mode in ((1, "shard_map"), (4, "shard_map"), (4, "pmap")):
+    config = runs.tiny(parallel__mode=mode, train__dtype="float64", model__dropout_rate=0.3)
     experiment = runs.build(config, devices)
-    step, state = experiment.map(train_step), experiment.init()
+    first = first if reference else jax.device_get(experiment.init())
+    step, state = runs.stepper(experiment), first
     for index in range(3):
         state, _ = step(state, experiment.data.train.batch(index))
-    return state
-
-reference = trained(1, "shard_map")
-assert {leaf.dtype.name for leaf in jax.tree.leaves(reference.params)} == {"float64"}
-for mode in ("shard_map", "pmap"):
-    state = trained(4, mode)
+    reference = reference or state
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float64"}
     print(runs.distance(state.params, reference.params),
-          runs.distance(state.batch_stats, reference.batch_stats))
+          runs.distance(state.batch_stats, reference.batch_stats),
+          runs.distance(state.params, first.params))
 """
 
 
 def test_layouts_agree_to_the_last_digits_in_double_precision():
-    environment = os.environ | {"JAX_ENABLE_X64": "1", "JAX_NUM_CPU_DEVICES": "4"}
+    environment = os.environ | runs.ENVIRONMENT | {"JAX_ENABLE_X64": "1"}
     command = [sys.executable, "-c", PRECISE]
     output = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert output.returncode == 0, output.stderr
-    distances = np.array(output.stdout.split(), float)
-    assert len(distances) == 4 and distances.max() < 1e-12
+    distances = np.array(output.stdout.split(), float).reshape(3, 3)
+    assert distances[:, :2].max() < 1e-12 and distances[:, 2].min() > 1e-3
 
 
 def test_the_batch_is_cut_in_order_and_results_are_whole():

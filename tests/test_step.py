@@ -1,40 +1,25 @@
 """The step against a second, plain implementation, and as a function of seed and step alone."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from densejax import metrics
-from densejax.data.augment import example_keys
-from densejax.step import train_step
 from tests import runs
 
 
 @functools.cache
-def experiment(batch_norm="global", devices=4, seed=0):
-    # Plain descent at rate 1: the change of the parameters is minus the gradient.
-    return runs.build(
-        runs.tiny(
-            seed=seed,
-            parallel__batch_norm=batch_norm,
-            train__epochs=3,
-            optimizer__learning_rate=1.0,
-            optimizer__momentum=0.0,
-            optimizer__nesterov=False,
-            optimizer__weight_decay=0.0,
-            optimizer__warmup_epochs=0.0,
-        ),
-        devices,
-    )
+def experiment(batch_norm="global", seed=0):
+    return runs.build(runs.tiny(seed=seed, parallel__batch_norm=batch_norm))
 
 
 @functools.cache
 def mapped(*which):
-    return experiment(*which).map(train_step)
+    return runs.stepper(experiment(*which))
 
 
 @functools.cache
@@ -46,49 +31,52 @@ def after(steps, *which):
     return mapped(*which)(state, experiment(*which).data.train.batch(steps - 1))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def by_hand(task, parts, state, images, labels):
-    """The mean over equal parts of the batch of (loss, gradient, new statistics)."""
-    task = task.task
+def by_hand(task, parts, state, batch):
+    """The mean over equal parts of the batch of ((loss, new statistics), gradient)."""
     model = task.model.clone(batch_norm_axis=None)
-    step_key = jax.random.fold_in(jax.random.key(task.seed), state.step)
-    keys = example_keys(step_key, jnp.arange(len(labels), dtype=jnp.int32))
-    images = task.preparation.training(images, keys)
-    size = len(labels) // parts
 
-    def loss_of(params, at):
+    def loss_of(params, part):
         (logits, _), updates = model.apply(
             {"params": params, "batch_stats": state.batch_stats},
-            images[at : at + size],
+            part["image"],
             train=True,
-            keys=jax.random.key_data(keys)[at : at + size],
+            keys=part["key"],
             mutable=["batch_stats"],
         )
         log_p = jax.nn.log_softmax(logits)
-        hit = jnp.take_along_axis(log_p, labels[at : at + size, None], 1)[:, 0]
+        hit = jnp.take_along_axis(log_p, part["label"][:, None], 1)[:, 0]
         smooth = task.label_smoothing
         loss = -((1 - smooth) * hit + smooth * log_p.mean(-1)).mean()
         return loss, updates["batch_stats"]
 
-    value = jax.value_and_grad(loss_of, has_aux=True)
-    results = [value(state.params, part * size) for part in range(parts)]
-    return jax.tree.map(lambda *leaves: sum(leaves) / parts, *results)
+    @jax.jit
+    def mean(batch):
+        step_key = jax.random.fold_in(jax.random.key(task.seed), state.step)
+        keys = jax.vmap(lambda place: jax.random.fold_in(step_key, place))(jnp.arange(256))
+        images = task.preparation.training(batch["image"], keys)
+        batch = {"image": images, "label": batch["label"], "key": jax.random.key_data(keys)}
+        batch = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
+        value = jax.value_and_grad(loss_of, has_aux=True)
+        results = jax.lax.map(lambda part: value(state.params, part), batch)
+        return jax.tree.map(lambda leaf: leaf.mean(0), results)
+
+    return mean(batch)
 
 
 @pytest.mark.parametrize(("batch_norm", "parts"), [("global", 1), ("replica", 4)])
-def test_a_step_on_four_devices_is_the_gradient_of_the_mean_loss(batch_norm, parts):
-    state, _ = after(2, batch_norm)
-    new, sums = after(3, batch_norm)
-    batch = jax.device_get(experiment(batch_norm).data.train.batch(2))
-    task = types.SimpleNamespace(task=experiment(batch_norm).task)
-    (loss, stats), gradient = by_hand(
-        task, parts, jax.device_get(state), batch["image"], batch["label"]
-    )
-    moved = jax.tree.map(jnp.subtract, jax.device_get(state.params), jax.device_get(new.params))
-    assert runs.distance(moved, gradient) < 2e-5  # of parameters around 1, as float32
+def test_a_step_on_four_devices_is_that_of_the_mean_loss(batch_norm, parts):
+    (state, sums), (new, new_sums) = jax.device_get((after(1, batch_norm), after(2, batch_norm)))
+    batch = jax.device_get(experiment(batch_norm).data.train.batch(1))
+    (loss, stats), gradient = by_hand(experiment(batch_norm).task, parts, state, batch)
+    # Nesterov momentum 0.9, coupled decay 1e-4 of every parameter, and warm-up's second step.
+    trace = lambda state: optax.tree_utils.tree_get(state.opt_state, "trace")  # noqa: E731
+    decayed = jax.tree.map(lambda g, p: g + 1e-4 * p, gradient, state.params)
+    expected = jax.tree.map(lambda d, t: d + 0.9 * t, decayed, trace(state))
+    assert runs.distance(trace(new), expected) < 1e-5
+    moved = jax.tree.map(lambda p, d, t: p - 0.1 * (d + 0.9 * t), state.params, decayed, expected)
+    assert runs.distance(new.params, moved) < 1e-6
     assert runs.distance(new.batch_stats, stats) < 1e-6
-    earlier = float(after(2, batch_norm)[1]["loss"])
-    assert float(sums["loss"]) - earlier == pytest.approx(256 * float(loss), rel=1e-5)
+    assert new_sums["loss"] - sums["loss"] == pytest.approx(256 * float(loss), rel=1e-5)
 
 
 def test_a_step_repeats_bitwise_and_does_not_change_its_arguments():
@@ -101,11 +89,11 @@ def test_a_step_repeats_bitwise_and_does_not_change_its_arguments():
 
 
 def test_the_seed_decides_parameters_order_and_draws():
-    assert runs.distance(after(0, "global", 4, 1)[0].params, after(0)[0].params) > 0.1
-    batches = [experiment("global", 4, seed).data.train.batch(0)["label"] for seed in (0, 1)]
+    assert runs.distance(after(0, "global", 1)[0].params, after(0)[0].params) > 0.1
+    batches = [experiment("global", seed).data.train.batch(0)["label"] for seed in (0, 1)]
     assert (np.asarray(batches[0]) != np.asarray(batches[1])).any()
     state, batch = after(0)[0], experiment().data.train.batch(0)  # the same for both
-    losses = [float(mapped(*which)(state, batch)[1]["loss"]) for which in ((), ("global", 4, 1))]
+    losses = [float(mapped(*which)(state, batch)[1]["loss"]) for which in ((), ("global", 1))]
     assert losses[0] != losses[1]
 
 

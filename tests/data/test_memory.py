@@ -10,14 +10,18 @@ from densejax.data.memory import MemorySet, permutation
 SIZE = 22
 
 
-@pytest.fixture(params=[1, 4], ids=["1 device", "4 devices"])
-def mesh(request):
+def mesh_of(devices):
     return jax.make_mesh(
-        (request.param,),
+        (devices,),
         ("data",),
         axis_types=(jax.sharding.AxisType.Auto,),
-        devices=jax.devices()[: request.param],
+        devices=jax.devices()[:devices],
     )
+
+
+@pytest.fixture(params=[1, 4], ids=["1 device", "4 devices"])
+def mesh(request):
+    return mesh_of(request.param)
 
 
 def create(mesh, size=SIZE, batch_size=8, seed=0):
@@ -103,10 +107,6 @@ def test_each_device_holds_its_share(mesh):
 
 
 def test_devices_do_not_change_the_batches():
-    one, four = (
-        create(jax.make_mesh((n,), ("data",), axis_types=(jax.sharding.AxisType.Auto,),
-                             devices=jax.devices()[:n]))
-        for n in (1, 4)
-    )
+    one, four = create(mesh_of(1)), create(mesh_of(4))
     for step in (0, 3):
         assert labels(one.batch(step)) == labels(four.batch(step))

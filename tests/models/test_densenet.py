@@ -11,18 +11,17 @@ from flax.traverse_util import flatten_dict
 
 from densejax.config import UserError
 from densejax.models import fields, layers
-from densejax.models.densenet import BLOCKS, ConcatBlock, DenseNet
+from densejax.models.densenet import BLOCKS, DenseNet
 from densejax.models.layers import Dropout
 
 tiny = functools.partial(DenseNet, num_classes=10, growth_rate=4, blocks=(2, 2))
 
 
-def abstract(model, image_shape, **call):
+def abstract(model, image_shape):
     """Shapes and dtypes of (variables, (logits, features)); nothing is computed."""
     image = jax.ShapeDtypeStruct(image_shape, jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    apply = functools.partial(model.apply, **call)
-    return variables, jax.eval_shape(apply, variables, image)
+    result, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
+    return variables, result
 
 
 def random_variables(model, image_shape, generator):
@@ -66,7 +65,10 @@ def forward(variables, image, train, depths, rates, bottleneck, stem):
         x = (x - mean) / np.sqrt(variance + 1e-5)
         return np.maximum(x * params[f"{path}/scale"] + params[f"{path}/bias"], 0)
 
-    x = convolve(np.float64(image), params["stem/conv/kernel"], 2 if stem == "imagenet" else 1)
+    def conv(x, path, stride=1):
+        return convolve(x, params[f"{path}/kernel"], stride) + params.get(f"{path}/bias", 0)
+
+    x = conv(np.float64(image), "stem/conv", 2 if stem == "imagenet" else 1)
     if stem == "imagenet":
         x = norm_relu(x, "stem/norm")
         x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
@@ -77,30 +79,33 @@ def forward(variables, image, train, depths, rates, bottleneck, stem):
         for layer in range(1, depth + 1):
             path = f"block{number}/layer{layer}"
             y = norm_relu(np.concatenate(seen, axis=-1), f"{path}/norm1")
-            y = convolve(y, params[f"{path}/conv1/kernel"])
+            y = conv(y, f"{path}/conv1")
             if bottleneck:
-                y = convolve(norm_relu(y, f"{path}/norm2"), params[f"{path}/conv2/kernel"])
+                y = conv(norm_relu(y, f"{path}/norm2"), f"{path}/conv2")
             assert y.shape[-1] == rate
             seen.append(y)
         x = np.concatenate(seen, axis=-1)
         if number < len(depths):
             path = f"transition{number}"
-            x = convolve(norm_relu(x, f"{path}/norm"), params[f"{path}/conv/kernel"])
+            x = conv(norm_relu(x, f"{path}/norm"), f"{path}/conv")
             x = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
     pooled = norm_relu(x, "norm").mean((1, 2))
     return pooled @ params["head/classifier/kernel"] + params["head/classifier/bias"], after
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
-@pytest.mark.parametrize("bottleneck", [False, True], ids=["plain", "bc"])
-def test_forward_equals_numpy(bottleneck, stem, train):
+@pytest.mark.parametrize(
+    "bottleneck, stem, bias",
+    [(False, "cifar", False), (True, "cifar", False), (True, "imagenet", True)],
+)
+def test_forward_equals_numpy(bottleneck, stem, bias, train):
     rates = (4, 3)
     model = tiny(
         growth_rate=rates,
         bottleneck=bottleneck,
         compression=0.5 if bottleneck else 1.0,
         stem=stem,
+        convolution_bias=bias,
     )
     generator = np.random.Generator(np.random.PCG64(7))
     size = 8 if stem == "cifar" else 16
@@ -202,14 +207,6 @@ def test_block_of_d2l(name):
     assert features.shape == (4, 8, 8, 23)
 
 
-def test_block_puts_its_input_first():
-    bound = layers.bind(train=False, dtype=jnp.float32, batch_norm_axis=None)
-    image = jax.random.normal(jax.random.key(1), (2, 4, 4, 3))
-    block = ConcatBlock(1, 4, 0, bound)
-    features, _ = jax.jit(block.init_with_output)(jax.random.key(0), image)
-    np.testing.assert_array_equal(features[..., :3], image)
-
-
 def test_network_of_d2l():
     # d2l.ai, section 8.7.4: 96x96 images of one channel; transitions halve 192, 224 and 240.
     section = dict(fields("densenet_d2l"))
@@ -228,17 +225,20 @@ def test_network_of_d2l():
 def test_bfloat16_keeps_parameters_statistics_and_logits():
     model = tiny(dtype=jnp.bfloat16)
     image = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
     train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
-    (logits, features), updated = jax.eval_shape(train, variables, image)
-    assert {leaf.dtype for leaf in jax.tree.leaves((variables, updated))} == {jnp.float32}
+    # Linen's own BatchNorm subtracts a float32 mean from bfloat16 features.
+    with jax.numpy_dtype_promotion("standard"):
+        variables = jax.eval_shape(model.init, jax.random.key(0), image)
+        (logits, features), updated = jax.eval_shape(train, variables, image)
+    assert {leaf.dtype for leaf in jax.tree.leaves((variables, updated))} == {jnp.dtype("float32")}
     assert logits.dtype == features.pop("pooled").dtype == jnp.float32
-    assert {value.dtype for value in features.values()} == {jnp.bfloat16}
+    assert {value.dtype for value in features.values()} == {jnp.dtype("bfloat16")}
 
 
 def test_initial_values():
     model = tiny(convolution_bias=True, growth_rate=24)
-    variables = jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, 8, 8, 3)))
+    key = jax.random.key(3, impl="rbg")  # compiles in a third of threefry's time
+    variables = jax.jit(model.init)(key, jnp.zeros((1, 8, 8, 3)))
     params = flatten_dict(variables["params"], sep="/")
     convs = [p for p in params if p.endswith("kernel") and not p.startswith("head")]
     assert len(convs) == 10
@@ -279,22 +279,24 @@ def test_dropout_follows_every_convolution_but_the_stem(bottleneck):
     keys = jax.ShapeDtypeStruct((2, 2), jnp.uint32)
     jax.eval_shape(run, variables, jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32), keys)
     dropped = {id(value): module for module, value, _ in calls if isinstance(module, Dropout)}
-    convolved = {
-        id(result): "/".join(module.path) for module, _, result in calls if type(module) is nn.Conv
-    }
+    kernels = flatten_dict(variables["params"], sep="/")
+    convolved = {}
+    for module, _, result in calls:
+        path = "/".join(module.path)
+        if f"{path}/kernel" in kernels and kernels[f"{path}/kernel"].ndim == 4:
+            convolved[id(result)] = path
     assert [p for key, p in convolved.items() if key not in dropped] == ["stem/conv"]
     assert dropped.keys() <= convolved.keys() and {d.rate for d in dropped.values()} == {0.2}
     assert len({d.path for d in dropped.values()}) == len(dropped) == 4 * (1 + bottleneck) + 1
 
 
 def test_dropout_draws_from_the_keys_in_training_alone():
-    model, plain = tiny(dropout_rate=0.5), tiny()
+    model, plain = tiny(dropout_rate=0.5, blocks=(1,)), tiny(blocks=(1,))
     generator = np.random.Generator(np.random.PCG64(1))
     image = generator.normal(size=(2, 8, 8, 3)).astype(np.float32)
     variables = random_variables(plain, image.shape, generator)
-    np.testing.assert_array_equal(
-        jax.jit(model.apply)(variables, image)[0], jax.jit(plain.apply)(variables, image)[0]
-    )
+    same = [str(jax.make_jaxpr(network.apply)(variables, image)) for network in (model, plain)]
+    assert same[0] == same[1]
 
     @jax.jit
     def train(keys):
@@ -306,7 +308,7 @@ def test_dropout_draws_from_the_keys_in_training_alone():
 
 
 def test_every_parameter_has_a_gradient():
-    model = tiny(convolution_bias=False, stem="imagenet")
+    model = tiny(blocks=(1, 1), stem="imagenet")
     generator = np.random.Generator(np.random.PCG64(2))
     image = generator.normal(size=(4, 16, 16, 3)).astype(np.float32)
     variables = random_variables(model, image.shape, generator)

@@ -1,5 +1,8 @@
 """Padding, dropout, norms, pooling, stems and the head, against NumPy and statistics."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,25 +156,29 @@ def test_hash_bits_read_both_words_the_salt_and_the_place():
     for other in (bits(2, 4), bits(3, 5), bits(4, 3), bits(3, 4, salt=2)):
         assert (base == other).mean() < 0.01
     assert len(np.unique(base)) == base.size
-    np.testing.assert_array_equal(
-        base[:, :10], layers.hash_bits(jnp.asarray([[3, 4]]).astype(jnp.uint32), 1, 10)
-    )
 
 
-def dropout(x, keys, rate=0.2, name="place"):
-    def apply(x, keys):
+class Network(nn.Module):
+    """One dropout, so that it has a path."""
+
+    rate: float
+    place: str
+
+    @nn.compact
+    def __call__(self, x, keys):
         bound = layers.bind(
-            train=True, dtype=x.dtype, batch_norm_axis=None, dropout_rate=rate, keys=keys
+            train=True, dtype=x.dtype, batch_norm_axis=None, dropout_rate=self.rate, keys=keys
         )
+        return bound.dropout(x, name=self.place)
 
-        class Network(layers.nn.Module):
-            @layers.nn.compact
-            def __call__(self, x):
-                return bound.dropout(x, name=name)
 
-        return Network().apply({}, x)
+@functools.partial(jax.jit, static_argnames=("rate", "place"))
+def apply(x, keys, rate, place):
+    return Network(rate, place).apply({}, x, keys)
 
-    return np.asarray(jax.jit(apply)(x, keys))
+
+def dropout(x, keys, rate=0.2, place="here"):
+    return np.asarray(apply(x, keys, rate, place))
 
 
 KEY_DATA = KEYS["examples"]
@@ -205,7 +212,7 @@ def test_dropout_depends_on_key_and_place_alone():
 def test_dropout_is_independent_between_layers_examples_and_places():
     x = np.ones((256, 16, 16, 8), np.float32)
     mask = dropout(x, KEY_DATA, 0.5) != 0
-    other = dropout(x, KEY_DATA, 0.5, name="elsewhere") != 0
+    other = dropout(x, KEY_DATA, 0.5, place="there") != 0
 
     def correlation(one, two):
         return abs(np.corrcoef(one.ravel(), two.ravel())[0, 1]) * np.sqrt(one.size)
