@@ -6,6 +6,7 @@ Data:      60,000 training images and 10,000 test images, read once, after the l
 Command:   python -m densejax.main --config=configs/fashion_mnist.py \
                --config.data.manual_dir=/usr/share/datasets/fashion-mnist
 Hardware:  2 CPU cores.
+Expected:  TODO
 """
 
 from densejax import config as schema

@@ -95,7 +95,9 @@ _CHECKS = {
     "optimizer.momentum": _FRACTION,
     "optimizer.weight_decay": _NOT_NEGATIVE,
     "optimizer.drop_at": (
-        lambda value: all(0 < x < 1 for x in value) and sorted(value) == list(value),
+        lambda value: all(
+            type(x) is float and low < x < 1 for low, x in zip((0, *value), value, strict=False)
+        ),
         "rising fractions in (0, 1)",
     ),
     "optimizer.drop_factor": (lambda value: 0 < value <= 1, "a number in (0, 1]"),
@@ -143,6 +145,11 @@ def check(config: config_dict.ConfigDict) -> None:
         test, allowed = _CHECKS.get(key, (None, None))
         if test and not test(value):
             raise UserError(f"{key} = {value!r}: allowed is {allowed}")
+    for key in ("optimizer.drop_at", "optimizer.drop_factor"):
+        if values["optimizer.schedule"] != "step" and values[key] != schema[key]:
+            raise UserError(f"{key} = {values[key]}: only optimizer.schedule = 'step' reads it")
+    if values["optimizer.nesterov"] and not values["optimizer.momentum"]:
+        raise UserError("optimizer.nesterov = True: set optimizer.momentum above 0")
     held_out = config.data.validation_size > 0
     for key, wants in (
         ("evaluate.split", "validation"),

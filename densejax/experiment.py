@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from densejax import config as config_schema
 from densejax import data, metrics, models, optimizer, parallel
+from densejax.config import UserError
 from densejax.data import builders
 from densejax.step import Task, TrainState, eval_step, init_state
 
@@ -84,6 +85,8 @@ def describe(config: ConfigDict) -> tuple[builders.SetInfo, nn.Module]:
     config_schema.check(config)
     info = builders.info(config.data.name, config.data.directory)
     axis = parallel.AXIS if config.parallel.batch_norm == "global" else None
+    if config.train.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise UserError("train.dtype = 'float64': JAX needs the environment's JAX_ENABLE_X64=1")
     model = models.create(config.model, info.num_classes, jnp.dtype(config.train.dtype), axis)
     return info, model
 

@@ -39,7 +39,9 @@ def sums(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Arra
     Returns:
       "loss", "correct", "correct_top5" (more than five classes) and "count", scalars.
     """
-    rank = (logits > jnp.take_along_axis(logits, labels[:, None], 1)).sum(-1)
+    # Logits that are not below the label's count against it: ties, and whatever is not a number.
+    below = logits < jnp.take_along_axis(logits, labels[:, None], 1)
+    rank = logits.shape[-1] - 1 - below.sum(-1)
     result = {
         "loss": jnp.where(mask, losses, 0).sum(),
         "correct": (mask & (rank < 1)).sum(dtype=losses.dtype),

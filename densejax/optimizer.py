@@ -14,7 +14,12 @@ Schedule = Callable[[int], float]
 
 def _step(config: ConfigDict, steps: int, warmup: int) -> Schedule:
     """Drops after exactly the given fractions of training (the paper: 50 % and 75 %)."""
-    drops = {round(fraction * steps) - warmup: config.drop_factor for fraction in config.drop_at}
+    drops = {}
+    for fraction in config.drop_at:
+        step = round(fraction * steps) - warmup
+        if step < 0:
+            raise UserError(f"optimizer.drop_at = {config.drop_at}: {fraction} is within warm-up")
+        drops[step] = drops.get(step, 1.0) * config.drop_factor
     return optax.piecewise_constant_schedule(config.learning_rate, drops)
 
 

@@ -26,8 +26,8 @@ from densejax.step import TrainState, train_step
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether something that happens every `every` steps, and at the last, happens after `step`."""
-    return step % every == 0 or step == last
+    """Whether what happens every `every` steps (0: never) and at the last happens after `step`."""
+    return every > 0 and (step % every == 0 or step == last)
 
 
 def say(text: str) -> None:
@@ -41,41 +41,41 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
 
     Args:
       config: the whole configuration.
-      directory: the run directory.
+      directory: the run directory; nothing is written there before everything is known to fit.
       mode: "train" or "eval".
       force: resume in the directory of another configuration.
     """
     describe(config)
     path = epath.Path(directory)
-    if mode == "eval":
-        experiment = build(config)
+    if mode == "eval" or ((path / "config.json").exists() and not force):
         workdir.check(path, config)
-        with contextlib.closing(open_checkpoints(config, path)) as checkpoints:
-            result = measure(experiment, select(experiment, checkpoints))
-        say(json.dumps(result, indent=2))
+    summary = path / "summary.json"
+    found = json.loads(summary.read_text()) if summary.exists() else None
+    if mode == "train" and found and workdir.same_run(found["config"], config):
+        say(result_line(found, path))
         return 0
-    with workdir.open_run(path, config, force):
-        summary = path / "summary.json"
-        found = json.loads(summary.read_text()) if summary.exists() else None
-        if found and found["config"]["train"]["epochs"] == config.train.epochs:
-            say(result_line(found, path))
-            return 0
-        return train(config, path)
-
-
-def train(config: ConfigDict, path: epath.Path) -> int:
-    """Trains from where the run directory stands; returns the process's exit code."""
     experiment = build(config)
-    with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(stop_signals())
-        checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(config, path)))
-        state = checkpoints.restore_latest(experiment.abstract_state)
-        start = 0 if state is None else int(state.step)
+    with contextlib.closing(open_checkpoints(config, path)) as checkpoints:
+        if mode == "eval":
+            say(json.dumps(measure(experiment, select(experiment, checkpoints)), indent=2))
+            return 0
+        start = checkpoints.latest_step() or 0
         if start > experiment.steps:
             raise UserError(
                 f"train.epochs = {config.train.epochs}: {path} has {start} steps behind it, more "
                 f"than these {experiment.steps}; give more epochs or another --workdir"
             )
+        with workdir.open_run(path, config, force):
+            return train(experiment, path, checkpoints)
+
+
+def train(experiment: Experiment, path: epath.Path, checkpoints: checkpoint.Checkpoints) -> int:
+    """Trains from where the run directory stands; returns the process's exit code."""
+    config = experiment.config
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stop_signals())
+        state = checkpoints.restore_latest(experiment.abstract_state)
+        start = 0 if state is None else int(state.step)
         facts = summarise(experiment, path, start)
         log = metric_log.MetricLog(
             path,
@@ -89,6 +89,7 @@ def train(config: ConfigDict, path: epath.Path) -> int:
         state = experiment.init() if state is None else state
         state, first_step, last_metrics = fit(experiment, state, log, checkpoints, stop)
         if stop:
+            checkpoints.wait()
             say(f"{stop[0].name}: saved step {int(state.step)}; the same command goes on from it")
             return 128 + stop[0] if stop[0] is signal.SIGINT else 0
         chosen = select(experiment, checkpoints) if config.checkpoint.select == "best" else state
@@ -120,15 +121,24 @@ def fit(
       one), and the metrics of the last step's evaluation by split.
     """
     config, last = experiment.config, experiment.steps
-    epoch = experiment.data.train.steps_per_epoch
+    epoch, split = experiment.data.train.steps_per_epoch, config.evaluate.split
+    evaluate_every, save_every = (
+        config.evaluate.every_epochs * epoch,
+        config.checkpoint.every_epochs * epoch,
+    )
+    best_is_kept = config.checkpoint.select == "best"
     take_step = experiment.map(train_step, donate=True)
-    split = config.evaluate.split
     first_step, late, evaluated = None, [], {}
 
     def log_late():
         while late:
             step, sums = late.pop()
             values = {f"train_{name}": value for name, value in metrics.means(sums).items()}
+            if not math.isfinite(values["train_loss"]):
+                raise UserError(
+                    f"train_loss = {values['train_loss']} at step {step}: nothing after the last "
+                    f"checkpoint is kept; lower optimizer.learning_rate"
+                )
             log.train(step, values | {"learning_rate": float(experiment.learning_rate(step - 1))})
 
     for step in range(int(state.step) + 1, last + 1):
@@ -139,11 +149,9 @@ def fit(
         log_late()  # the metrics of the step before, while the device is busy with this one
         if due(step, config.log.every_steps, last):
             late.append((step, sums))
-        evaluates = config.evaluate.every_epochs and due(
-            step, config.evaluate.every_epochs * epoch, last
-        )
-        saves = due(step, config.checkpoint.every_epochs * epoch, last) or stop
-        saves = saves or (evaluates and config.checkpoint.select == "best")
+        stops = bool(stop)  # read once: a signal that arrives below this line waits for a step
+        evaluates = due(step, evaluate_every, last)
+        saves = stops or due(step, save_every, last) or (evaluates and best_is_kept)
         if evaluates or saves:
             log_late()
             with log.pause():
@@ -153,7 +161,7 @@ def fit(
                 if saves:
                     error = 1 - evaluated[split]["accuracy"] if evaluates else math.nan
                     checkpoints.save(step, state, {f"{split}_error": error})
-        if stop:
+        if stops:
             break
     return state, first_step, evaluated
 

@@ -56,6 +56,14 @@ def difference(old: dict, new: dict) -> list[str]:
     ]
 
 
+def same_run(old: dict, config: ml_collections.ConfigDict) -> bool:
+    """Whether a finished run's configuration asks for the same steps and the same result."""
+    return not any(
+        line.startswith("train.epochs:") or not _resumable(line.partition(":")[0])
+        for line in difference(old, config.to_dict())
+    )
+
+
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -115,8 +123,10 @@ def _accepted_changes(path, config, force) -> list[str] | None:
     changes = difference(json.loads(stored.read_text()), config)
     refused = [line for line in changes if not _resumable(line.partition(":")[0])]
     if refused and not force:
-        lines = "\n  ".join([f"workdir={path} has another configuration:", *refused])
-        raise WorkdirError(f"{lines}\nChoose another --workdir, or --resume=force to take the new.")
+        raise WorkdirError(
+            f"workdir={path} has another configuration ({'; '.join(refused)}). "
+            "Choose another --workdir, or --resume=force to take the new."
+        )
     return changes
 
 

@@ -1,4 +1,4 @@
-"""The tiny run that the tests of whole runs share: digits, depth 7, growth rate 4, ten steps."""
+"""The tiny run that the tests of whole runs share: digits, two dense layers, ten steps."""
 
 import atexit
 import contextlib
@@ -11,7 +11,6 @@ import tempfile
 import jax
 import numpy as np
 
-from configs import digits
 from densejax import checkpoint, experiment, models, parallel
 from densejax import config as schema
 from densejax.step import train_step
@@ -54,7 +53,7 @@ def tiny(**changes):
     config = schema.default()
     config.name = "tiny"
     config.model = models.fields(
-        "densenet_bc_40_12", depth=7, growth_rate=4, bottleneck=False, dropout_rate=0.2
+        "densenet_bc_40_12", depth=None, blocks=(1, 1), growth_rate=4, dropout_rate=0.2
     )
     config.data.name = "digits"
     config.data.directory = str(SESSION / "data")
@@ -69,14 +68,13 @@ def tiny(**changes):
     return config
 
 
-def flags(config):
-    """The command line of a configuration that `tiny` made."""
-    card = schema.flatten(digits.get_config("depth=7,growth_rate=4"))
-    changed = {k: v for k, v in schema.flatten(config).items() if card[k] != v}
-    return [
-        "--config=configs/digits.py:depth=7,growth_rate=4",
-        *(f"--config.{key}={value}" for key, value in changed.items()),
-    ]
+def card(folder, **changes):
+    """Writes a card whose configuration is `tiny(**changes)`; returns its path."""
+    path = folder / "card.py"
+    path.write_text(
+        f"from tests import runs\n\n\ndef get_config():\n    return runs.tiny(**{changes!r})\n"
+    )
+    return path
 
 
 def stepper(experiment):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from densejax import experiment as experiments
 from densejax import models
@@ -19,6 +20,17 @@ def built(devices, batch_size=256):
     return runs.build(runs.tiny(evaluate__batch_size=batch_size), devices)
 
 
+def random_state(experiment):
+    """A state of random numbers, so that no two logits are equal and no feature is dead."""
+    random = np.random.default_rng(3)
+    return jax.tree.map(
+        lambda leaf: jax.device_put(
+            np.abs(random.normal(0.2, 0.2, leaf.shape)).astype(leaf.dtype), leaf.sharding
+        ),
+        experiment.abstract_state,
+    )
+
+
 def plain_evaluation(experiment, state):
     """Means by NumPy over the predictions of the model, all images in one batch."""
     directory = experiment.config.data.directory
@@ -28,7 +40,7 @@ def plain_evaluation(experiment, state):
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits, _ = jax.jit(model.apply)(jax.device_get(variables), prepared)
     logits = np.asarray(logits, np.float64)
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    log_p = logits - scipy.special.logsumexp(logits, -1, keepdims=True)
     order = np.argsort(-logits, axis=-1)
     return {
         "loss": -log_p[np.arange(len(labels)), labels].mean(),
@@ -40,10 +52,18 @@ def plain_evaluation(experiment, state):
 @pytest.mark.parametrize(("devices", "batch_size"), [(1, 256), (4, 256), (4, 28)])
 def test_evaluation_is_the_plain_mean_over_every_image(devices, batch_size):
     experiment = built(devices, batch_size)
-    state = experiment.init()
+    state = random_state(experiment)
     assert experiment.data.evaluation["test"].size == 360  # no multiple of either batch size
     measured = experiment.evaluate(state, "test")
     assert measured == pytest.approx(plain_evaluation(experiment, state), rel=1e-6)
+
+
+def test_a_network_that_has_diverged_gets_no_credit():
+    experiment = built(4)
+    state = random_state(experiment)
+    params = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), state.params)
+    measured = experiment.evaluate(state.replace(params=params), "test")
+    assert measured["accuracy"] < 0.2 and not measured["top5_accuracy"] > 0.6
 
 
 def test_padding_is_masked_and_images_come_in_order():
@@ -60,7 +80,7 @@ def test_an_image_that_evaluation_loses_is_an_error(monkeypatch):
     test = experiment.data.evaluation["test"]
     monkeypatch.setattr(test, "evaluation", lambda: iter([next(type(test).evaluation(test))]))
     with pytest.raises(RuntimeError, match="256 images were evaluated, there are 360"):
-        experiment.evaluate(experiment.init(), "test")
+        experiment.evaluate(random_state(experiment), "test")
 
 
 def test_the_abstract_state_is_that_of_the_first_state():
@@ -98,7 +118,6 @@ def test_batches_must_divide_over_the_devices(key):
         experiments.build(runs.tiny(**{key.replace(".", "__"): 30}))
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: float64 without jax_enable_x64 trains in float32")
 def test_double_precision_that_jax_does_not_give_is_refused():
     with pytest.raises(UserError, match="train.dtype"):
         experiments.build(runs.tiny(train__dtype="float64"))

@@ -50,14 +50,20 @@ def test_ranks():
     assert sums["count"].dtype == jnp.int32
 
 
-def test_a_tie_counts_for_the_label():
-    # As many classes are above the label as where it came first; no order of classes decides.
+def test_a_tie_counts_against_the_label():
+    # No order of classes decides, and a network that says nothing knows nothing.
     logits = jnp.zeros((6, 6))
     labels = jnp.arange(6, dtype=jnp.int32)
     sums = metrics.sums(logits, labels, jnp.zeros(6), jnp.ones(6, bool))
-    assert sums["correct"] == sums["correct_top5"] == 6
+    assert sums["correct"] == sums["correct_top5"] == 0
     sums = metrics.sums(logits.at[:, 2].set(1), labels, jnp.zeros(6), jnp.ones(6, bool))
-    assert (sums["correct"], sums["correct_top5"]) == (1, 6)
+    assert (sums["correct"], sums["correct_top5"]) == (1, 1)
+
+
+def test_logits_that_are_not_numbers_are_never_correct():
+    logits, labels = jnp.full((4, 10), jnp.nan), jnp.arange(4, dtype=jnp.int32)
+    sums = metrics.sums(logits, labels, jnp.zeros(4), jnp.ones(4, bool))
+    assert sums["correct"] == sums["correct_top5"] == 0
 
 
 @pytest.mark.parametrize("classes", [5, 6])

@@ -113,7 +113,7 @@ def test_another_configuration_is_shown_and_only_forced(tmp_path):
     changed = make_config(seed=1, model__depths=(6, 6), train__epochs=1)
     with pytest.raises(WorkdirError) as caught, open_run(tmp_path, changed):
         pass
-    assert "  model.depths: [6, 12] -> [6, 6]\n  seed: 0 -> 1\n" in str(caught.value)
+    assert "(model.depths: [6, 12] -> [6, 6]; seed: 0 -> 1)" in str(caught.value)
     assert "--resume=force" in str(caught.value) and "epochs" not in str(caught.value)
     assert not (tmp_path / "lock").exists() and len(history(tmp_path)) == 1
     with open_run(tmp_path, changed, force=True):

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
 
 
 def parameters(variables: Any) -> int:
@@ -40,7 +41,7 @@ def _of_jaxpr(jaxpr) -> int:
             length = math.prod(shape[axis] for axis in contracted)
             total += math.prod(equation.outvars[0].aval.shape) * length
         else:
-            inner = sum(_of_jaxpr(sub) for sub in jax.core.jaxprs_in_params(parameters_))
+            inner = sum(_of_jaxpr(sub) for sub in jaxprs_in_params(parameters_))
             total += inner * parameters_.get("length", 1)
     return total
 

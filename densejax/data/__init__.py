@@ -67,7 +67,9 @@ def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Da
     def read(name):
         return builders.read(config.data.name, name, config.data.directory, config.data.manual_dir)
 
-    first, *more = config.data.train_split.split("+")
+    first, *more = names = config.data.train_split.split("+")
+    if len(set(names)) < len(names):
+        raise UserError(f"data.train_split = {config.data.train_split!r}: names a split twice")
     images, labels = read(first)
     trains, held_out = hold_out(len(images), config.data.validation_size)
     evaluate = config.evaluate

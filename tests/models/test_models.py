@@ -30,7 +30,7 @@ TABLE = {
     "densenet232": (1000, 224, 3, 55_570_984, "10.119G"),
     "densenet264": (1000, 224, 3, 33_337_704, "5.752G"),
     "densenet264_48": (1000, 224, 3, 72_686_632, "12.851G"),
-    "densenet_d2l": (10, 96, 1, 758_226, None),
+    "densenet_d2l": (10, 96, 1, 758_226, "129.1M"),  # both by hand
 }
 # The same nets with other fields: the authors' code has stems of 2k, the paper's text of 16.
 CHANGED = [

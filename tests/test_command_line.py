@@ -1,0 +1,209 @@
+"""Bad input is one line that says what is wrong, and exit code 2; the real `main`, in process."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from absl import flags, logging
+from absl.testing import flagsaver
+
+from densejax import command_line, main, workdir
+from densejax.data import builders
+from tests import archives, runs
+
+# ml_collections loads cards in a way that Python will drop.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+ROOT = pathlib.Path(main.__file__).parents[1]
+DIGITS = "--config=configs/digits.py"
+CIFAR = "--config=configs/cifar10.py"
+
+
+@pytest.fixture
+def command(monkeypatch, capfd, tmp_path):
+    """Runs a command line; returns (exit code, standard output, standard error)."""
+    monkeypatch.chdir(ROOT)
+    verbosity = logging.get_verbosity()
+
+    def run(*arguments):
+        sys.modules.pop("config_config", None)  # the card before
+        monkeypatch.setattr(sys, "argv", ["densejax.main", *arguments])
+        capfd.readouterr()
+        with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
+            try:
+                command_line.run(main.main)
+            finally:
+                flags.FLAGS["config"].value = None
+        return caught.value.code, *capfd.readouterr()
+
+    yield run
+    logging.set_verbosity(verbosity)
+
+
+def data(path):
+    return f"--config.data.directory={path}"
+
+
+READY = data(runs.SESSION / "data")
+NEW = "--workdir={tmp}/run"
+CASES = {
+    "wrong key": (
+        [DIGITS, "--config.train.epoch=3"],
+        "train.epoch: unknown key; allowed are train.batch_size, train.dtype, train.epochs,",
+    ),
+    "wrong section": ([DIGITS, "--config.trian.epochs=3"], "trian.epochs: unknown key; allowed"),
+    "wrong field": ([DIGITS, "--config.model.width=3"], "model.width: unknown key; allowed"),
+    "text for a number": (
+        [DIGITS, "--config.train.epochs=three"],
+        "train.epochs = three: give a value of type int",
+    ),
+    "fraction for an integer": (
+        [DIGITS, "--config.train.epochs=1.5"],
+        "train.epochs = 1.5: give a value of type int",
+    ),
+    "number for a switch": ([DIGITS, "--config.augmentation.flip=7"], "augmentation.flip = 7: "),
+    "no value": (
+        [DIGITS, "--config.train.epochs"],
+        "train.epochs = : give a value of type int",
+    ),
+    "depth 41": ([CIFAR + ":depth=41"], "model.depth = 41: "),
+    "unknown variant": ([CIFAR + ":variant=x"], "variant = 'x': allowed are plain, b, c, bc"),
+    "unknown argument": ([CIFAR + ":width=3"], "config argument 'width=3': give key=value pairs"),
+    "argument of another type": ([CIFAR + ":depth=deep"], "config argument depth=deep: give a"),
+    "missing card": ([f"{DIGITS}x"], "--config=configs/digits.pyx: there is no such file"),
+    "no card": ([], "--config: name a card, such as"),
+    "a file that is no card": (["--config=densejax/__init__.py"], "module 'config_config' has no"),
+    "blocks and depth": (
+        [DIGITS, "--config.model.blocks=(2,2)"],
+        "model.depth = 22 and model.blocks = (2, 2): give exactly one",
+    ),
+    "growth rates of two blocks": (
+        [DIGITS, "--config.model.growth_rate=(4,4)"],
+        "model.growth_rate = (4, 4): give one positive integer, or one for each of the 3 blocks",
+    ),
+    "dropout of 2": ([DIGITS, "--config.model.dropout_rate=2"], "model.dropout_rate = 2.0: "),
+    "unknown stem": ([DIGITS, "--config.model.stem=vgg"], "model.stem = 'vgg': allowed are"),
+    "unknown family": ([DIGITS, "--config.model.family=x"], "model.family = 'x': allowed are"),
+    "batch of 0": ([DIGITS, "--config.train.batch_size=0"], "train.batch_size = 0: allowed is"),
+    "batch that does not divide": (
+        [DIGITS, READY, "--config.train.batch_size=30"],
+        "train.batch_size = 30: must be a multiple of the 4 devices, such as 32",
+    ),
+    "batch above the set": (
+        [DIGITS, READY, "--config.train.batch_size=1440"],
+        "train.batch_size = 1440: must be at most the 1437 training images",
+    ),
+    "everything held out": (
+        [DIGITS, READY, "--config.data.validation_size=1437"],
+        "data.validation_size = 1437: must be below the 1437 training images",
+    ),
+    "best without validation": (
+        [DIGITS, "--config.checkpoint.select=best"],
+        "checkpoint.select = 'best': set data.validation_size above 0",
+    ),
+    "unknown schedule": (
+        [DIGITS, READY, "--config.optimizer.schedule=cos"],
+        "optimizer.schedule = 'cos': allowed are step, cosine, linear, constant",
+    ),
+    "warm-up as long as training": (
+        [DIGITS, READY, "--config.optimizer.warmup_epochs=30"],
+        "optimizer.warmup_epochs = 30.0: must be below train.epochs",
+    ),
+    "unknown data set": (
+        [DIGITS, READY, "--config.data.name=mnist"],
+        "data.name = mnist: neither one of fashion_mnist, cifar10, cifar100, svhn, digits",
+    ),
+    "unknown split": (
+        [DIGITS, READY, "--config.data.train_split=train+extra"],
+        "data.name = digits: no split 'extra'; it has train, test",
+    ),
+    "missing data": (
+        [CIFAR, data("{tmp}/data")],
+        "data.name = cifar10: cifar-10-binary.tar.gz or cifar-10-python.tar.gz not found in",
+    ),
+    "archive of other content": (
+        [CIFAR, data("{tmp}/data"), "--config.data.manual_dir={tmp}/other"],
+        "data.name = cifar10: {tmp}/other/cifar-10-binary.tar.gz has SHA-256 ",
+    ),
+    "a file in the way of the data": ([DIGITS, data("{tmp}/file")], "data.name = digits: "),
+    "a file in the way": (
+        [DIGITS, READY, "--workdir={tmp}/file"],
+        "workdir={tmp}/file: [Errno 17] File exists: '{tmp}/file'. Choose a --workdir",
+    ),
+    "a file above": ([DIGITS, READY, "--workdir={tmp}/file/x"], "workdir={tmp}/file/x: "),
+    "a place that cannot be written": ([DIGITS, READY, "--workdir=/proc/x"], "workdir=/proc/x: "),
+    "nothing to evaluate": (
+        [DIGITS, READY, "--mode=eval", "--workdir={tmp}/none"],
+        "workdir={tmp}/none: not a run directory (it has no config.json).",
+    ),
+    "unknown flag": ([DIGITS, "--epochs=3"], "Unknown command line flag 'epochs'"),
+    "unknown mode": ([DIGITS, "--mode=test"], "flag --mode=test: value should be one of"),
+    "unknown resume": ([DIGITS, "--resume=yes"], "flag --resume=yes: value should be one of"),
+    "stray argument": ([DIGITS, "stray"], "'stray' is no flag; flags look like --config="),
+    "the second override": (
+        [DIGITS, "--config.seed=1", "--config.train.epochs=x"],
+        "train.epochs = x: give",
+    ),
+}
+
+
+def one_line(answer):
+    code, output, error = answer
+    assert (code, output) == (2, "")
+    assert error.startswith("densejax: ") and error.endswith("\n") and error.count("\n") == 1
+    return error.removeprefix("densejax: ")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line(command, tmp_path, monkeypatch, case):
+    arguments, says = CASES[case]
+    if case == "missing data":  # an address that nobody answers
+        (tmp_path / "tiny").mkdir()
+        facts = archives.with_digests(builders.SETS["cifar10"], tmp_path / "tiny")
+        monkeypatch.setitem(builders.SETS, "cifar10", facts)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "cifar-10-binary.tar.gz").write_text("no archive")
+    if not any(argument.startswith("--workdir") for argument in arguments):
+        arguments = [*arguments, NEW]
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    assert one_line(command(*arguments)).startswith(says.replace("{tmp}", str(tmp_path)))
+
+
+def test_another_configuration_is_one_line(command, tmp_path):
+    with workdir.open_run(tmp_path, runs.tiny(seed=7)):
+        pass
+    card = f"--config={runs.card(tmp_path)}"
+    assert "seed: 7 -> 0" in one_line(command(card, f"--workdir={tmp_path}"))
+
+
+def test_drops_that_are_no_numbers_are_one_line(command, tmp_path):
+    drops = "--config.optimizer.drop_at=(0.5,'x')"
+    assert "optimizer.drop_at" in one_line(command(CIFAR, drops, f"--workdir={tmp_path}"))
+
+
+def test_blocks_can_replace_depth(command, tmp_path):
+    arguments = [DIGITS, "--config.model.depth=None", "--config.model.blocks=(1,1)"]
+    line = one_line(command(*arguments, "--config.train.epochs=0", f"--workdir={tmp_path}"))
+    assert line.startswith("train.epochs = 0")
+
+
+def test_a_good_command_trains_and_exits_with_0(command, tmp_path):
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    card = f"--config={runs.card(tmp_path, train__epochs=1)}"
+    code, output, _ = command(card, f"--workdir={tmp_path}/run", "--config.seed=0")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+    assert code == 0 and "test accuracy" in output.splitlines()[-1]
+    assert f"{tmp_path}/run/summary.json" in output
+
+
+def test_the_real_command_says_one_line():
+    command = [sys.executable, "-m", "densejax.main", CIFAR + ":depth=41"]
+    environment = os.environ | runs.ENVIRONMENT
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert one_line((answer.returncode, answer.stdout, answer.stderr)).startswith(
+        "model.depth = 41: with model.bottleneck = True it must be 6n + 4, n >= 1; "
+        "the nearest are 40 and 46"
+    )

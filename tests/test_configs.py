@@ -1,0 +1,259 @@
+"""Every card builds; the papers' recipes are literal; each runs on tiny archives of its format."""
+
+import ast
+import importlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import densejax
+from densejax import config as schema
+from densejax import data, experiment, parallel, train
+from densejax.config import UserError
+from densejax.data import builders
+from tests import archives, runs
+
+FOLDER = pathlib.Path(densejax.__file__).parents[1] / "configs"
+CARDS = sorted(path.stem for path in FOLDER.glob("*.py"))
+ARGUMENTS = {
+    "cifar10": ["variant=plain,depth=40", "variant=b", "variant=c,depth=40", "augment=False"],
+    "cifar100": ["variant=plain,depth=40", "depth=40,growth_rate=24", "augment=False"],
+    "svhn": ["variant=plain,depth=100,growth_rate=24"],
+    "fashion_mnist": ["growth_rate=8", "tune=True"],
+    "digits": ["depth=10,growth_rate=4"],
+}
+
+
+def card(name, arg=None):
+    """The configuration of a card."""
+    return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+@pytest.mark.parametrize(
+    ("name", "arg"), [(name, arg) for name in CARDS for arg in (None, *ARGUMENTS.get(name, []))]
+)
+def test_every_card_describes_an_experiment(name, arg):
+    config = card(name, arg)
+    info, model = experiment.describe(config)
+    assert config.name == name and model.num_classes == info.num_classes
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_every_card_is_short_and_its_docstring_is_a_run_card(name):
+    text = (FOLDER / f"{name}.py").read_text()
+    assert len(text.splitlines()) <= 60
+    docstring = ast.get_docstring(ast.parse(text))
+    for word in ("Command:", "Data:", "Expected:", f"--config=configs/{name}.py"):
+        assert word in docstring, word
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_no_card_takes_an_argument_that_it_does_not_know(name):
+    with pytest.raises(UserError, match="config argument 'colour=red'"):
+        card(name, "colour=red")
+
+
+CIFAR_RECIPE = {
+    "train.epochs": 300,
+    "train.batch_size": 64,
+    "train.label_smoothing": 0.0,
+    "train.dtype": "float32",
+    "optimizer.learning_rate": 0.1,
+    "optimizer.schedule": "step",
+    "optimizer.drop_at": (0.5, 0.75),
+    "optimizer.drop_factor": 0.1,
+    "optimizer.warmup_epochs": 0.0,
+    "optimizer.momentum": 0.9,
+    "optimizer.nesterov": True,
+    "optimizer.weight_decay": 1e-4,
+    "optimizer.decay_all": True,
+    "augmentation.shift": 4,
+    "augmentation.flip": True,
+    "data.normalization": "statistics",
+    "data.train_split": "train",
+    "data.validation_size": 0,
+    "data.image_size": 0,
+    "evaluate.split": "test",
+    "evaluate.final_split": "test",
+    "evaluate.every_epochs": 0,
+    "checkpoint.select": "last",
+    "model.bottleneck": True,
+    "model.bottleneck_width": 4,
+    "model.compression": 0.5,
+    "model.depth": 100,
+    "model.growth_rate": 12,
+    "model.stem": "cifar",
+    "model.stem_width": None,
+    "model.dropout_rate": 0.0,
+    "model.convolution_bias": False,
+}
+NO_AUGMENTATION = {"augmentation.shift": 0, "augmentation.flip": False, "model.dropout_rate": 0.2}
+PLAIN_40 = {"model.bottleneck": False, "model.compression": 1.0, "model.depth": 40}
+SVHN_RECIPE = NO_AUGMENTATION | {
+    "train.epochs": 40,
+    "data.normalization": "scale",
+    "data.train_split": "train+extra",
+    "data.validation_size": 6000,
+    "evaluate.split": "validation",
+    "evaluate.every_epochs": 1,
+    "checkpoint.select": "best",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "arg", "changes"),
+    [
+        ("cifar10", None, {}),
+        ("cifar10", "augment=False", NO_AUGMENTATION),
+        ("cifar10", "variant=plain,depth=40", PLAIN_40),
+        ("cifar100", None, {}),
+        ("cifar100", "augment=False", NO_AUGMENTATION),
+        ("svhn", None, SVHN_RECIPE),
+    ],
+)
+def test_recipes_are_the_papers(name, arg, changes):
+    found = schema.flatten(card(name, arg))
+    expected = CIFAR_RECIPE | changes
+    assert {key: found[key] for key in expected} == expected
+    assert found["data.name"] == name
+
+
+@pytest.mark.parametrize(
+    ("arg", "width"),
+    [(None, 24), ("variant=plain,depth=40", 16), ("variant=b", 16), ("growth_rate=40", 80)],
+)
+def test_the_first_convolution_has_16_channels_or_2k_for_bc(arg, width):
+    _, model = experiment.describe(card("cifar10", arg))
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    assert variables["params"]["stem"]["conv"]["kernel"].shape == (3, 3, 3, width)
+
+
+def test_pixels_of_svhn_are_divided_by_255_and_cifars_by_their_statistics():
+    images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
+    prepared = data.preparation(card("svhn")).evaluation(images)
+    np.testing.assert_allclose(prepared, images / 255, rtol=1e-6)
+    prepared = data.preparation(card("cifar10")).evaluation(images)
+    mean, std = np.array([125.3, 123.0, 113.9]), np.array([63.0, 62.1, 66.7])
+    np.testing.assert_allclose(prepared, (images - mean) / std, atol=1e-5)
+
+
+# --- Whole runs on tiny archives.
+
+SPLITS = {
+    "cifar10": {"train": 40, "test": 10},
+    "cifar100": {"train": 40, "test": 10},
+    "svhn": {"train": 30, "test": 10, "extra": 20},
+    "fashion_mnist": {"train": 30, "test": 10},
+}
+
+
+def tiny_card(tmp_path, monkeypatch, name, set_name, python=False):
+    """A card with a network of two layers and tiny archives; and the arrays in them."""
+    facts, arrays = archives.make(set_name, tmp_path / "manual", SPLITS[set_name], python)
+    monkeypatch.setitem(builders.SETS, set_name, facts)
+    config = card(name)
+    config.model.depth = None
+    config.model.blocks = (1,)
+    config.model.growth_rate = 4
+    config.data.directory, config.data.manual_dir = str(tmp_path / "data"), str(tmp_path / "manual")
+    config.data.validation_size = min(config.data.validation_size, 6)
+    config.train.epochs = 2
+    config.train.batch_size = config.evaluate.batch_size = 8
+    config.optimizer.warmup_epochs = min(config.optimizer.warmup_epochs, 0.5)
+    return config, arrays
+
+
+@pytest.mark.parametrize(
+    ("name", "set_name", "python", "steps"),
+    [
+        ("cifar10", "cifar10", False, 10),
+        ("cifar10", "cifar10", True, 10),
+        ("cifar100", "cifar100", False, 10),
+        ("svhn", "svhn", False, 10),  # 30 - 6 + 20 images: five batches of 8, and 4 left
+        ("fashion_mnist", "fashion_mnist", False, 6),
+        ("d2l_fashion_mnist", "fashion_mnist", False, 6),
+    ],
+)
+def test_a_card_runs_from_the_archive_to_the_result(
+    tmp_path, monkeypatch, name, set_name, python, steps
+):
+    config, _ = tiny_card(tmp_path, monkeypatch, name, set_name, python)
+    if name == "d2l_fashion_mnist":
+        config.data.image_size = 32
+    read, splits = builders.read, []
+    monkeypatch.setattr(
+        builders,
+        "read",
+        lambda name, split, *rest: splits.append(split) or read(name, split, *rest),
+    )
+    assert train.run(config, str(tmp_path / "run"), "train") == 0
+    result = json.loads((tmp_path / "run/summary.json").read_text())
+    assert result["test_examples"] == 10 and 0 <= result["test_accuracy"] <= 1
+    assert set(splits) == set(SPLITS[set_name])
+    if name == "svhn":
+        assert result["steps"] in (5, 10)  # the better of two epochs
+    else:
+        assert result["steps"] == steps
+
+
+def images_of(array):
+    """The images as a set of bytes."""
+    return {image.tobytes() for image in np.asarray(array)}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_held_out_images_of_svhn_are_of_its_first_part_whatever_the_seed(
+    tmp_path, monkeypatch, seed
+):
+    config, arrays = tiny_card(tmp_path, monkeypatch, "svhn", "svhn")
+    config.seed = seed
+    mesh = parallel.mesh()
+    found = data.create(config, parallel.replicated(mesh), parallel.split(mesh))
+    held_out = images_of(found.evaluation["validation"]._images)
+    trains = images_of(found.train._images)
+    first, more = images_of(arrays["train"][0]), images_of(arrays["extra"][0])
+    assert (len(held_out), len(trains)) == (6, 44)
+    assert held_out < first and trains == (first - held_out) | more
+    trained_on, kept = data.hold_out(30, 6)
+    assert held_out == images_of(arrays["train"][0][kept])
+    assert sorted([*trained_on, *kept]) == list(range(30))
+    assert images_of(found.evaluation["test"]._images) == images_of(arrays["test"][0])
+
+
+def test_labels_stay_with_their_images(tmp_path, monkeypatch):
+    config, arrays = tiny_card(tmp_path, monkeypatch, "svhn", "svhn")
+    mesh = parallel.mesh()
+    found = data.create(config, parallel.replicated(mesh), parallel.split(mesh))
+    label_of = {
+        image.tobytes(): label
+        for split in ("train", "extra", "test")
+        for image, label in zip(*arrays[split], strict=True)
+    }
+    for part in (found.train, *found.evaluation.values()):
+        for image, label in zip(np.asarray(part._images), np.asarray(part._labels), strict=True):
+            assert label_of[image.tobytes()] == label
+
+
+def test_no_split_is_named_twice():
+    config = runs.tiny(data__train_split="train+train", data__validation_size=100)
+    mesh = parallel.mesh()
+    with pytest.raises(UserError, match="train_split"):
+        data.create(config, parallel.replicated(mesh), parallel.split(mesh))
+
+
+def test_a_damaged_archive_is_one_line(tmp_path, monkeypatch):
+    config, _ = tiny_card(tmp_path, monkeypatch, "cifar10", "cifar10")
+    archive = tmp_path / "manual" / "cifar-10-binary.tar.gz"
+    archive.write_bytes(archive.read_bytes()[:-50])
+    with pytest.raises(UserError, match="cifar-10-binary.tar.gz has SHA-256") as caught:
+        train.run(config, str(tmp_path / "run"), "train")
+    assert "\n" not in str(caught.value)
+    facts = archives.with_digests(builders.SETS["cifar10"], tmp_path / "manual")
+    monkeypatch.setitem(builders.SETS, "cifar10", facts)
+    with pytest.raises(UserError, match="cifar-10-binary.tar.gz: ") as caught:
+        train.run(config, str(tmp_path / "run"), "train")
+    assert "\n" not in str(caught.value)

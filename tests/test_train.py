@@ -1,0 +1,443 @@
+"""Whole runs: what they leave behind, how they stop and go on, and which model is measured."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from densejax import checkpoint, train
+from densejax.config import UserError
+from densejax.data import builders, memory
+from densejax.train import due
+from tests import runs
+
+ROOT = pathlib.Path(train.__file__).parents[1]
+
+
+def summary(path):
+    """The result that a run wrote."""
+    return json.loads((path / "summary.json").read_text())
+
+
+def records(path, name="metrics"):
+    """The lines of metrics.jsonl or timings.jsonl."""
+    return [json.loads(line) for line in (path / f"{name}.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(path, other):
+    """Checkpoints, metrics.jsonl and the result are equal, bit for bit."""
+    runs.assert_same_bits(runs.restored(path), runs.restored(other))
+    assert (path / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    names = [name for name in summary(path) if name.startswith("test_") or name == "steps"]
+    assert len(names) == 6
+    assert {n: summary(path)[n] for n in names} == {n: summary(other)[n] for n in names}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that nothing interrupted."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    assert train.run(runs.tiny(), str(path), "train") == 0
+    return path
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of it."""
+    return pathlib.Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def spy_on_steps(monkeypatch, before=lambda step: None):
+    """The steps that are taken, from 1; `before(step)` is called as each begins."""
+    taken, batch = [], memory.MemorySet.batch
+
+    def spy(self, step):
+        taken.append(step + 1)
+        before(step + 1)
+        return batch(self, step)
+
+    monkeypatch.setattr(memory.MemorySet, "batch", spy)
+    return taken
+
+
+# --- What a run leaves behind.
+
+
+def test_due():
+    assert [step for step in range(1, 12) if due(step, 4, 11)] == [4, 8, 11]
+    assert [step for step in range(1, 9) if due(step, 4, 8)] == [4, 8]
+
+
+def test_the_summary_holds_the_result_and_what_it_depends_on(finished):
+    result = summary(finished)
+    assert set(result) >= {
+        *("test_accuracy", "test_error", "test_loss", "test_examples", "parameters", "steps"),
+        *("seconds_to_first_step", "images_per_second", "device", "versions", "config"),
+    }
+    assert 0 < result["test_accuracy"] < 1
+    assert result["test_error"] == 1 - result["test_accuracy"]
+    assert (result["test_accuracy"] * 360) % 1 == pytest.approx(0, abs=1e-9)
+    assert (result["test_examples"], result["steps"], result["device"]) == (360, 10, "4 x cpu")
+    assert result["seconds_to_first_step"] > 0 and result["images_per_second"] > 0
+    assert {"jax", "flax", "densejax", "python"} <= set(result["versions"])
+    assert result["config"] == json.loads(runs.tiny().to_json())
+    assert result["parameters"] == sum(
+        array.size for name, array in runs.restored(finished).items() if ".params" in name
+    )
+
+
+def test_metrics_are_deterministic_and_timings_are_elsewhere(finished, tmp_path):
+    assert train.run(runs.tiny(), str(tmp_path / "twin"), "train") == 0
+    assert_same_run(finished, tmp_path / "twin")
+    assert [(line["step"], line["epoch"]) for line in records(finished)] == [
+        *((3, 0.6), (5, 1.0), (6, 1.2), (9, 1.8), (10, 2.0), (10, 2.0))
+    ]
+    training, evaluation = records(finished)[0], records(finished)[1]
+    names = {"loss", "accuracy", "top5_accuracy"}
+    assert set(training) == {"step", "epoch", "learning_rate", *(f"train_{n}" for n in names)}
+    assert set(evaluation) == {"step", "epoch", *(f"test_{n}" for n in names)}
+    assert records(finished)[-1]["test_accuracy"] == summary(finished)["test_accuracy"]
+    assert [line["step"] for line in records(finished, "timings")] == [3, 6, 9, 10]
+    assert all(line["images_per_second"] > 0 for line in records(finished, "timings"))
+
+
+def test_learning_rate_of_a_record_is_that_of_its_step(finished):
+    rates = [line["learning_rate"] for line in records(finished) if "learning_rate" in line]
+    assert rates == pytest.approx([0.1, 0.01, 0.001, 0.001])  # steps 3, 6, 9 and 10
+
+
+def test_tensorboard_and_checkpoints_are_there_and_the_lock_is_gone(finished):
+    (board,) = (finished / "tensorboard").iterdir()
+    assert board.name.startswith("events.out.tfevents") and board.stat().st_size > 500
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["10", "5"]
+    assert not (finished / "lock").exists()
+
+
+# --- Stopping and going on.
+
+
+def interrupted(monkeypatch, path, number, step, config=None):
+    """A run that gets a signal during a step; returns its exit code and the steps it took."""
+    with monkeypatch.context() as patch:
+        taken = spy_on_steps(patch, lambda now: now == step and os.kill(os.getpid(), number))
+        return train.run(config or runs.tiny(), str(path), "train"), taken
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "code"),
+    [
+        (signal.SIGTERM, 1, 0),
+        (signal.SIGTERM, 5, 0),  # an epoch ends: evaluated and saved anyway
+        (signal.SIGINT, 7, 130),
+        (signal.SIGTERM, 9, 0),  # a record of the metrics is due
+        (signal.SIGINT, 10, 130),  # the last step: the result alone is missing
+    ],
+)
+def test_an_interrupted_run_ends_as_if_it_had_not_been(
+    finished, tmp_path, monkeypatch, capsys, number, step, code
+):
+    path = tmp_path / "run"
+    assert interrupted(monkeypatch, path, number, step) == (code, list(range(1, step + 1)))
+    assert f"{number.name}: saved step {step};" in capsys.readouterr().out
+    assert not (path / "summary.json").exists() and not (path / "lock").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    taken = spy_on_steps(monkeypatch)
+    assert train.run(runs.tiny(), str(path), "train") == 0
+    assert taken == list(range(step + 1, 11))
+    assert_same_run(finished, path)
+
+
+def test_many_interruptions_are_one_run(finished, tmp_path, monkeypatch):
+    step, random_ = 0, random.Random(5)
+    while (step := step + random_.randint(1, 3)) < 10:
+        code, taken = interrupted(monkeypatch, tmp_path, signal.SIGTERM, step)
+        assert (code, taken[-1]) == (0, step)
+    assert train.run(runs.tiny(), str(tmp_path), "train") == 0
+    assert_same_run(finished, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "moment", [(checkpoint.Checkpoints, "save"), (memory.MemorySet, "evaluation")]
+)
+def test_a_signal_during_a_save_or_an_evaluation_waits_for_the_next_step(
+    finished, tmp_path, monkeypatch, capsys, moment
+):
+    owner, name = moment
+    plain, once = getattr(owner, name), []
+
+    def killed(*arguments):
+        if not once:
+            once.append(os.kill(os.getpid(), signal.SIGTERM))
+        return plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, killed)
+        assert train.run(runs.tiny(), str(tmp_path), "train") == 0
+    assert "SIGTERM: saved step 6;" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints" / "6").exists()
+    assert train.run(runs.tiny(), str(tmp_path), "train") == 0
+    assert_same_run(finished, tmp_path)
+
+
+def test_a_stopped_run_saves_where_no_save_is_due(tmp_path, monkeypatch):
+    config = runs.tiny(checkpoint__every_epochs=2)  # and none after the first evaluation
+    assert interrupted(monkeypatch, tmp_path, signal.SIGTERM, 5, config)[0] == 0
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["5"]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="train_loss = (nan|inf) at step 3: ") as caught:
+        train.run(runs.tiny(optimizer__learning_rate=1e30), str(tmp_path / "run"), "train")
+    assert "\n" not in str(caught.value) and "optimizer.learning_rate" in str(caught.value)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run" / "lock").exists()
+
+
+def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
+    def twice(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)  # Python delivers between two instructions
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    taken = spy_on_steps(monkeypatch, twice)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(runs.tiny(), str(tmp_path), "train")
+    assert taken == [1, 2] and not (tmp_path / "checkpoints").exists()
+
+
+class Process:
+    """A run of the real command."""
+
+    def __init__(self, card, path):
+        """Starts it."""
+        self.path, self.lines = path, len(self.steps(path))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "densejax.main", f"--config={card}", f"--workdir={path}"],
+            cwd=ROOT,
+            env=os.environ | runs.ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    @staticmethod
+    def steps(path):
+        """The lines of timings.jsonl, which is never cut."""
+        file = path / "timings.jsonl"
+        return file.read_text().splitlines() if file.exists() else []
+
+    def kill(self, number, after):
+        """Sends a signal once so many more records are there; returns (exit code, output)."""
+        while self.process.poll() is None and len(self.steps(self.path)) < self.lines + after:
+            time.sleep(0.002)
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self):
+        """(exit code, what it printed)."""
+        output, _ = self.process.communicate(timeout=120)
+        return self.process.returncode, output
+
+
+def test_a_real_process_is_killed_and_goes_on(tmp_path):
+    changes = {
+        "train__epochs": 20,
+        "log__every_steps": 1,
+        "evaluate__every_epochs": 5,
+        "checkpoint__every_epochs": 3,
+    }
+    card = runs.card(tmp_path, **changes)
+    assert train.run(runs.tiny(**changes), str(tmp_path / "reference"), "train") == 0
+    path, random_ = tmp_path / "run", random.Random()
+    for number, code in ((signal.SIGTERM, 0), (signal.SIGKILL, -9)):
+        found, output = Process(card, path).kill(number, after=random_.randint(1, 40))
+        assert found == code, output
+        assert code == -9 or f"{number.name}: saved step" in output
+    code, output = Process(card, path).wait()
+    assert code == 0 and "test accuracy" in output, output
+    assert_same_run(path, tmp_path / "reference")
+
+
+# --- A run that is there already.
+
+
+def test_a_finished_run_prints_its_result_again(copy, monkeypatch, capsys):
+    before = {path: path.read_bytes() for path in copy.glob("*.json*")}
+    taken, begin = spy_on_steps(monkeypatch), time.perf_counter()
+    monkeypatch.setattr(builders, "read", None)  # nor is any data read
+    assert train.run(runs.tiny(), str(copy), "train") == 0
+    assert time.perf_counter() - begin < 1 and taken == []
+    accuracy = summary(copy)["test_accuracy"]
+    assert f"test accuracy {100 * accuracy:.2f} % on 360 images" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in before if p.name != "history.jsonl"} == {
+        p: text for p, text in before.items() if p.name != "history.jsonl"
+    }
+
+
+def test_more_epochs_go_on(copy, monkeypatch):
+    taken = spy_on_steps(monkeypatch)
+    assert train.run(runs.tiny(train__epochs=3), str(copy), "train") == 0
+    assert taken == list(range(11, 16)) and summary(copy)["steps"] == 15
+    assert summary(copy)["config"]["train"]["epochs"] == 3
+    assert records(copy)[-1]["step"] == 15
+
+
+def test_fewer_epochs_than_done_are_refused(copy):
+    with pytest.raises(UserError, match="train.epochs = 1: .* has 10 steps behind it") as caught:
+        train.run(runs.tiny(train__epochs=1, optimizer__warmup_epochs=0.5), str(copy), "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_refused_start_leaves_the_configuration_alone(copy):
+    with pytest.raises(UserError):
+        train.run(runs.tiny(train__epochs=1), str(copy), "train")
+    assert json.loads((copy / "config.json").read_text())["train"]["epochs"] == 2
+
+
+def test_a_refused_start_makes_no_directory(tmp_path):
+    with pytest.raises(UserError, match="batch_size"):
+        train.run(runs.tiny(train__batch_size=5000), str(tmp_path / "run"), "train")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_configuration_is_refused_with_the_difference_and_only_forced(copy, monkeypatch):
+    other = runs.tiny(optimizer__learning_rate=0.05, train__epochs=3)
+    with pytest.raises(UserError, match="optimizer.learning_rate: 0.1 -> 0.05") as caught:
+        train.run(other, str(copy), "train")
+    assert "--resume=force" in str(caught.value)
+    taken = spy_on_steps(monkeypatch)
+    assert train.run(other, str(copy), "train", force=True) == 0
+    assert taken == list(range(11, 16))
+    assert summary(copy)["config"]["optimizer"]["learning_rate"] == 0.05
+    history = (copy / "history.jsonl").read_text().splitlines()
+    assert "optimizer.learning_rate: 0.1 -> 0.05" in json.loads(history[-1])["changes"]
+
+
+def test_a_forced_change_that_means_more_steps_goes_on(copy, monkeypatch):
+    taken = spy_on_steps(monkeypatch)
+    config = runs.tiny(train__batch_size=128)  # the same epochs are 22 steps, not 10
+    assert train.run(config, str(copy), "train", force=True) == 0
+    assert taken == list(range(11, 23))
+
+
+def test_logging_may_differ(tmp_path, monkeypatch, finished):
+    assert interrupted(monkeypatch, tmp_path, signal.SIGTERM, 4)[0] == 0
+    config = runs.tiny(log__every_steps=2, log__seconds=1.0, checkpoint__keep_latest=1)
+    assert train.run(config, str(tmp_path), "train") == 0
+    assert summary(tmp_path)["test_accuracy"] == summary(finished)["test_accuracy"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["10"]
+
+
+def test_evaluation_alone_prints_the_result_as_json(finished, capsys, monkeypatch):
+    before = sorted(path.stat().st_mtime_ns for path in finished.rglob("*"))
+    taken = spy_on_steps(monkeypatch)
+    assert train.run(runs.tiny(), str(finished), "eval") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["steps"] == 10 and taken == []
+    assert printed == {name: summary(finished)[name] for name in printed}
+    assert {"test_accuracy", "test_error", "test_examples"} <= set(printed)
+    assert sorted(path.stat().st_mtime_ns for path in finished.rglob("*")) == before
+
+
+def test_evaluation_needs_a_checkpoint(copy):
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(UserError, match="--mode=eval: there is no checkpoint to evaluate"):
+        train.run(runs.tiny(), str(copy), "eval")
+    with pytest.raises(UserError, match="not a run directory"):
+        train.run(runs.tiny(), str(copy / "nowhere"), "eval")
+
+
+# --- Which model is measured.
+
+
+def best(**changes):
+    """A run of four epochs that holds out images and keeps the best model."""
+    return runs.tiny(
+        **{
+            "data__validation_size": 100,
+            "train__epochs": 4,
+            "evaluate__split": "validation",
+            "checkpoint__select": "best",
+            "checkpoint__keep_latest": 1,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Validation accuracies by step, instead of the measured ones; returns what was measured."""
+    calls, build = [], train.build
+    accuracies = {5: 0.3, 10: 0.9, 15: 0.4, 20: 0.5}
+
+    def scripted(config):
+        experiment = build(config)
+        evaluate = experiment.evaluate
+
+        def spy(state, split):
+            calls.append((split, int(state.step)))
+            values = evaluate(state, split)
+            if split == "validation":
+                values = values | {"accuracy": accuracies[int(state.step)]}
+            return values
+
+        experiment.__dict__["evaluate"] = spy
+        return experiment
+
+    monkeypatch.setattr(train, "build", scripted)
+    return calls
+
+
+@pytest.mark.parametrize("stop", [None, 12])
+def test_the_best_of_the_held_out_images_is_measured_once(
+    tmp_path, script, monkeypatch, capsys, stop
+):
+    if stop:
+        assert interrupted(monkeypatch, tmp_path, signal.SIGTERM, stop, best())[0] == 0
+    assert train.run(best(), str(tmp_path), "train") == 0
+    assert script == [*(("validation", step) for step in (5, 10, 15, 20)), ("test", 10)]
+    result = summary(tmp_path)
+    assert result["steps"] == 10 and result["test_examples"] == 360
+    found = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert found == [10, 20]
+    capsys.readouterr()
+    assert train.run(best(), str(tmp_path), "eval") == 0
+    assert json.loads(capsys.readouterr().out)["test_accuracy"] == result["test_accuracy"]
+    assert script[-1] == ("test", 10)
+
+
+def test_the_last_model_is_measured_where_that_is_asked_for(tmp_path, script):
+    config = best(checkpoint__select="last")
+    assert train.run(config, str(tmp_path), "train") == 0
+    assert script[-1] == ("test", 20) and summary(tmp_path)["steps"] == 20
+
+
+def test_tuning_never_reads_a_test_image(tmp_path, monkeypatch):
+    read, splits = builders.read, []
+
+    def spy(name, split, *rest):
+        splits.append(split)
+        return read(name, split, *rest)
+
+    monkeypatch.setattr(builders, "read", spy)
+    config = best(train__epochs=1, evaluate__final_split="validation")
+    assert train.run(config, str(tmp_path), "train") == 0
+    assert splits == ["train"]
+    result = summary(tmp_path)
+    assert result["validation_examples"] == 100 and "test_accuracy" not in result
+
+
+def test_without_evaluations_the_result_is_measured_at_the_end(tmp_path, finished):
+    config = runs.tiny(evaluate__every_epochs=0)
+    assert train.run(config, str(tmp_path), "train") == 0
+    assert not any("test_accuracy" in line for line in records(tmp_path))
+    assert summary(tmp_path)["test_accuracy"] == summary(finished)["test_accuracy"]
