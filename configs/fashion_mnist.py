@@ -25,6 +25,7 @@ def get_config(arg: str | None = None):
     config.augmentation.shift = 2
     config.train.epochs = 22
     config.train.batch_size = 128
+    config.train.label_smoothing = 0.1
     config.optimizer.learning_rate = 0.2
     config.optimizer.weight_decay = 5e-4
     config.optimizer.schedule = "cosine"

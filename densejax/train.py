@@ -11,15 +11,13 @@ import json
 import math
 import signal
 import time
-from typing import Any
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 import densejax
-from densejax import checkpoint, metric_log, metrics, workdir
-from densejax.analysis import counts
+from densejax import checkpoint, metric_log, metrics, result, workdir
 from densejax.config import UserError
 from densejax.experiment import Experiment, build, describe
 from densejax.step import TrainState, train_step
@@ -28,12 +26,6 @@ from densejax.step import TrainState, train_step
 def due(step: int, every: int, last: int) -> bool:
     """Whether what happens every `every` steps (0: never) and at the last happens after `step`."""
     return every > 0 and (step % every == 0 or step == last)
-
-
-def say(text: str) -> None:
-    """Prints on process 0 alone."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
 
 
 def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> int:
@@ -52,12 +44,14 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
     summary = path / "summary.json"
     found = json.loads(summary.read_text()) if summary.exists() else None
     if mode == "train" and found and workdir.same_run(found["config"], config):
-        say(result_line(found, path))
+        result.say(result.line(found, path))
         return 0
     experiment = build(config)
     with contextlib.closing(open_checkpoints(config, path)) as checkpoints:
         if mode == "eval":
-            say(json.dumps(measure(experiment, select(experiment, checkpoints)), indent=2))
+            result.say(
+                json.dumps(result.measure(experiment, select(experiment, checkpoints)), indent=2)
+            )
             return 0
         start = checkpoints.latest_step() or 0
         if start > experiment.steps:
@@ -76,7 +70,7 @@ def train(experiment: Experiment, path: epath.Path, checkpoints: checkpoint.Chec
         stop = stack.enter_context(stop_signals())
         state = checkpoints.restore_latest(experiment.abstract_state)
         start = 0 if state is None else int(state.step)
-        facts = summarise(experiment, path, start)
+        facts = result.summarise(experiment, path, start)
         log = metric_log.MetricLog(
             path,
             total_steps=experiment.steps,
@@ -90,20 +84,22 @@ def train(experiment: Experiment, path: epath.Path, checkpoints: checkpoint.Chec
         state, first_step, last_metrics = fit(experiment, state, log, checkpoints, stop)
         if stop:
             checkpoints.wait()
-            say(f"{stop[0].name}: saved step {int(state.step)}; the same command goes on from it")
+            result.say(
+                f"{stop[0].name}: saved step {int(state.step)}; the same command goes on from it"
+            )
             return 128 + stop[0] if stop[0] is signal.SIGINT else 0
         chosen = select(experiment, checkpoints) if config.checkpoint.select == "best" else state
         with log.pause():
             known = last_metrics if chosen is state else {}
-            result = measure(experiment, chosen, known)
-    result |= facts | {
+            outcome = result.measure(experiment, chosen, known)
+    outcome |= facts | {
         "seconds_to_first_step": first_step,
         "images_per_second": log.images_per_second,
         "config": json.loads(config.to_json()),
     }
     if jax.process_index() == 0:
-        workdir.write_json(path / "summary.json", result)
-    say(result_line(result, path))
+        workdir.write_json(path / "summary.json", outcome)
+    result.say(result.line(outcome, path))
     return 0
 
 
@@ -181,54 +177,6 @@ def select(experiment: Experiment, checkpoints: checkpoint.Checkpoints) -> Train
     if state is None:
         raise UserError("--mode=eval: there is no checkpoint to evaluate; train first")
     return state
-
-
-def measure(
-    experiment: Experiment, state: TrainState, known: dict[str, dict[str, float]] | None = None
-) -> dict[str, Any]:
-    """The result of a state on `evaluate.final_split`, unless it is `known` already."""
-    split = experiment.config.evaluate.final_split
-    values = (known or {}).get(split) or experiment.evaluate(state, split)
-    result = {f"{split}_{name}": value for name, value in values.items()}
-    result[f"{split}_error"] = 1 - values["accuracy"]
-    result[f"{split}_examples"] = experiment.data.evaluation[split].size
-    return result | {"steps": int(state.step)}
-
-
-def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str, Any]:
-    """Prints what is about to run; returns the facts of it that belong into the result."""
-    task, config = experiment.task, experiment.config
-    size = config.data.image_size
-    shape = (size, size, task.image_shape[-1]) if size else task.image_shape
-    parameters, multiply_adds = counts.of_network(task.model, shape)
-    device = f"{experiment.mesh.size} x {jax.devices()[0].device_kind}"
-    train = experiment.data.train
-    sizes = {name: split.size for name, split in experiment.data.evaluation.items()}
-    rows = [
-        ("run", str(path)),
-        ("model", f"{config.model.family}, {metric_log.count(parameters)} parameters, "
-                  f"{metric_log.si(multiply_adds)} multiply-adds an image"),
-        ("data", f"{config.data.name}, {metric_log.count(train.size)} images train, "
-                 + ", ".join(f"{metric_log.count(n)} {name}" for name, n in sizes.items())),
-        ("steps", f"{metric_log.count(experiment.steps)} of {config.train.batch_size} images, "
-                  f"{config.train.epochs} epochs" + (f", resuming after {start}" if start else "")),
-        ("devices", f"{device}, {config.parallel.mode}, {config.train.dtype}"),
-    ]  # fmt: skip
-    say(metric_log.table(rows))
-    return {
-        "parameters": parameters,
-        "multiply_adds": multiply_adds,
-        "device": device,
-        "versions": workdir.versions(),
-    }
-
-
-def result_line(summary: dict[str, Any], path: epath.Path) -> str:
-    """One line that says what came out and where it is."""
-    split = summary["config"]["evaluate"]["final_split"]
-    accuracy = metric_log.percent(summary[f"{split}_accuracy"])
-    examples = metric_log.count(summary[f"{split}_examples"])
-    return f"{split} accuracy {accuracy} on {examples} images; {path}/summary.json has the rest"
 
 
 @contextlib.contextmanager

@@ -11,10 +11,19 @@ import densejax
 ROOT = pathlib.Path(densejax.__file__).parent
 # The longest prefix decides: "models" holds for models.densenet, and models.layers has its own.
 LEVELS = {
-    0: ["", "config", "metrics", "hlo", "data.official", "data.augment", "models.layers"],
+    0: [
+        "",
+        "config",
+        "formats",
+        "metrics",
+        "hlo",
+        "data.official",
+        "data.augment",
+        "models.layers",
+    ],
     1: ["models", "data", "optimizer", "parallel", "checkpoint", "lock", "workdir", "metric_log"],
     2: ["step", "analysis"],
-    3: ["experiment"],
+    3: ["experiment", "result"],
     4: ["train", "command_line", "compile", "predict", "summary"],
     5: ["main"],
 }

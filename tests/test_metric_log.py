@@ -15,7 +15,8 @@ from tensorboardX.proto import event_pb2
 
 from densejax import metric_log
 from densejax.config import UserError
-from densejax.metric_log import MetricLog, count, duration, percent, si, table
+from densejax.formats import count, duration, percent, si, table
+from densejax.metric_log import MetricLog
 
 
 @pytest.fixture

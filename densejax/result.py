@@ -1,0 +1,65 @@
+"""What a run says of itself: the summary before its first step, and its result."""
+
+from typing import Any
+
+import jax
+from etils import epath
+
+from densejax import formats, workdir
+from densejax.analysis import counts
+from densejax.experiment import Experiment
+from densejax.step import TrainState
+
+
+def say(text: str) -> None:
+    """Prints on process 0 alone."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str, Any]:
+    """Prints what is about to run; returns the facts of it that belong into the result."""
+    task, config = experiment.task, experiment.config
+    size = config.data.image_size
+    shape = (size, size, task.image_shape[-1]) if size else task.image_shape
+    parameters, multiply_adds = counts.of_network(task.model, shape)
+    device = f"{experiment.mesh.size} x {jax.devices()[0].device_kind}"
+    train = experiment.data.train
+    sizes = {name: split.size for name, split in experiment.data.evaluation.items()}
+    rows = [
+        ("run", str(path)),
+        ("model", f"{config.model.family}, {formats.count(parameters)} parameters, "
+                  f"{formats.si(multiply_adds)} multiply-adds an image"),
+        ("data", f"{config.data.name}, {formats.count(train.size)} images train, "
+                 + ", ".join(f"{formats.count(n)} {name}" for name, n in sizes.items())),
+        ("steps", f"{formats.count(experiment.steps)} of {config.train.batch_size} images, "
+                  f"{config.train.epochs} epochs" + (f", resuming after {start}" if start else "")),
+        ("devices", f"{device}, {config.parallel.mode}, {config.train.dtype}"),
+    ]  # fmt: skip
+    say(formats.table(rows))
+    return {
+        "parameters": parameters,
+        "multiply_adds": multiply_adds,
+        "device": device,
+        "versions": workdir.versions(),
+    }
+
+
+def measure(
+    experiment: Experiment, state: TrainState, known: dict[str, dict[str, float]] | None = None
+) -> dict[str, Any]:
+    """The result of a state on `evaluate.final_split`, unless it is `known` already."""
+    split = experiment.config.evaluate.final_split
+    values = (known or {}).get(split) or experiment.evaluate(state, split)
+    result = {f"{split}_{name}": value for name, value in values.items()}
+    result[f"{split}_error"] = 1 - values["accuracy"]
+    result[f"{split}_examples"] = experiment.data.evaluation[split].size
+    return result | {"steps": int(state.step)}
+
+
+def line(summary: dict[str, Any], path: epath.Path) -> str:
+    """One line that says what came out and where it is."""
+    split = summary["config"]["evaluate"]["final_split"]
+    accuracy = formats.percent(summary[f"{split}_accuracy"])
+    examples = formats.count(summary[f"{split}_examples"])
+    return f"{split} accuracy {accuracy} on {examples} images; {path}/summary.json has the rest"
