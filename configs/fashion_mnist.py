@@ -23,7 +23,7 @@ def get_config(arg: str | None = None):
     )
     config.data.name = "fashion_mnist"
     config.augmentation.shift = 2
-    config.train.epochs = 22
+    config.train.epochs = 20
     config.train.batch_size = 128
     config.train.label_smoothing = 0.1
     config.optimizer.learning_rate = 0.2

@@ -133,3 +133,16 @@ def test_the_compilation_cache_is_private_and_yields_to_the_environment(monkeypa
         jax.config.update("jax_compilation_cache_dir", before)
     assert folder.parent == tmp_path / ".cache/densejax/compiled"
     assert folder.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: FileNotFoundError where the home cannot be written")
+def test_a_home_that_cannot_be_written_is_one_line_or_no_obstacle(monkeypatch):
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        parallel.start()
+    except UserError as error:
+        assert "JAX_COMPILATION_CACHE_DIR" in str(error)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
