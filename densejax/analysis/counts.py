@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.extend
 import jax.numpy as jnp
 
 
@@ -40,7 +41,7 @@ def _of_jaxpr(jaxpr) -> int:
             length = math.prod(shape[axis] for axis in contracted)
             total += math.prod(equation.outvars[0].aval.shape) * length
         else:
-            inner = sum(_of_jaxpr(sub) for sub in jax.core.jaxprs_in_params(parameters_))
+            inner = sum(_of_jaxpr(sub) for sub in jax.extend.core.jaxprs_in_params(parameters_))
             total += inner * parameters_.get("length", 1)
     return total
 
