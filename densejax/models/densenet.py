@@ -53,8 +53,33 @@ class ConcatBlock(nn.Module):
         return features
 
 
-# Implementations of a dense block. All have ConcatBlock's fields and the same parameter paths.
-BLOCKS = {"concat": ConcatBlock}
+class OneShotBlock(nn.Module):
+    """One-shot aggregation in a dense block's place (Lee et al., arXiv:1904.09730, section 3.2).
+
+    Every layer reads only the layer before it; the block's input and all layers are concatenated
+    once, at its end, and the transition that follows is the 1x1 that mixes them.
+    """
+
+    depth: int
+    growth_rate: int
+    bottleneck_width: int
+    layers: Layers
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Maps c feature maps to c + depth * growth_rate: its own input comes first."""
+        outputs = [features]
+        for index in range(1, self.depth + 1):
+            layer = DenseLayer(
+                self.growth_rate, self.bottleneck_width, self.layers, name=f"layer{index}"
+            )
+            outputs.append(layer(outputs[-1]))
+        return jnp.concatenate(outputs, axis=-1)
+
+
+# All have ConcatBlock's fields. Implementations of a dense block have the same parameters too;
+# one_shot is another network.
+BLOCKS = {"concat": ConcatBlock, "one_shot": OneShotBlock}
 
 
 class Transition(nn.Module):
@@ -75,7 +100,7 @@ class DenseNet(nn.Module):
     """A densely connected network, described by its fields.
 
     Attributes:
-      num_classes: length of the logits.
+      num_classes: length of the logits; 0: no classifier, the logits are None.
       depth: L in the paper: layers of a three-block network, 3n + 4 (6n + 4 with bottleneck).
       blocks: instead of `depth`: the number of dense layers in each block.
       growth_rate: k in the paper, feature maps that a layer adds; or one for each block.
@@ -89,7 +114,8 @@ class DenseNet(nn.Module):
       dropout_rate: after every convolution but the first.
       convolution_bias: convolutions add a bias (d2l's form; the paper's do not).
       batch_norm_epsilon: added to the variance.
-      block: the implementation of a dense block, a name in BLOCKS; parameters are the same.
+      block: a name in BLOCKS: the implementation of a dense block (parameters are the same), or
+        "one_shot" to aggregate once per block as VoVNet does.
       dtype: precision of the computation.
       batch_norm_axis: mapped axis that BatchNorm's batch statistics are averaged over.
     """
@@ -161,7 +187,7 @@ class DenseNet(nn.Module):
     @nn.compact
     def __call__(
         self, image: jax.Array, train: bool = False, keys: jax.Array | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
         """Classifies images.
 
         Args:
