@@ -1,12 +1,14 @@
 """The model table: names are presets of fields; a family and its fields describe a network."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from ml_collections import config_dict
 
@@ -159,3 +161,24 @@ def create(
     )
     network.check()
     return network
+
+
+def feature_info(
+    model: nn.Module, image_shape: tuple[int, int, int]
+) -> dict[str, tuple[int, int | None]]:
+    """What a network's features look like on images [height, width, channels]; computes nothing.
+
+    Returns:
+      (channels, reduction) by name, in the network's order. The reduction is the power of two that
+      the image's height was divided by; None of what has no height ("pooled").
+    """
+    info = {}
+
+    def forward(image):
+        (_, features), _ = model.init_with_output(jax.random.key(0), image)
+        for name, feature in features.items():  # here: a traced function returns sorted keys
+            ratio = image_shape[0] / feature.shape[1] if feature.ndim == 4 else None
+            info[name] = feature.shape[-1], ratio and 2 ** round(math.log2(ratio))
+
+    jax.eval_shape(forward, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    return info
