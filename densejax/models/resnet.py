@@ -157,10 +157,10 @@ class ResNet(nn.Module):
         x = layers.STEMS[self.stem](self.widths[0], bound, name="stem")(image)
         if self.stem == "cifar" and not self.preactivation:
             x = nn.relu(bound.norm(name="stem_norm")(x))
-        features, number = {"stem": x}, 0
+        features = {"stem": x}
         for stage, (depth, width) in enumerate(zip(self.blocks, self.widths, strict=True), 1):
             for index in range(1, depth + 1):
-                number += 1
+                number = sum(self.blocks[: stage - 1]) + index  # l in the paper
                 survival = 1 - number / sum(self.blocks) * (1 - self.survival)
                 stride = 2 if stage > 1 and index == 1 else 1
                 convolutions = _convolutions(self.block, width, stride, self.stride_on)

@@ -120,8 +120,6 @@ TABLE = {
     "vovnet39": (1000, 224, 3, 22_600_296, "7.072G"),
     "vovnet57": (1000, 224, 3, 36_640_296, "8.930G"),
 }
-# More than a thousand layers: even a trace takes a while.
-DEEP = ("resnet1202_cifar", "preact_resnet1001")
 # The same nets with other fields: the authors' code has stems of 2k, the paper's text of 16.
 CHANGED = [
     ("densenet_40_12", {"stem_width": 24}, 10, 1_059_298, "282.9M"),
@@ -178,9 +176,7 @@ def test_one_shot_width_27_comes_nearest_to_the_parameters_of_densenet_40():
     assert min(numbers, key=lambda k: abs(numbers[k] - target)) == 27
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in DEEP)) for name in TABLE]
-)
+@pytest.mark.parametrize("name", TABLE)
 def test_counts(name):
     classes, size, channels, parameters, multiply_adds = TABLE[name]
     network = models.create(models.fields(name), classes)
