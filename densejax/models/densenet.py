@@ -53,6 +53,30 @@ class ConcatBlock(nn.Module):
         return features
 
 
+class OneShotBlock(nn.Module):
+    """One-shot aggregation in a dense block's place (Lee et al., arXiv:1904.09730, section 3.2).
+
+    Every layer reads only the layer before it; the block's input and all layers are concatenated
+    once, at its end, and the transition that follows is the 1x1 that mixes them.
+    """
+
+    depth: int
+    growth_rate: int
+    bottleneck_width: int
+    layers: Layers
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Maps c feature maps to c + depth * growth_rate: its own input comes first."""
+        outputs = [features]
+        for index in range(1, self.depth + 1):
+            layer = DenseLayer(
+                self.growth_rate, self.bottleneck_width, self.layers, name=f"layer{index}"
+            )
+            outputs.append(layer(outputs[-1]))
+        return jnp.concatenate(outputs, axis=-1)
+
+
 # Implementations of a dense block. All have ConcatBlock's fields and the same parameter paths.
 BLOCKS = {"concat": ConcatBlock}
 
@@ -75,7 +99,7 @@ class DenseNet(nn.Module):
     """A densely connected network, described by its fields.
 
     Attributes:
-      num_classes: length of the logits.
+      num_classes: length of the logits; 0: no classifier, the logits are None.
       depth: L in the paper: layers of a three-block network, 3n + 4 (6n + 4 with bottleneck).
       blocks: instead of `depth`: the number of dense layers in each block.
       growth_rate: k in the paper, feature maps that a layer adds; or one for each block.
@@ -89,6 +113,8 @@ class DenseNet(nn.Module):
       dropout_rate: after every convolution but the first.
       convolution_bias: convolutions add a bias (d2l's form; the paper's do not).
       batch_norm_epsilon: added to the variance.
+      join: "dense": a layer reads all before it; "one_shot": the one before it, and the block
+        aggregates them all once, at its end, as VoVNet does.
       block: the implementation of a dense block, a name in BLOCKS; parameters are the same.
       dtype: precision of the computation.
       batch_norm_axis: mapped axis that BatchNorm's batch statistics are averaged over.
@@ -106,6 +132,7 @@ class DenseNet(nn.Module):
     dropout_rate: float = 0.0
     convolution_bias: bool = False
     batch_norm_epsilon: float = 1e-5
+    join: str = "dense"
     block: str = "concat"
     dtype: Any = jnp.float32
     batch_norm_axis: str | None = None
@@ -154,7 +181,8 @@ class DenseNet(nn.Module):
 
     def check(self) -> None:
         """Raises UserError for fields that describe no network."""
-        for field, table in (("stem", layers.STEMS), ("block", BLOCKS)):
+        joins = ("dense", "one_shot")
+        for field, table in (("stem", layers.STEMS), ("join", joins), ("block", BLOCKS)):
             if getattr(self, field) not in table:
                 raise UserError(
                     f"model.{field} = {getattr(self, field)!r}: allowed are {', '.join(table)}"
@@ -181,7 +209,7 @@ class DenseNet(nn.Module):
     @nn.compact
     def __call__(
         self, image: jax.Array, train: bool = False, keys: jax.Array | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
         """Classifies images.
 
         Args:
@@ -208,8 +236,8 @@ class DenseNet(nn.Module):
         features["stem"] = x = layers.STEMS[self.stem](widths[0], bound, name="stem")(image)
         for index, (depth, growth_rate) in enumerate(zip(depths, growth_rates, strict=True), 1):
             name = f"block{index}"
-            block = BLOCKS[self.block](depth, growth_rate, bottleneck_width, bound, name=name)
-            features[name] = x = block(x)
+            block = OneShotBlock if self.join == "one_shot" else BLOCKS[self.block]
+            features[name] = x = block(depth, growth_rate, bottleneck_width, bound, name=name)(x)
             if index < len(depths):
                 name = f"transition{index}"
                 features[name] = x = Transition(widths[index], bound, name=name)(x)

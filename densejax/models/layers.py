@@ -27,11 +27,13 @@ class Layers:
         kernels, and at stride 2 the same on both sides).
       norm: `norm(name=...)`, BatchNorm with statistics in float32.
       dropout: `dropout(x, name=...)`, one independent draw per element.
+      survive: `survive(x, probability, name=...)`, stochastic depth: one draw per example.
     """
 
     conv: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
     dropout: Callable[..., jax.Array]
+    survive: Callable[..., jax.Array]
 
 
 def bind(
@@ -54,7 +56,7 @@ def bind(
       epsilon: added to BatchNorm's variance.
       convolution_bias: whether convolutions add a bias.
       dropout_rate: fraction of elements that are dropped when `train`.
-      keys: uint32 [batch, 2], one random key per example; needed for dropout.
+      keys: uint32 [batch, 2], one random key per example; needed for dropout and stochastic depth.
     """
     norm = functools.partial(
         nn.BatchNorm,
@@ -69,7 +71,12 @@ def bind(
         convolution, dtype=dtype, use_bias=convolution_bias, kernel_init=fan_out_normal
     )
     rate = dropout_rate if train else 0.0
-    return Layers(conv, norm, lambda x, name: Dropout(rate, name=name)(x, keys))
+    return Layers(
+        conv,
+        norm,
+        lambda x, name: Dropout(rate, name=name)(x, keys),
+        lambda x, probability, name: StochasticDepth(probability, name=name)(x, train, keys),
+    )
 
 
 def convolution(features: int, kernel_size: tuple[int, int], strides: int = 1, **rest) -> nn.Module:
@@ -138,6 +145,27 @@ class Dropout(nn.Module):
         return jnp.where(keep, x / jnp.asarray(1 - self.rate, x.dtype), jnp.zeros_like(x))
 
 
+class StochasticDepth(nn.Module):
+    """Drops whole branches at random (Huang et al., arXiv:1603.09382), each example by itself.
+
+    As in the paper a branch that survives is not scaled in training, and every branch is scaled by
+    its probability of survival afterwards. The paper draws once for a mini-batch.
+    """
+
+    probability: float
+
+    def __call__(self, x: jax.Array, train: bool, keys: jax.Array | None) -> jax.Array:
+        """Drops examples of x [batch, ...] with keys uint32 [batch, 2], or scales x."""
+        if self.probability == 1.0:
+            return x
+        if not train:
+            return x * jnp.asarray(self.probability, x.dtype)
+        salt = zlib.crc32("/".join(self.path).encode())
+        bits = hash_bits(keys, salt, 1).reshape(-1, *(1,) * (x.ndim - 1))
+        keep = bits >= jnp.uint32(round((1 - self.probability) * 2**32))
+        return jnp.where(keep, x, jnp.zeros_like(x))
+
+
 def average_pool(x: jax.Array) -> jax.Array:
     """2x2 average pooling, stride 2, of x [batch, height, width, channels]; odd edges drop out."""
     batch, height, width, channels = x.shape
@@ -181,7 +209,7 @@ STEMS = {"cifar": CifarStem, "imagenet": ImageNetStem}
 
 
 class Head(nn.Module):
-    """Global average pooling and the linear classifier; logits are float32."""
+    """Global average pooling and the linear classifier; logits are float32, None of 0 classes."""
 
     num_classes: int
 
@@ -189,5 +217,7 @@ class Head(nn.Module):
     def __call__(self, features):
         """Maps features [batch, height, width, channels] to (logits, pooled features)."""
         pooled = features.mean((1, 2), dtype=jnp.float32)
+        if self.num_classes == 0:
+            return None, pooled
         classifier = nn.Dense(self.num_classes, kernel_init=fan_in_uniform, name="classifier")
         return classifier(pooled), pooled

@@ -8,8 +8,58 @@ from densejax import models
 from densejax.analysis import counts
 from densejax.config import UserError
 
+# Closed forms of the number of parameters, for what nobody printed.
+
+
+def densenet_parameters(
+    blocks, k, stem, *, bottleneck, theta, classes, size=3, channels=3, bias=0, one_shot=False
+):
+    total = size**2 * channels * stem + bias * stem + (2 * stem if size == 7 else 0)
+    width = stem
+    for number, layers in enumerate(blocks, 1):
+        inputs = width
+        for _ in range(layers):
+            if bottleneck:
+                total += 2 * inputs + inputs * 4 * k + 2 * 4 * k + 9 * 4 * k * k
+            else:
+                total += 2 * inputs + 9 * inputs * k + bias * k
+            inputs = k if one_shot else inputs + k
+        width += layers * k
+        if number < len(blocks):
+            total += 2 * width + width * int(theta * width) + bias * int(theta * width)
+            width = int(theta * width)
+    return total + 2 * width + (width + 1) * classes
+
+
+def resnet_parameters(blocks, widths, *, classes, bottleneck=False, preact=False, projection=False):
+    imagenet = classes == 1000
+    total = (49 if imagenet else 9) * 3 * widths[0]
+    total += 0 if preact else 2 * widths[0]  # the stem's norm
+    inputs = widths[0]
+    for layers, width in zip(blocks, widths, strict=True):
+        outputs = 4 * width if bottleneck else width
+        for index in range(layers):
+            if bottleneck:
+                total += inputs * width + 9 * width**2 + width * outputs
+                norms = (inputs, width, width) if preact else (width, width, outputs)
+            else:
+                total += 9 * inputs * width + 9 * width**2
+                norms = (width, width)
+            total += 2 * sum(norms)
+            if projection and index == 0 and inputs != outputs:
+                total += inputs * outputs + (0 if preact else 2 * outputs)
+            inputs = outputs
+    total += 2 * inputs if preact else 0
+    return total + (inputs + 1) * classes
+
+
+BLOCKS, WIDTHS = (3, 4, 6, 3), (64, 128, 256, 512)
+PLAIN = {"bottleneck": False, "theta": 1, "classes": 10}
+PREACT = {"bottleneck": True, "preact": True, "projection": True, "classes": 10}
+
 # name: (classes, image size, channels, parameters, multiply-adds as published). The ImageNet
 # counts are torchvision's; the CIFAR ones equal those of osmr/imgclsmob and the paper's Table 2.
+# A plain network has the numbers of a residual one whose shortcuts have no parameters.
 TABLE = {
     "densenet_40_12": (10, 32, 3, 1_019_722, "264.8M"),
     "densenet_100_12": (10, 32, 3, 6_979_642, "1.770G"),
@@ -31,6 +81,44 @@ TABLE = {
     "densenet264": (1000, 224, 3, 33_337_704, "5.752G"),
     "densenet264_48": (1000, 224, 3, 72_686_632, "12.851G"),
     "densenet_d2l": (10, 96, 1, 758_226, "129.1M"),  # both by hand
+    "densenet_one_shot_40_20": (
+        *(10, 32, 3),
+        densenet_parameters((12,) * 3, 20, 16, one_shot=True, **PLAIN),
+        None,
+    ),
+    "densenet_one_shot_40_27": (
+        *(10, 32, 3),
+        densenet_parameters((12,) * 3, 27, 16, one_shot=True, **PLAIN),
+        None,
+    ),
+    "densenet_one_shot_19_43": (
+        *(10, 32, 3),
+        densenet_parameters((5,) * 3, 43, 16, one_shot=True, **PLAIN),
+        None,
+    ),
+    "resnet18": (1000, 224, 3, 11_689_512, "1.814G"),
+    "resnet34": (1000, 224, 3, 21_797_672, "3.664G"),
+    "resnet50": (1000, 224, 3, 25_557_032, "4.089G"),
+    "resnet101": (1000, 224, 3, 44_549_160, "7.801G"),
+    "resnet152": (1000, 224, 3, 60_192_808, "11.514G"),
+    "resnet20_cifar": (10, 32, 3, 269_722, "40.6M"),
+    "resnet32_cifar": (10, 32, 3, 464_154, "68.9M"),
+    "resnet44_cifar": (10, 32, 3, 658_586, "97.2M"),
+    "resnet56_cifar": (10, 32, 3, 853_018, "125.5M"),
+    "resnet110_cifar": (10, 32, 3, 1_727_962, "252.9M"),
+    "resnet1202_cifar": (10, 32, 3, 19_421_274, "2.83G"),
+    "preact_resnet164": (10, 32, 3, resnet_parameters((18,) * 3, (16, 32, 64), **PREACT), None),
+    "preact_resnet1001": (10, 32, 3, resnet_parameters((111,) * 3, (16, 32, 64), **PREACT), None),
+    "plain18": (1000, 224, 3, resnet_parameters((2,) * 4, WIDTHS, classes=1000), None),
+    "plain34": (1000, 224, 3, resnet_parameters(BLOCKS, WIDTHS, classes=1000), None),
+    "plain20_cifar": (10, 32, 3, 269_722, "40.6M"),
+    "plain32_cifar": (10, 32, 3, 464_154, "68.9M"),
+    "plain44_cifar": (10, 32, 3, 658_586, "97.2M"),
+    "plain56_cifar": (10, 32, 3, 853_018, "125.5M"),
+    "plain110_cifar": (10, 32, 3, 1_727_962, "252.9M"),
+    "vovnet27_slim": (1000, 224, 3, 3_525_736, "2.177G"),
+    "vovnet39": (1000, 224, 3, 22_600_296, "7.072G"),
+    "vovnet57": (1000, 224, 3, 36_640_296, "8.930G"),
 }
 # The same nets with other fields: the authors' code has stems of 2k, the paper's text of 16.
 CHANGED = [
@@ -64,6 +152,28 @@ def rounded(number, published):
 
 def test_every_name_is_in_the_table():
     assert list(models.MODELS) == list(TABLE)
+
+
+def test_closed_forms_give_the_printed_numbers_too():
+    dense121 = densenet_parameters(
+        (6, 12, 24, 16), 32, 64, size=7, bottleneck=True, theta=0.5, classes=1000
+    )
+    residual50 = resnet_parameters(BLOCKS, WIDTHS, classes=1000, bottleneck=True, projection=True)
+    for name, number in {
+        "densenet_40_12": densenet_parameters((12,) * 3, 12, 16, **PLAIN),
+        "densenet121": dense121,
+        "resnet20_cifar": resnet_parameters((3, 3, 3), (16, 32, 64), classes=10),
+        "resnet50": residual50,
+    }.items():
+        assert number == TABLE[name][3], name
+
+
+def test_one_shot_width_27_comes_nearest_to_the_parameters_of_densenet_40():
+    numbers = {
+        k: densenet_parameters((12,) * 3, k, 16, one_shot=True, **PLAIN) for k in range(1, 60)
+    }
+    target = TABLE["densenet_40_12"][3]
+    assert min(numbers, key=lambda k: abs(numbers[k] - target)) == 27
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -1,0 +1,173 @@
+"""Residual networks, x_l = H_l(x_{l-1}) + x_{l-1}, and plain ones, x_l = H_l(x_{l-1}).
+
+He et al., arXiv:1512.03385 and (pre-activation) 1603.05027; stochastic depth: Huang, 1603.09382.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from densejax.config import UserError
+from densejax.models import layers
+from densejax.models.layers import Layers
+
+
+def _convolutions(block: str, width: int, stride: int, stride_on: str) -> tuple[tuple, ...]:
+    """(channels, kernel size, stride) of each convolution of a block."""
+    if block == "basic":
+        return (width, 3, stride), (width, 3, 1)
+    first, second = (stride, 1) if stride_on == "1x1" else (1, stride)
+    return (width, 1, first), (width, 3, second), (4 * width, 1, 1)
+
+
+class Block(nn.Module):
+    """H_l, conv-BN with ReLU between (BN-ReLU-conv with pre-activation), and how it is joined."""
+
+    convolutions: tuple[tuple[int, int, int], ...]  # (channels, kernel size, stride) of each
+    survival: float  # p_l of stochastic depth
+    preactivation: bool
+    shortcut: str
+    join: str
+    zero_init: bool
+    layers: Layers
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [batch, height, width, channels] to the last width, at the product of strides."""
+        conv, norm = self.layers.conv, self.layers.norm
+        width, stride = self.convolutions[-1][0], math.prod(s for *_, s in self.convolutions)
+        changes = stride > 1 or width != x.shape[-1]
+        y = x
+        for index, (channels, size, step) in enumerate(self.convolutions, 1):
+            last = index == len(self.convolutions)
+            if self.preactivation:
+                y = nn.relu(norm(name=f"norm{index}")(y))
+                if index == 1 and changes and self.shortcut == "projection":
+                    x = y  # as the authors' code: a projection shares the first norm and ReLU
+            y = conv(channels, (size, size), step, name=f"conv{index}")(y)
+            if not self.preactivation:
+                scale = nn.initializers.constant(0.0 if last and self.zero_init else 1.0)
+                y = norm(name=f"norm{index}", scale_init=scale)(y)
+                y = y if last else nn.relu(y)
+        if self.join == "add":
+            if changes and self.shortcut == "identity":
+                new = width - x.shape[-1]
+                x = jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, new)))
+            elif changes:
+                x = conv(width, (1, 1), stride, name="projection")(x)
+                x = x if self.preactivation else norm(name="projection_norm")(x)
+            y = x + self.layers.survive(y, self.survival, name="survival")
+        return y if self.preactivation else nn.relu(y)
+
+
+class ResNet(nn.Module):
+    """A residual or plain network, described by its fields.
+
+    Attributes:
+      num_classes: length of the logits; 0: no classifier, the logits are None.
+      blocks: blocks of each stage, n in the paper; a stage but the first halves the image.
+      widths: channels of the 3x3 convolutions of each stage; the first is the stem's too.
+      block: "basic" (3x3, 3x3) or "bottleneck" (1x1, 3x3, and 1x1 to four times the width).
+      stride_on: what halves the image in a bottleneck: "3x3" (torchvision) or "1x1" (the papers).
+      preactivation: BN-ReLU before each convolution, not after, and once after the last block.
+      stem: "cifar" (3x3) or "imagenet" (7x7 stride 2, norm, ReLU, max-pooling). Without
+        pre-activation a norm and a ReLU follow the CIFAR stem.
+      shortcut: where shapes change: "projection" (option B, a 1x1 convolution) or "identity"
+        (option A, every stride-th pixel, new channels last and zero).
+      join: "add", or "none": a plain network of the same layers.
+      zero_init: each block's last BatchNorm scale starts at 0, so that it starts as its shortcut.
+      survival: p_L of stochastic depth: block l of L is kept with p_l = 1 - l / L (1 - p_L), each
+        example by itself, and scaled by p_l when not training.
+      batch_norm_epsilon: added to the variance.
+      dtype: precision of the computation.
+      batch_norm_axis: mapped axis that BatchNorm's batch statistics are averaged over.
+    """
+
+    num_classes: int
+    blocks: tuple[int, ...] = (3, 3, 3)
+    widths: tuple[int, ...] = (16, 32, 64)
+    block: str = "basic"
+    stride_on: str = "3x3"
+    preactivation: bool = False
+    stem: str = "cifar"
+    shortcut: str = "projection"
+    join: str = "add"
+    zero_init: bool = False
+    survival: float = 1.0
+    batch_norm_epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+    batch_norm_axis: str | None = None
+
+    def check(self) -> None:
+        """Raises UserError for fields that describe no network."""
+        for field, allowed in {
+            "block": ("basic", "bottleneck"),
+            "stride_on": ("3x3", "1x1"),
+            "stem": layers.STEMS,
+            "shortcut": ("projection", "identity"),
+            "join": ("add", "none"),
+        }.items():
+            if (value := getattr(self, field)) not in allowed:
+                raise UserError(f"model.{field} = {value!r}: allowed are {', '.join(allowed)}")
+        for field in ("blocks", "widths"):
+            value, stages = getattr(self, field), len(self.blocks) or 3
+            if len(value) != stages or any(not isinstance(n, int) or n < 1 for n in value):
+                raise UserError(f"model.{field} = {value}: give {stages} positive integers")
+        if self.shortcut == "identity" and sorted(self.widths) != list(self.widths):
+            raise UserError(f"model.widths = {self.widths}: must not fall with identity shortcuts")
+        if not 0 < self.survival <= 1:
+            raise UserError(f"model.survival = {self.survival}: must be in (0, 1]")
+        for field, reader, reads in (
+            ("stride_on", "block = 'bottleneck'", self.block == "bottleneck"),
+            ("shortcut", "join = 'add'", self.join == "add"),
+            ("survival", "join = 'add'", self.join == "add"),
+            ("zero_init", "join = 'add'", self.join == "add"),
+            ("zero_init", "preactivation = False", not self.preactivation),
+        ):
+            if not reads and (value := getattr(self, field)) != getattr(ResNet, field):
+                raise UserError(f"model.{field} = {value!r}: only model.{reader} reads it")
+
+    @nn.compact
+    def __call__(
+        self, image: jax.Array, train: bool = False, keys: jax.Array | None = None
+    ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
+        """Classifies images.
+
+        Args:
+          image: float [batch, height, width, channels], normalised.
+          train: batch statistics and stochastic depth; updates the collection "batch_stats".
+          keys: uint32 [batch, 2], one random key per example; needed for stochastic depth.
+
+        Returns:
+          logits float32 [batch, num_classes], and the features after "stem", "stage1", "stage2",
+          ..., the last norm and ReLU ("final"; the last stage's without pre-activation) and
+          pooling ("pooled").
+        """
+        bound = layers.bind(
+            train=train,
+            dtype=self.dtype,
+            batch_norm_axis=self.batch_norm_axis,
+            epsilon=self.batch_norm_epsilon,
+            keys=keys,
+        )
+        policy = (self.preactivation, self.shortcut, self.join, self.zero_init, bound)
+        x = layers.STEMS[self.stem](self.widths[0], bound, name="stem")(image)
+        if self.stem == "cifar" and not self.preactivation:
+            x = nn.relu(bound.norm(name="stem_norm")(x))
+        features = {"stem": x}
+        for stage, (depth, width) in enumerate(zip(self.blocks, self.widths, strict=True), 1):
+            for index in range(1, depth + 1):
+                number = sum(self.blocks[: stage - 1]) + index  # l in the paper
+                survival = 1 - number / sum(self.blocks) * (1 - self.survival)
+                stride = 2 if stage > 1 and index == 1 else 1
+                convolutions = _convolutions(self.block, width, stride, self.stride_on)
+                x = Block(convolutions, survival, *policy, name=f"stage{stage}_block{index}")(x)
+            features[f"stage{stage}"] = x
+        if self.preactivation:
+            x = nn.relu(bound.norm(name="norm")(x))
+        features["final"] = x
+        logits, features["pooled"] = layers.Head(self.num_classes, name="head")(x)
+        return logits, features

@@ -1,0 +1,140 @@
+"""VoVNet: each module aggregates all its layers once, at its end (Lee et al., arXiv:1904.09730)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from densejax.config import UserError
+from densejax.models import layers
+from densejax.models.layers import Layers
+
+
+class ConvNorm(nn.Module):
+    """Convolution, BatchNorm, ReLU."""
+
+    width: int
+    size: int  # of the kernel
+    layers: Layers
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [batch, height, width, channels] to `width` feature maps."""
+        conv, norm = self.layers.conv, self.layers.norm
+        x = conv(self.width, (self.size, self.size), self.stride, name="conv")(x)
+        return nn.relu(norm(name="norm")(x))
+
+
+class OneShotAggregation(nn.Module):
+    """OSA: a chain of 3x3 layers, then a 1x1 over the concatenation of its input and them all."""
+
+    depth: int
+    width: int  # of each 3x3 layer
+    output_width: int
+    identity: bool  # whether the input is added to the output
+    layers: Layers
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [batch, height, width, channels] to `output_width` feature maps."""
+        outputs = [x]
+        for index in range(1, self.depth + 1):
+            layer = ConvNorm(self.width, 3, self.layers, name=f"layer{index}")
+            outputs.append(layer(outputs[-1]))
+        aggregated = jnp.concatenate(outputs, axis=-1)
+        y = ConvNorm(self.output_width, 1, self.layers, name="aggregation")(aggregated)
+        return x + y if self.identity else y
+
+
+def ceil_max_pool(x: jax.Array) -> jax.Array:
+    """3x3 max-pooling, stride 2, of x [batch, height, width, channels], as PyTorch's ceil_mode.
+
+    Windows start at the first pixel, and the last one may reach over the edge.
+    """
+    padding = tuple((0, max(1 - size % 2, 3 - size)) for size in x.shape[1:3])
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
+
+
+class VoVNet(nn.Module):
+    """A network of one-shot aggregation modules, described by its fields.
+
+    Attributes:
+      num_classes: length of the logits; 0: no classifier, the logits are None.
+      modules: OSA modules of each stage; a stage but the first halves the image by max-pooling.
+      widths: channels of each stage's 3x3 layers.
+      output_widths: channels of each stage's 1x1 layers.
+      module_depth: 3x3 layers of a module.
+      identity: a module adds its input where a stage repeats it (as the authors' code).
+      stem_widths: channels of the stem's three 3x3 layers, of strides 2, 1 and 2.
+      batch_norm_epsilon: added to the variance.
+      dtype: precision of the computation.
+      batch_norm_axis: mapped axis that BatchNorm's batch statistics are averaged over.
+    """
+
+    num_classes: int
+    modules: tuple[int, ...] = (1, 1, 2, 2)
+    widths: tuple[int, ...] = (128, 160, 192, 224)
+    output_widths: tuple[int, ...] = (256, 512, 768, 1024)
+    module_depth: int = 5
+    identity: bool = True
+    stem_widths: tuple[int, ...] = (64, 64, 128)
+    batch_norm_epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+    batch_norm_axis: str | None = None
+
+    def check(self) -> None:
+        """Raises UserError for fields that describe no network."""
+        stages = len(self.modules)
+        numbers = {"modules": stages, "widths": stages, "output_widths": stages, "stem_widths": 3}
+        for field, number in numbers.items():
+            value = getattr(self, field)
+            positive = all(isinstance(n, int) and n > 0 for n in value)
+            if not positive or not value or len(value) != number:
+                raise UserError(f"model.{field} = {value}: give {number or 4} positive integers")
+        if self.module_depth < 1:
+            raise UserError(f"model.module_depth = {self.module_depth}: must be at least 1")
+
+    @nn.compact
+    def __call__(
+        self, image: jax.Array, train: bool = False, keys: jax.Array | None = None
+    ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
+        """Classifies images.
+
+        Args:
+          image: float [batch, height, width, channels], normalised.
+          train: batch statistics; updates the collection "batch_stats".
+          keys: uint32 [batch, 2], one random key per example; nothing here draws from them.
+
+        Returns:
+          logits float32 [batch, num_classes], and the features after "stem", "stage1" (OSA2 in the
+          paper), "stage2", ..., the last of them again ("final") and pooling ("pooled").
+        """
+        bound = layers.bind(
+            train=train,
+            dtype=self.dtype,
+            batch_norm_axis=self.batch_norm_axis,
+            epsilon=self.batch_norm_epsilon,
+            keys=keys,
+        )
+        x = image
+        for index, (width, stride) in enumerate(zip(self.stem_widths, (2, 1, 2), strict=True), 1):
+            x = ConvNorm(width, 3, bound, stride, name=f"stem{index}")(x)
+        features = {"stem": x}
+        stages = zip(self.modules, self.widths, self.output_widths, strict=True)
+        for stage, (number, width, output_width) in enumerate(stages, 1):
+            x = x if stage == 1 else ceil_max_pool(x)
+            for index in range(1, number + 1):
+                x = OneShotAggregation(
+                    self.module_depth,
+                    width,
+                    output_width,
+                    self.identity and index > 1,
+                    bound,
+                    name=f"stage{stage}_module{index}",
+                )(x)
+            features[f"stage{stage}"] = x
+        features["final"] = x
+        logits, features["pooled"] = layers.Head(self.num_classes, name="head")(x)
+        return logits, features

@@ -1,0 +1,147 @@
+"""What holds for every family: precision, shapes, features, and a gradient of every parameter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from densejax import models
+from densejax.config import UserError
+from tests.models import oracle
+
+# Every form of every family, a few layers deep, on 32x32: fields and features in their order.
+RESIDUAL = ["stem", "stage1", "stage2", "final", "pooled"]
+SMALL = {"family": "resnet", "blocks": (1, 2), "widths": (4, 8)}
+BOTTLENECK = SMALL | {"block": "bottleneck"}
+TWINS = {
+    "densenet": {"family": "densenet", "blocks": (1, 2), "growth_rate": 4},
+    "one_shot": {"family": "densenet", "blocks": (1, 2), "growth_rate": 4, "join": "one_shot"},
+    "basic": SMALL | {"shortcut": "identity"},
+    "bottleneck": BOTTLENECK | {"stem": "imagenet"},
+    "original": BOTTLENECK | {"stride_on": "1x1"},
+    "preactivation": BOTTLENECK | {"preactivation": True, "stride_on": "1x1"},
+    "stochastic": SMALL | {"survival": 0.5},
+    "plain": SMALL | {"join": "none"},
+    "vovnet": {
+        "family": "vovnet",
+        "modules": (1, 2),
+        "widths": (4, 4),
+        "output_widths": (8, 12),
+        "module_depth": 2,
+        "stem_widths": (4, 4, 8),
+    },
+}
+
+
+def build(twin, num_classes=7, **keywords):
+    fields = dict(twin)
+    model = models.FAMILIES[fields.pop("family")](num_classes, **fields, **keywords)
+    model.check()
+    return model
+
+
+def abstract(model, shape, train=False):
+    """(logits, features) and the variables, as shapes."""
+
+    def forward(image):
+        keys = jnp.zeros((shape[0], 2), jnp.uint32)
+        variables = model.init(jax.random.key(0), image)
+        return model.apply(variables, image, train, keys, mutable=["batch_stats"])[0], variables
+
+    return jax.eval_shape(forward, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("twin", TWINS)
+def test_precision_of_features_logits_and_variables(twin, dtype, train):
+    model = build(TWINS[twin], dtype=dtype)
+    with jax.numpy_dtype_promotion("standard"):  # Linen's BatchNorm mixes bfloat16 and float32
+        (logits, features), variables = abstract(model, (2, 32, 32, 3), train)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert logits.dtype == features["pooled"].dtype == jnp.float32
+    assert {features[name].dtype for name in features if name != "pooled"} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 32, 3), (2, 33, 47, 1), (1, 19, 16, 5)])
+@pytest.mark.parametrize("twin", TWINS)
+def test_any_batch_size_image_size_and_number_of_channels(twin, shape):
+    (logits, features), _ = abstract(build(TWINS[twin]), shape, train=True)
+    assert logits.shape == (shape[0], 7)
+    assert all(0 not in feature.shape for feature in features.values())
+    if TWINS[twin]["family"] == "resnet":  # PyTorch's sizes: every halving rounds up
+        halvings = 3 if twin == "bottleneck" else 1
+        sizes = tuple(-(-size // 2**halvings) for size in shape[1:3])
+        assert features["stage2"].shape[1:3] == sizes
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_without_a_classifier_the_features_stay(twin):
+    image = jnp.ones((2, 16, 16, 3))
+    (_, features), variables = abstract(build(TWINS[twin]), image.shape)
+    (logits, headless), headless_variables = abstract(build(TWINS[twin], 0), image.shape)
+    assert logits is None and headless == features
+    del variables["params"]["head"]
+    assert headless_variables == variables
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_feature_info_names_channels_and_reduction_in_order(twin):
+    info = models.feature_info(build(TWINS[twin], num_classes=0), (64, 64, 3))
+    wide = 4 if TWINS[twin].get("block") == "bottleneck" else 1
+    first = {"bottleneck": 4, "vovnet": 4}.get(twin, 1)
+    channels = {"vovnet": (8, 8, 12)}.get(twin, (4, 4 * wide, 8 * wide))
+    expected = {
+        "stem": (channels[0], first),
+        "stage1": (channels[1], first),
+        "stage2": (channels[2], 2 * first),
+        "final": (channels[2], 2 * first),
+        "pooled": (channels[2], None),
+    }
+    if TWINS[twin]["family"] == "densenet":
+        expected = {
+            "stem": (8, 1),
+            "block1": (12, 1),
+            "transition1": (6, 2),
+            "block2": (14, 2),
+            "final": (14, 2),
+            "pooled": (14, None),
+        }
+    assert list(info.items()) == list(expected.items())
+
+
+@pytest.mark.parametrize("height", [224, 225, 255, 97])
+def test_reduction_does_not_depend_on_odd_sizes(height):
+    for name in ("densenet121", "resnet18", "vovnet39"):
+        model = models.create(models.fields(name), 0)
+        info = models.feature_info(model, (height, height, 3))
+        assert info["final"][1] == 32, name
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_gradient_reaches_every_parameter(twin):
+    model = build(TWINS[twin])
+    generator = np.random.default_rng(0)
+    image = generator.normal(size=(4, 16, 16, 3)).astype(np.float32)
+    keys = generator.integers(2**32, size=(4, 2), dtype=np.uint32)
+    variables = oracle.random_variables(model, image)
+
+    def loss(params):
+        (logits, _), _ = model.apply(
+            variables | {"params": params}, image, True, keys, mutable=["batch_stats"]
+        )
+        return (logits * jnp.asarray(generator.normal(size=(4, 7)), jnp.float32)).sum()
+
+    gradient = jax.jit(jax.grad(loss), compiler_options={"xla_backend_optimization_level": 0})(
+        variables["params"]
+    )
+    for path, leaf in jax.tree.leaves_with_path(gradient):
+        name = jax.tree_util.keystr(path)
+        assert np.isfinite(leaf).all(), name
+        assert np.abs(leaf).max() > 0, name
+
+
+@pytest.mark.parametrize("name", ["densenet121", "resnet18", "vovnet39"])
+def test_an_unknown_field_lists_the_fields_of_its_family(name):
+    with pytest.raises(UserError, match=r"model\.groups: .* batch_norm_epsilon"):
+        models.fields(name, groups=2)

@@ -1,0 +1,245 @@
+"""Residual and plain blocks against NumPy, shortcuts, and stochastic depth."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from densejax import models, parallel
+from densejax.config import UserError
+from densejax.models import layers
+from densejax.models.resnet import Block, ResNet
+from tests.models import oracle
+
+BASIC = ((6, 3, 2), (6, 3, 1))
+BOTTLENECK = ((3, 1, 1), (3, 3, 2), (12, 1, 1))
+ORIGINAL = ((3, 1, 2), (3, 3, 1), (12, 1, 1))
+
+
+def bind(train=False, keys=None):
+    return layers.bind(train=train, dtype=jnp.float32, batch_norm_axis=None, keys=keys)
+
+
+def block(convolutions, **fields):
+    rest = {"preactivation": False, "shortcut": "projection", "join": "add", "zero_init": False}
+    return Block(convolutions, 1.0, layers=bind(), **rest | fields)
+
+
+def forward(x, variables, convolutions, *, preactivation=False, shortcut="projection", join="add"):
+    """A block of the papers, He et al. 2016a figure 5 and 2016b figure 4(e), in eval mode."""
+
+    def conv(x, name, stride):
+        return oracle.conv(x, oracle.child(variables, name), stride)
+
+    def norm(x, name):
+        return oracle.norm(x, oracle.child(variables, name))
+
+    stride = np.prod([step for *_, step in convolutions])
+    y = x
+    for index, (_, _, step) in enumerate(convolutions, 1):
+        if preactivation:
+            y = oracle.relu(norm(y, f"norm{index}"))
+            if index == 1 and "projection" in variables["params"]:
+                x = y
+            y = conv(y, f"conv{index}", step)
+        else:
+            y = norm(conv(y, f"conv{index}", step), f"norm{index}")
+            y = oracle.relu(y) if index < len(convolutions) else y
+    if join == "add" and "projection" in variables["params"]:
+        x = conv(x, "projection", stride)
+        y = y + (x if preactivation else norm(x, "projection_norm"))
+    elif join == "add":
+        y[..., : x.shape[-1]] += x[:, ::stride, ::stride]
+    return y if preactivation else oracle.relu(y)
+
+
+@pytest.mark.parametrize(
+    "convolutions, channels, fields",
+    [
+        (BASIC, 4, {}),
+        (BASIC, 4, {"shortcut": "identity"}),
+        (BASIC, 4, {"join": "none"}),
+        (((6, 3, 1), (6, 3, 1)), 6, {}),
+        (BOTTLENECK, 5, {}),
+        (ORIGINAL, 5, {}),
+        (BOTTLENECK, 5, {"shortcut": "identity"}),
+        (ORIGINAL, 5, {"preactivation": True}),
+        (ORIGINAL, 5, {"preactivation": True, "shortcut": "identity"}),
+        (((3, 1, 1), (3, 3, 1), (12, 1, 1)), 12, {"preactivation": True}),
+    ],
+)
+def test_block_equals_numpy(convolutions, channels, fields):
+    x = np.random.default_rng(1).normal(size=(2, 7, 8, channels)).astype(np.float32)
+    module = block(convolutions, **fields)
+    variables = oracle.random_variables(module, x)
+    found = jax.jit(module.apply)(variables, x)
+    expected = forward(x.astype(float), variables, convolutions, **fields)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+@pytest.mark.parametrize("edge", [5, 6])
+def test_stride_two_starts_at_the_first_pixel(size, edge):
+    """As in PyTorch: a kernel of its centre alone keeps every second pixel, the first included."""
+    x = np.arange(edge * edge, dtype=np.float32).reshape(1, edge, edge, 1)
+    module = bind().conv(1, (size, size), 2)
+    kernel = np.zeros((size, size, 1, 1), np.float32)
+    kernel[size // 2, size // 2] = 1
+    found = module.apply({"params": {"kernel": kernel}}, x)
+    np.testing.assert_array_equal(found, x[:, ::2, ::2])
+
+
+def test_zero_init_starts_as_the_shortcut():
+    x = np.random.default_rng(0).normal(size=(2, 6, 6, 4)).astype(np.float32)
+    module = block(BASIC, zero_init=True, shortcut="identity")
+    y, variables = jax.jit(module.init_with_output)(jax.random.key(0), x)
+    expected = np.concatenate([np.maximum(x[:, ::2, ::2], 0), np.zeros((2, 3, 3, 2))], axis=-1)
+    np.testing.assert_array_equal(y, expected)
+    params = variables["params"]
+    scales = {name: set(np.unique(params[name]["scale"])) for name in ("norm1", "norm2")}
+    assert scales == {"norm1": {1.0}, "norm2": {0.0}}
+
+
+def test_names_have_the_depth_they_are_called_after():
+    for name, fields in models.MODELS.items():
+        if fields["family"] == "resnet":
+            network = models.create(models.fields(name), 10)
+            per_block = 3 if network.block == "bottleneck" else 2
+            depth = int("".join(filter(str.isdigit, name)))
+            assert per_block * sum(network.blocks) + 2 == depth, name
+
+
+def test_plain_networks_are_residual_ones_without_shortcuts():
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    plain, residual = (
+        jax.eval_shape(models.create(models.fields(name), 10).init, jax.random.key(0), image)
+        for name in ("plain20_cifar", "resnet20_cifar")
+    )
+    assert plain == residual
+
+
+# Stochastic depth.
+
+
+class Branches(nn.Module):
+    """Two branches of ones, dropped by one probability each."""
+
+    probability: float
+    train: bool
+
+    @nn.compact
+    def __call__(self, x, keys):
+        survive = bind(self.train, keys).survive
+        return survive(x, self.probability, name="a"), survive(x, self.probability, name="b")
+
+
+def random_keys(number, seed=0):
+    generator = np.random.default_rng(seed)
+    return generator.integers(2**32, size=(number, 2), dtype=np.uint32)
+
+
+@pytest.mark.parametrize("probability", [0.5, 0.8, 0.95])
+def test_survival_is_per_example_at_its_probability_and_independent_between_blocks(probability):
+    number = 20_000
+    x = jnp.ones((number, 1, 2, 1))
+    a, b = Branches(probability, True).apply({}, x, random_keys(number))
+    assert set(np.unique(a)) == {0.0, 1.0}  # not scaled
+    np.testing.assert_array_equal(a[:, 0, 0], a[:, 0, 1])  # an example as a whole
+    spread = np.sqrt(probability * (1 - probability) / number)
+    for branch in (a, b):
+        assert abs(branch.mean() - probability) < 4 * spread
+    assert abs(np.corrcoef(a[:, 0, 0, 0], b[:, 0, 0, 0])[0, 1]) < 4 / np.sqrt(number)
+    test = Branches(probability, False).apply({}, x, None)[0]
+    np.testing.assert_allclose(test, probability, rtol=1e-6)  # the mean of training
+
+
+def test_survival_falls_linearly_with_depth():
+    found = {}
+
+    def record(next_function, arguments, keywords, context):
+        if isinstance(context.module, layers.StochasticDepth):
+            found["/".join(context.module.path)] = context.module.probability
+        return next_function(*arguments, **keywords)
+
+    network = ResNet(10, blocks=(2, 2), widths=(4, 8), survival=0.5)
+    image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    with nn.intercept_methods(record):
+        jax.eval_shape(network.init, jax.random.key(0), image)
+    assert found == {
+        "stage1_block1/survival": 0.875,
+        "stage1_block2/survival": 0.75,
+        "stage2_block1/survival": 0.625,
+        "stage2_block2/survival": 0.5,
+    }
+
+
+def test_a_block_that_does_not_survive_is_its_shortcut():
+    x = np.random.default_rng(0).normal(size=(64, 4, 4, 6)).astype(np.float32)
+    bound = bind(True, random_keys(64))
+    shape = ((6, 3, 1), (6, 3, 1))
+    policy = {"preactivation": False, "shortcut": "identity", "join": "add", "zero_init": False}
+    whole, dropping = (Block(shape, p, layers=bound, **policy) for p in (1.0, 0.5))
+    variables = oracle.random_variables(whole, x)
+    apply = {"mutable": ["batch_stats"]}
+    kept = np.asarray(whole.apply(variables, x, **apply)[0])
+    found = np.asarray(dropping.apply(variables, x, **apply)[0])
+    shortcut = (found == np.maximum(x, 0)).all((1, 2, 3))
+    branch = (found == kept).all((1, 2, 3))
+    assert (shortcut ^ branch).all() and 16 < shortcut.sum() < 48
+
+
+def test_survival_does_not_depend_on_the_layout_over_devices():
+    generator = np.random.default_rng(0)
+    image = generator.normal(size=(8, 8, 8, 3)).astype(np.float32)
+    keys = random_keys(8)
+    fields = {"blocks": (1, 2), "widths": (4, 8), "survival": 0.3}
+    variables = oracle.random_variables(ResNet(10, **fields), image)
+
+    def logits(axis):
+        network = ResNet(10, batch_norm_axis=axis, **fields)
+        return lambda v, x, k: network.apply(v, x, True, k, mutable=["batch_stats"])[0][0]
+
+    alone = jax.jit(logits(None))(variables, image, keys)
+    axis = parallel.AXIS
+    spread = jax.jit(
+        jax.shard_map(
+            logits(axis),
+            mesh=parallel.mesh(),
+            in_specs=(P(), P(axis), P(axis)),
+            out_specs=P(axis),
+        )
+    )(variables, image, keys)
+    assert len(spread.sharding.device_set) == 4
+    np.testing.assert_allclose(spread, alone, rtol=1e-4, atol=1e-4)
+    other = jax.jit(logits(None))(variables, image, random_keys(8, seed=1))
+    assert np.abs(other - alone).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"block": "wide"}, ["model.block = 'wide'", "basic, bottleneck"]),
+        ({"stem": "vgg"}, ["model.stem = 'vgg'", "cifar, imagenet"]),
+        ({"join": "concat"}, ["model.join = 'concat'", "add, none"]),
+        ({"shortcut": "C"}, ["model.shortcut = 'C'", "projection, identity"]),
+        ({"block": "bottleneck", "stride_on": "2x2"}, ["model.stride_on = '2x2'", "3x3, 1x1"]),
+        ({"stride_on": "1x1"}, ["model.stride_on = '1x1'", "model.block = 'bottleneck'"]),
+        ({"blocks": ()}, ["model.blocks = ()", "positive integers"]),
+        ({"blocks": (1, 0, 1)}, ["model.blocks = (1, 0, 1)", "3 positive integers"]),
+        ({"widths": (16, 32)}, ["model.widths = (16, 32)", "3 positive integers"]),
+        ({"widths": (8, 4, 4), "shortcut": "identity"}, ["model.widths = (8, 4, 4)", "identity"]),
+        ({"survival": 0.0}, ["model.survival = 0.0", "(0, 1]"]),
+        ({"survival": 1.5}, ["model.survival = 1.5", "(0, 1]"]),
+        ({"join": "none", "survival": 0.5}, ["model.survival = 0.5", "model.join = 'add'"]),
+        ({"join": "none", "zero_init": True}, ["model.zero_init = True", "model.join = 'add'"]),
+        ({"join": "none", "shortcut": "identity"}, ["model.shortcut", "model.join = 'add'"]),
+        ({"preactivation": True, "zero_init": True}, ["model.zero_init", "preactivation = False"]),
+    ],
+)
+def test_bad_fields_are_said_in_one_line(changes, said):
+    with pytest.raises(UserError) as error:
+        ResNet(10, **changes).check()
+    line = str(error.value)
+    assert "\n" not in line and all(part in line for part in said), line

@@ -1,0 +1,112 @@
+"""One-shot aggregation against NumPy, and PyTorch's max-pooling in ceil mode."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from densejax import models
+from densejax.analysis import counts
+from densejax.config import UserError
+from densejax.models import layers
+from densejax.models.densenet import OneShotBlock
+from densejax.models.vovnet import OneShotAggregation, VoVNet, ceil_max_pool
+from tests.models import oracle
+
+BOUND = layers.bind(train=False, dtype=jnp.float32, batch_norm_axis=None)
+
+
+@pytest.mark.parametrize("identity, output_width", [(False, 7), (True, 5)])
+def test_module_equals_numpy(identity, output_width):
+    x = np.random.default_rng(0).normal(size=(2, 5, 6, 5)).astype(np.float32)
+    module = OneShotAggregation(3, 4, output_width, identity, BOUND)
+    variables = oracle.random_variables(module, x)
+
+    def layer(x, name):
+        own = oracle.child(variables, name)
+        y = oracle.conv(x, oracle.child(own, "conv"))
+        return oracle.relu(oracle.norm(y, oracle.child(own, "norm")))
+
+    first = layer(x.astype(float), "layer1")
+    second = layer(first, "layer2")
+    third = layer(second, "layer3")
+    y = layer(np.concatenate([x, first, second, third], axis=-1), "aggregation")
+    expected = y + x if identity else y
+    np.testing.assert_allclose(jax.jit(module.apply)(variables, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_shot_block_of_densenet_equals_numpy():
+    x = np.random.default_rng(0).normal(size=(2, 5, 6, 5)).astype(np.float32)
+    module = OneShotBlock(2, 4, 0, BOUND)
+    variables = oracle.random_variables(module, x)
+
+    def layer(x, name):
+        own = oracle.child(variables, name)
+        y = oracle.relu(oracle.norm(x, oracle.child(own, "norm1")))
+        return oracle.conv(y, oracle.child(own, "conv1"))
+
+    first = layer(x.astype(float), "layer1")
+    expected = np.concatenate([x, first, layer(first, "layer2")], axis=-1)
+    np.testing.assert_allclose(jax.jit(module.apply)(variables, x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("height", range(2, 10))
+def test_ceil_max_pool(height):
+    """PyTorch's rule: ceil((size - 3) / 2) + 1 windows; what reaches over the edge is cut off."""
+    x = np.random.default_rng(height).normal(size=(1, height, 7, 2)).astype(np.float32)
+    rows, columns = -(-(height - 3) // 2) + 1, 3
+    expected = np.empty((1, rows, columns, 2), np.float32)
+    for i in range(rows):
+        for j in range(columns):
+            window = x[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
+            expected[:, i, j] = window.max((1, 2))
+    np.testing.assert_array_equal(ceil_max_pool(jnp.asarray(x)), expected)
+
+
+def test_a_single_pixel_stays():
+    x = jnp.ones((1, 1, 1, 2))
+    np.testing.assert_array_equal(ceil_max_pool(x), x)
+
+
+@pytest.mark.parametrize("name", ["vovnet27_slim", "vovnet39", "vovnet57"])
+def test_identity_adds_no_parameters_and_no_multiply_adds(name):
+    found = [
+        counts.of_network(models.create(models.fields(name, identity=identity), 10), (64, 64, 3))
+        for identity in (True, False)
+    ]
+    assert found[0] == found[1]
+
+
+def test_identity_is_added_where_a_stage_repeats_its_module():
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    modules = []
+
+    def record(next_function, arguments, keywords, context):
+        if isinstance(context.module, OneShotAggregation):
+            modules.append((context.module.name, context.module.identity))
+        return next_function(*arguments, **keywords)
+
+    with nn.intercept_methods(record):
+        model = models.create(models.fields("vovnet57"), 10)
+        jax.eval_shape(model.init, jax.random.key(0), image)
+    assert len(modules) == 9
+    assert all(identity != name.endswith("module1") for name, identity in modules)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"modules": ()}, ["model.modules = ()", "positive integers"]),
+        ({"modules": (1, 1, 0, 1)}, ["model.modules = (1, 1, 0, 1)", "4 positive integers"]),
+        ({"widths": (4, 4)}, ["model.widths = (4, 4)", "4 positive integers"]),
+        ({"output_widths": (4, 4, 4, 4.5)}, ["model.output_widths", "4 positive integers"]),
+        ({"stem_widths": (4, 4)}, ["model.stem_widths = (4, 4)", "3 positive integers"]),
+        ({"module_depth": 0}, ["model.module_depth = 0", "at least 1"]),
+    ],
+)
+def test_bad_fields_are_said_in_one_line(changes, said):
+    with pytest.raises(UserError) as error:
+        VoVNet(10, **changes).check()
+    line = str(error.value)
+    assert "\n" not in line and all(part in line for part in said), line
