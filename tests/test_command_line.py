@@ -21,6 +21,12 @@ DIGITS = "--config=configs/digits.py"
 CIFAR = "--config=configs/cifar10.py"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def prepared():
+    """Grain defines flags when it first reads, which flagsaver would take away again."""
+    runs.build(runs.tiny())
+
+
 @pytest.fixture
 def command(monkeypatch, capfd, tmp_path):
     """Runs a command line; returns (exit code, standard output, standard error)."""
