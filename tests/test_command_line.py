@@ -80,7 +80,10 @@ CASES = {
     "argument of another type": ([CIFAR + ":depth=deep"], "config argument depth=deep: give a"),
     "missing card": ([f"{DIGITS}x"], "--config=configs/digits.pyx: there is no such file"),
     "no card": ([], "--config: name a card, such as"),
-    "a file that is no card": (["--config=densejax/__init__.py"], "module 'config_config' has no"),
+    "a file that is no card": (
+        ["--config=densejax/__init__.py"],
+        "--config=densejax/__init__.py: is no card, ",
+    ),
     "blocks and depth": (
         [DIGITS, "--config.model.blocks=(2,2)"],
         "model.depth = 22 and model.blocks = (2, 2): give exactly one",
