@@ -1,4 +1,4 @@
-"""DenseNet-BC on scikit-learn's digits: a whole run in two minutes, to see that all works.
+"""DenseNet-BC on scikit-learn's digits: a whole run within a minute, to see that all works.
 
 Data:      1,797 grey images of 8x8; a fixed permutation, 360 test and 1,437 train.
 Command:   python -m densejax.main --config=configs/digits.py

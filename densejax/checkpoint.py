@@ -12,6 +12,7 @@ import types
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -69,6 +70,12 @@ class Checkpoints:
             return
         if newer := [other for other in self.steps() if other > step]:
             raise CheckpointError(f"step={step}: delete the newer {newer} in {self._directory}")
+        for name, leaf in _named(state):
+            if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(leaf).all():
+                raise CheckpointError(
+                    f"step={step}: {name} is not finite, so nothing was saved; lower "
+                    f"optimizer.learning_rate and go on from step {self.latest_step()}"
+                )
         record = {"leaves": _leaves(state), "metrics": {k: float(v) for k, v in metrics.items()}}
         args = {
             "state": ocp.args.StandardSave(state),
@@ -184,11 +191,15 @@ def _check_fit(path: epath.Path, leaves: dict[str, str], abstract_state) -> None
         raise CheckpointError("\n  ".join([f"Checkpoint {path} is of another model:", *lines]))
 
 
+def _named(tree) -> list[tuple[str, np.ndarray]]:
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+
+
 def _leaves(tree) -> dict[str, str]:
     # Path -> "float32[3, 4]", for arrays "float32[3, 4] SHA-256 of the bytes".
     table = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree)):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    for name, leaf in _named(tree):
         table[name] = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             table[name] += f" {hashlib.sha256(leaf.tobytes()).hexdigest()}"

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
@@ -25,7 +27,6 @@ class Experiment:
       mesh: all devices.
       data: batches.
       task: model, optimizer and preparation.
-      learning_rate: of the next step, from the number of steps done.
       steps: length of the whole training.
     """
 
@@ -33,7 +34,6 @@ class Experiment:
     mesh: jax.sharding.Mesh
     data: data.Data
     task: Task
-    learning_rate: optimizer.Schedule
     steps: int
 
     def map(self, step: Callable, donate: bool = False) -> Callable:
@@ -41,15 +41,9 @@ class Experiment:
         step = functools.partial(step, self.task)
         return parallel.map_step(step, self.mesh, self.config.parallel.mode, donate)
 
-    @functools.cached_property
-    def init(self) -> Callable[[], TrainState]:
+    def init(self) -> TrainState:
         """Draws the state before the first step."""
-        # Optimising this program takes minutes and gains nothing: it runs once.
-        options = {"xla_backend_optimization_level": 0}
-        sharding = parallel.replicated(self.mesh)
-        dtype = jnp.promote_types(self.config.train.dtype, jnp.float32)
-        init = functools.partial(init_state, self.task, dtype)
-        return jax.jit(init, out_shardings=sharding, compiler_options=options)
+        return self._init(np.uint32(self.config.seed))
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -57,8 +51,17 @@ class Experiment:
         sharding = parallel.replicated(self.mesh)
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(self.init),
+            self._init.eval_shape(np.uint32(self.config.seed)),
         )
+
+    @functools.cached_property
+    def _init(self):
+        # Optimising this program takes minutes and gains nothing: it runs once.
+        options = {"xla_backend_optimization_level": 0}
+        sharding = parallel.replicated(self.mesh)
+        dtype = jnp.promote_types(self.config.train.dtype, jnp.float32)
+        init = functools.partial(init_state, self.task, dtype=dtype)
+        return jax.jit(init, out_shardings=sharding, compiler_options=options)
 
     @functools.cached_property
     def evaluate(self) -> Callable[[TrainState, str], dict[str, float]]:
@@ -71,13 +74,16 @@ class Experiment:
             total = functools.reduce(add, sums)
             if (seen := int(total["count"])) != (size := self.data.evaluation[split].size):
                 raise RuntimeError(f"{split}: {seen} images were evaluated, there are {size}")
-            return metrics.means(total)
+            means = metrics.means(total)
+            if not math.isfinite(means["loss"]):
+                raise UserError(f"{split}_loss = {means['loss']}: the network has diverged")
+            return means
 
         return evaluate
 
 
-def describe(config: ConfigDict) -> tuple[builders.SetInfo, nn.Module]:
-    """The facts of the data set and the network; all that can be known without a device.
+def describe(config: ConfigDict) -> tuple[builders.SetInfo, nn.Module, optimizer.Schedule, int]:
+    """The data set's facts, the network, the schedule and the number of steps, without a device.
 
     Raises:
       UserError: the first thing that is wrong with the configuration.
@@ -88,7 +94,9 @@ def describe(config: ConfigDict) -> tuple[builders.SetInfo, nn.Module]:
     if config.train.dtype == "float64" and not jax.config.jax_enable_x64:
         raise UserError("train.dtype = 'float64': JAX needs the environment's JAX_ENABLE_X64=1")
     model = models.create(config.model, info.num_classes, jnp.dtype(config.train.dtype), axis)
-    return info, model
+    steps_per_epoch = data.train_size(config, info) // config.train.batch_size
+    steps = config.train.epochs * steps_per_epoch
+    return info, model, optimizer.schedule(config.optimizer, steps, steps_per_epoch), steps
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -97,22 +105,20 @@ def build(config: ConfigDict) -> Experiment:
     Raises:
       UserError: the first thing that is wrong with the configuration or the data.
     """
-    info, model = describe(config)
+    info, model, learning_rate, steps = describe(config)
     mesh = parallel.mesh()
     parallel.check_batch_size("train.batch_size", config.train.batch_size, mesh)
     parallel.check_batch_size("evaluate.batch_size", config.evaluate.batch_size, mesh)
     run_data = data.create(config, parallel.replicated(mesh), parallel.split(mesh))
-    steps = config.train.epochs * run_data.train.steps_per_epoch
-    learning_rate = optimizer.schedule(config.optimizer, steps, run_data.train.steps_per_epoch)
     task = Task(
         model=model,
         optimizer=optimizer.create(config.optimizer, learning_rate),
+        learning_rate=learning_rate,
         preparation=data.preparation(config),
         image_shape=info.image_shape,
-        seed=config.seed,
         label_smoothing=config.train.label_smoothing,
         log_every=config.log.every_steps,
     )
-    experiment = Experiment(config, mesh, run_data, task, learning_rate, steps)
+    experiment = Experiment(config, mesh, run_data, task, steps)
     _ = experiment.abstract_state  # a network that does not fit the images says so here
     return experiment

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from absl import logging
 from etils import epath
 
+from densejax import files
 from densejax.config import UserError
 
 HEARTBEAT = 20.0  # seconds between two signs of life in a lock
-STALE = 120.0  # seconds without one after which another host's lock is taken over
+STALE = 60.0  # seconds without one after which another host's lock is taken over
 
 
 class LockError(UserError):
@@ -22,17 +23,18 @@ class LockError(UserError):
 
 
 @contextlib.contextmanager
-def hold(directory: epath.Path) -> Iterator[None]:
+def hold(directory: epath.PathLike) -> Iterator[None]:
     """Holds the lock of a directory that exists; LockError names the process that has it."""
-    lock, pid = directory / "lock", os.getpid()
-    me = {"host": socket.gethostname(), "pid": pid, "started": _started(pid), "time": time.time()}
+    lock, pid = epath.Path(directory) / "lock", os.getpid()
+    me = {"host": socket.gethostname(), "machine": _machine(), "pid": pid}
+    me |= {"started": _started(pid), "time": time.time()}
     mine = json.dumps(me)
     while not _created(lock, mine):
         with contextlib.suppress(FileNotFoundError):  # released or taken over in this moment
             seen = lock.read_text()
             _require_stale(lock, seen)
             logging.warning("Taking over the stale lock %s: %s", lock, seen)
-            grave = lock.rename(directory / f"lock.{me['host']}.{pid}")
+            grave = lock.rename(lock.parent / f"lock.{me['host']}.{pid}")
             # Another process may have taken over first: what was moved is then its live lock.
             grave.unlink() if grave.read_text() == seen else grave.rename(lock)
     stop = threading.Event()
@@ -43,7 +45,7 @@ def hold(directory: epath.Path) -> Iterator[None]:
                 if not lock.exists() or lock.read_text() != mine:
                     logging.error("Another process took over %s: stop one of the two.", lock)
                     return
-                write(lock, mine)
+                files.write(lock, mine)
             except OSError as error:  # perhaps the disk is full for a moment: try the next time
                 logging.warning("Cannot refresh %s: %s", lock, error)
 
@@ -56,6 +58,21 @@ def hold(directory: epath.Path) -> Iterator[None]:
         heart.join()
         if lock.exists() and lock.read_text() == mine:
             lock.unlink()
+
+
+def require_free(directory: epath.PathLike) -> None:
+    """LockError where a live process works in the directory; takes no lock."""
+    lock = epath.Path(directory) / "lock"
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        _require_stale(lock, lock.read_text())
+
+
+def _machine() -> str:
+    # Where a pid means the same process: one boot, one namespace. Containers may share a host name.
+    boot = epath.Path("/proc/sys/kernel/random/boot_id")
+    if not boot.exists():
+        return socket.gethostname()
+    return f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _created(lock, text) -> bool:
@@ -76,7 +93,7 @@ def _require_stale(lock, text) -> None:
     except ValueError:  # the holder died, or is, between creating and writing it
         holder = {"host": "an unknown host", "pid": "unknown"}
     alive = age < STALE
-    if holder["host"] == socket.gethostname():
+    if holder.get("machine") == _machine():
         alive = _started(holder["pid"]) == holder["started"]
     if alive:
         raise LockError(
@@ -96,10 +113,3 @@ def _started(pid: int) -> str | None:
     stat = epath.Path(f"/proc/{pid}/stat")
     state, *fields = stat.read_text().rpartition(")")[2].split() if stat.exists() else [""] * 21
     return None if state == "Z" else fields[18]
-
-
-def write(path: epath.Path, text: str) -> None:
-    """Writes such that a reader, or a kill at any moment, finds the old or the new file."""
-    temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)

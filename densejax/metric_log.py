@@ -9,6 +9,7 @@ import time
 import jax
 import tqdm
 
+from densejax import files
 from densejax.config import UserError
 from densejax.formats import count, duration, percent
 
@@ -119,9 +120,7 @@ class MetricLog:
 
     def _rewrite(self):
         for name, lines in self.lines.items() if self.is_writer else ():
-            part = self.workdir / f"{name}.jsonl.part"
-            part.write_text("".join(lines))
-            part.replace(self.workdir / f"{name}.jsonl")
+            files.write(self.workdir / f"{name}.jsonl", "".join(lines))
 
 
 def _read(path, last_step):

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from densejax.config import UserError
 
-Schedule = Callable[[int], float]
+Schedule = Callable[[jax.Array | int], jax.Array]
 
 
 def _step(config: ConfigDict, steps: int, warmup: int) -> Schedule:

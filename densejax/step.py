@@ -11,8 +11,8 @@ from flax import struct
 
 from densejax import metrics
 from densejax.data.augment import Preparation, example_keys
-
-AXIS = "data"
+from densejax.optimizer import Schedule
+from densejax.parallel import AXIS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,18 +22,18 @@ class Task:
     Attributes:
       model: a network of densejax.models.
       optimizer: from densejax.optimizer.create.
+      learning_rate: of the next step, from the number of steps done; reported, not applied.
       preparation: from stored images to the network's input.
       image_shape: stored (height, width, channels).
-      seed: every random draw is a function of it and the step.
       label_smoothing: of the training loss.
       log_every: steps after which the training metrics start anew.
     """
 
     model: nn.Module
     optimizer: optax.GradientTransformation
+    learning_rate: Schedule
     preparation: Preparation
     image_shape: tuple[int, int, int]
-    seed: int = 0
     label_smoothing: float = 0.0
     log_every: int = 50
 
@@ -43,6 +43,8 @@ class TrainState(struct.PyTreeNode):
 
     Attributes:
       step: int32, steps done.
+      key: uint32 [2], of the run's seed; every draw is a function of it and the step. It is data,
+        not a constant of the program: one compiled step serves all seeds.
       params: float32.
       batch_stats: float32, BatchNorm's running mean and (biased) variance.
       opt_state: of the optimizer.
@@ -50,19 +52,22 @@ class TrainState(struct.PyTreeNode):
     """
 
     step: jax.Array
+    key: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
     metrics: metrics.Sums
 
 
-def init_state(task: Task, dtype: Any = jnp.float32) -> TrainState:
-    """The state before the first step, drawn from the task's seed. Call it under jit."""
+def init_state(task: Task, seed: jax.Array, dtype: Any = jnp.float32) -> TrainState:
+    """The state before the first step, drawn from a seed, uint32. Call it under jit."""
+    key = jax.random.key(seed)
     images = jnp.zeros((1, *task.image_shape), jnp.uint8)
-    variables = task.model.init(jax.random.key(task.seed), task.preparation.evaluation(images))
+    variables = task.model.init(key, task.preparation.evaluation(images))
     variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
+        key=jax.random.key_data(key),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
         opt_state=task.optimizer.init(variables["params"]),
@@ -81,14 +86,15 @@ def train_step(
       batch: image uint8 [local batch, height, width, channels], label int32 [local batch].
 
     Returns:
-      The new state and its metrics, both replicated.
+      The new state, and its metrics with the step's "learning_rate"; all replicated.
     """
     # Gradients of replicated parameters would come summed over replicas; of varying ones they
     # are this replica's own, under shard_map and pmap alike.
     params = jax.lax.pcast(state.params, AXIS, to="varying")
     labels = batch["label"]
     positions = jax.lax.axis_index(AXIS) * len(labels) + jnp.arange(len(labels), dtype=jnp.int32)
-    keys = example_keys(jax.random.fold_in(jax.random.key(task.seed), state.step), positions)
+    step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    keys = example_keys(step_key, positions)
     images = task.preparation.training(batch["image"], keys)
 
     def loss_of(params):
@@ -122,7 +128,7 @@ def train_step(
         opt_state=opt_state,
         metrics=sums,
     )
-    return state, sums
+    return state, sums | {"learning_rate": jnp.asarray(task.learning_rate(state.step - 1))}
 
 
 def eval_step(task: Task, state: TrainState, batch: dict[str, jax.Array]) -> metrics.Sums:

@@ -17,7 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import densejax
-from densejax import checkpoint, metric_log, metrics, result, workdir
+from densejax import checkpoint, lock, metric_log, metrics, result, workdir
 from densejax.config import UserError
 from densejax.experiment import Experiment, build, describe
 from densejax.step import TrainState, train_step
@@ -41,6 +41,8 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
     path = epath.Path(directory)
     if mode == "eval" or ((path / "config.json").exists() and not force):
         workdir.check(path, config)
+    if mode == "train":
+        lock.require_free(path)
     summary = path / "summary.json"
     found = json.loads(summary.read_text()) if summary.exists() else None
     if mode == "train" and found and workdir.same_run(found["config"], config):
@@ -96,6 +98,7 @@ def train(experiment: Experiment, path: epath.Path) -> int:
     outcome |= facts | {
         "seconds_to_first_step": first_step,
         "images_per_second": log.images_per_second,
+        "changes": workdir.changes(path),
         "config": json.loads(config.to_json()),
     }
     if jax.process_index() == 0:
@@ -114,7 +117,7 @@ def fit(
     """Takes steps until the last, or until a signal has arrived in `stop`.
 
     Returns:
-      The state, seconds from the process's start to the end of its first step (None without
+      The state, seconds from the package's import to the end of its first step (None without
       one), and the metrics of the last step's evaluation by split.
     """
     config, last = experiment.config, experiment.steps
@@ -125,7 +128,7 @@ def fit(
     )
     best_is_kept = config.checkpoint.select == "best"
     take_step = experiment.map(train_step, donate=True)
-    first_step, late, evaluated = None, [], {}
+    first_step, before, late, evaluated = None, None, [], {}
 
     def finite_means(step, sums):
         values = metrics.means(sums)
@@ -140,13 +143,15 @@ def fit(
         while late:
             step, sums = late.pop()
             values = {f"train_{name}": value for name, value in finite_means(step, sums).items()}
-            log.train(step, values | {"learning_rate": float(experiment.learning_rate(step - 1))})
+            log.train(step, values | {"learning_rate": float(sums["learning_rate"])})
 
     for step in range(int(state.step) + 1, last + 1):
         state, sums = take_step(state, experiment.data.train.batch(step - 1))
         if first_step is None:
             jax.block_until_ready(sums)
             first_step = time.monotonic() - densejax.STARTED
+        jax.block_until_ready(before)  # one step is queued, no more: a signal need not wait long
+        before = sums
         log_late()  # the metrics of the step before, while the device is busy with this one
         if due(step, config.log.every_steps, last):
             late.append((step, sums))
@@ -155,12 +160,12 @@ def fit(
         saves = stops or due(step, save_every, last) or (evaluates and best_is_kept)
         if evaluates or saves:
             log_late()
+            jax.block_until_ready(sums)  # so that the pause holds no step
             with log.pause():
                 if evaluates:
                     evaluated = {split: experiment.evaluate(state, split)}
                     log.evaluation(step, split, evaluated[split])
                 if saves:
-                    finite_means(step, sums)  # what is not finite is never saved
                     error = 1 - evaluated[split]["accuracy"] if evaluates else math.nan
                     checkpoints.save(step, state, {f"{split}_error": error})
         if stops:

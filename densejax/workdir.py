@@ -20,13 +20,13 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from densejax import lock
-from densejax.config import UserError
+from densejax import files, lock
+from densejax.config import UserError, flatten
 
 # What a resume may change: these keys and everything below them.
 RESUMABLE = (
-    *("checkpoint.every_epochs", "checkpoint.every_steps", "checkpoint.keep_latest"),
-    *("data.directory", "data.manual_dir", "log", "parallel.mode", "profile", "train.epochs"),
+    *("checkpoint.every_epochs", "checkpoint.keep_latest", "data.directory", "data.manual_dir"),
+    *("evaluate.batch_size", "log", "parallel.mode", "train.epochs"),
 )
 PACKAGES = ("densejax", "flax", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
 
@@ -36,14 +36,19 @@ class WorkdirError(UserError):
 
 
 def default(config_name: str, config: ml_collections.ConfigDict) -> str:
-    """`runs/<name>-<digest>`, the same for all configurations that may resume one another."""
+    """`runs/<name>-<digest>`: the same command finds the same directory again."""
     return f"runs/{config_name}-{digest(config)[:8]}"
 
 
 def digest(config: ml_collections.ConfigDict) -> str:
-    """SHA-256 of the canonical JSON of the configuration without the `RESUMABLE` keys."""
-    flat = {key: text for key, text in _flat(config.to_dict()).items() if not _resumable(key)}
-    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of all that a result depends on: of the `RESUMABLE` keys `train.epochs` alone.
+
+    A short trial must not become the first part of the real run without a word: the same directory
+    goes on to more epochs only where --workdir names it.
+    """
+    flat = _flat(config.to_dict())
+    kept = {key: flat[key] for key in flat if not _resumable(key) or key == "train.epochs"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def difference(old: dict, new: dict) -> list[str]:
@@ -64,6 +69,12 @@ def same_run(old: dict, config: ml_collections.ConfigDict) -> bool:
     )
 
 
+def changes(path: epath.Path) -> list[str]:
+    """Every change of the configuration that starts in a run directory have made, oldest first."""
+    lines = (path / "history.jsonl").read_text().splitlines()
+    return [change for line in lines for change in json.loads(line)["changes"]]
+
+
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -72,7 +83,7 @@ def versions() -> dict[str, str]:
 
 def write_json(path: epath.PathLike, value) -> None:
     """Writes JSON such that a reader, or a kill at any moment, finds the old or the new file."""
-    lock.write(epath.Path(path), json.dumps(value, indent=2) + "\n")
+    files.write(epath.Path(path), json.dumps(value, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -143,19 +154,13 @@ def _record_start(path, config, changes) -> None:
         "command": sys.argv,
         "changes": changes or [],
     }
-    lock.write(history, "\n".join([*lines, json.dumps(start)]) + "\n")
+    files.write(history, "\n".join([*lines, json.dumps(start)]) + "\n")
     if changes != []:  # new, or changed
         write_json(path / "config.json", config)
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, str]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True)
-    return flat
+def _flat(tree: dict) -> dict[str, str]:
+    return {key: json.dumps(value, sort_keys=True) for key, value in flatten(tree).items()}
 
 
 def _resumable(key: str) -> bool:

@@ -31,14 +31,14 @@ class State:
 
 
 def make_state(seed=0, width=24, dtype=jnp.float32):
-    """A replicated state with one sharded leaf, several dtypes and a NaN with a payload."""
+    """A replicated state with one sharded leaf, several dtypes, a denormal and a -0."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     key = jax.random.key(seed)
     params = {
         "conv1": {"kernel": jax.random.normal(key, (3, 3, 3, width), dtype)},
         "block1": {"layer1": {"scale": jax.random.normal(key, (width,), jnp.bfloat16)}},
     }
-    payload = jnp.asarray(np.array([0x7FC00123, 0x80000000], np.uint32).view(np.float32))
+    payload = jnp.asarray(np.array([0x00000123, 0x80000000], np.uint32).view(np.float32))
     state = State(
         step=jnp.asarray(seed, jnp.int32),
         params=params,
@@ -281,3 +281,15 @@ def test_a_directory_that_cannot_be_made_is_one_clear_error(tmp_path):
     with pytest.raises(CheckpointError, match="Cannot save in .*NotADirectory"):
         checkpoints.save(1, make_state(1), {})
     checkpoints.close()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_saved(tmp_path, value):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(1), {})
+    bad = make_state(2)
+    bad.params["block1"]["layer1"]["scale"] *= value
+    with pytest.raises(CheckpointError, match="step=2: params/block1/layer1/scale is not finite"):
+        checkpoints.save(2, bad, {})
+    checkpoints.close()
+    assert Checkpoints(tmp_path).steps() == [1]

@@ -43,7 +43,7 @@ def card(name, arg=None):
 )
 def test_every_card_describes_an_experiment(name, arg):
     config = card(name, arg)
-    info, model = experiment.describe(config)
+    info, model, *_ = experiment.describe(config)
     assert config.name == name and model.num_classes == info.num_classes
 
 
@@ -132,7 +132,7 @@ def test_recipes_are_the_papers(name, arg, changes):
     [(None, 24), ("variant=plain,depth=40", 16), ("variant=b", 16), ("growth_rate=40", 80)],
 )
 def test_the_first_convolution_has_16_channels_or_2k_for_bc(arg, width):
-    _, model = experiment.describe(card("cifar10", arg))
+    _, model, *_ = experiment.describe(card("cifar10", arg))
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     assert variables["params"]["stem"]["conv"]["kernel"].shape == (3, 3, 3, width)

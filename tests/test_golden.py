@@ -24,16 +24,17 @@ def three_steps() -> list[dict[str, float]]:
     mesh = parallel.mesh()
     batches = MemorySet(images, labels, 64, 0, parallel.replicated(mesh), parallel.split(mesh))
     fields = models.fields("densenet_bc_40_12", depth=16, growth_rate=4, dropout_rate=0.2)
-    rate = optimizer.schedule(schema.default().optimizer, 3, 1)
+    rate = optimizer.schedule(schema.default().optimizer, 30, 10)
     task = step.Task(
         model=models.create(fields, 10, batch_norm_axis=parallel.AXIS),
         optimizer=optimizer.create(schema.default().optimizer, rate),
+        learning_rate=rate,
         preparation=Preparation((4.9,), (6.0,), shift=1, flip=True),
         image_shape=(8, 8, 1),
         label_smoothing=0.1,
     )
     take_step = parallel.map_step(functools.partial(step.train_step, task), mesh, "shard_map")
-    state = jax.jit(functools.partial(step.init_state, task))()
+    state = jax.jit(functools.partial(step.init_state, task))(np.uint32(0))
     state = jax.device_put(state, parallel.replicated(mesh))
     start, records = jax.device_get(state), []
     for number in range(3):

@@ -14,6 +14,7 @@ LEVELS = {
     0: [
         "",
         "config",
+        "files",
         "formats",
         "metrics",
         "hlo",

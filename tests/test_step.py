@@ -51,7 +51,7 @@ def by_hand(task, parts, state, batch):
 
     @jax.jit
     def mean(batch):
-        step_key = jax.random.fold_in(jax.random.key(task.seed), state.step)
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         keys = jax.vmap(lambda place: jax.random.fold_in(step_key, place))(jnp.arange(256))
         images = task.preparation.training(batch["image"], keys)
         batch = {"image": images, "label": batch["label"], "key": jax.random.key_data(keys)}
@@ -92,8 +92,9 @@ def test_the_seed_decides_parameters_order_and_draws():
     assert runs.distance(after(0, "global", 1)[0].params, after(0)[0].params) > 0.1
     batches = [experiment("global", seed).data.train.batch(0)["label"] for seed in (0, 1)]
     assert (np.asarray(batches[0]) != np.asarray(batches[1])).any()
-    state, batch = after(0)[0], experiment().data.train.batch(0)  # the same for both
-    losses = [float(mapped(*which)(state, batch)[1]["loss"]) for which in ((), ("global", 1))]
+    state, batch = after(0)[0], experiment().data.train.batch(0)  # the same but for the key
+    keys = state.key, after(0, "global", 1)[0].key
+    losses = [float(mapped()(state.replace(key=key), batch)[1]["loss"]) for key in keys]
     assert losses[0] != losses[1]
 
 

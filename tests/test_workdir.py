@@ -42,7 +42,6 @@ def test_default_name_ignores_what_a_resume_may_change():
     base = workdir.default("digits", make_config())
     assert base.startswith("runs/digits-") and len(base) == len("runs/digits-") + 8
     same = [
-        make_config(train__epochs=1),
         make_config(log__every_steps=7),
         make_config(checkpoint__keep_latest=9),
         make_config(data__directory="/data"),
@@ -52,6 +51,7 @@ def test_default_name_ignores_what_a_resume_may_change():
     assert {workdir.default("digits", config) for config in same} == {base}
     other = [
         make_config(seed=1),
+        make_config(train__epochs=1),  # a trial must not become the real run's first part
         make_config(model__depths=(12, 6)),
         make_config(model__bias=True),
         make_config(train__batch_size=65),
@@ -63,7 +63,7 @@ def test_default_name_ignores_what_a_resume_may_change():
 
 def test_digest_is_that_of_canonical_json():
     config = ml_collections.ConfigDict({"b": {"y": (1, None)}, "a": 0.5, "train": {"epochs": 3}})
-    text = '{"a": "0.5", "b.y": "[1, null]"}'
+    text = '{"a": "0.5", "b.y": "[1, null]", "train.epochs": "3"}'
     assert digest(config) == hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -213,10 +213,31 @@ def test_another_hosts_lock_lives_as_long_as_its_heartbeat(tmp_path, holder):
 
 def test_a_reused_process_number_does_not_keep_the_lock(tmp_path):
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": "1"}
+    holder["machine"] = lock._machine()
     (tmp_path / "lock").write_text(json.dumps(holder))
     with open_run(tmp_path, make_config()):
         with pytest.raises(WorkdirError, match="in use"), open_run(tmp_path, make_config()):
             pass  # not even by this process
+
+
+def test_a_process_number_of_another_machine_says_nothing(tmp_path):
+    # Two containers may share a host name: only the heartbeat tells whether the other one lives.
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": "1", "machine": "other"}
+    (tmp_path / "lock").write_text(json.dumps(holder))
+    with pytest.raises(WorkdirError, match="in use"), open_run(tmp_path, make_config()):
+        pass
+    os.utime(tmp_path / "lock", (0, 0))
+    with open_run(tmp_path, make_config()):
+        pass
+
+
+def test_a_directory_is_asked_for_without_taking_its_lock(tmp_path):
+    for free in (tmp_path, tmp_path / "nowhere"):
+        lock.require_free(free)
+    with open_run(tmp_path, make_config()), pytest.raises(lock.LockError, match="in use"):
+        lock.require_free(tmp_path)
+    lock.require_free(tmp_path)
+    assert not (tmp_path / "lock").exists()
 
 
 def test_the_heart_beats_and_notices_a_lost_lock(tmp_path, monkeypatch, caplog):

@@ -17,12 +17,10 @@ class Data:
     """What a run reads.
 
     Attributes:
-      info: the facts of the data set.
       train: training batches.
       evaluation: "test" where it is measured and "validation" where images are held out.
     """
 
-    info: builders.SetInfo
     train: MemorySet
     evaluation: dict[str, MemorySet]
 
@@ -33,18 +31,46 @@ def preparation(config: ConfigDict) -> Preparation:
     channels = info.image_shape[-1]
     scale = ((0.0,) * channels, (255.0,) * channels)
     mean, std = scale if config.data.normalization == "scale" else (info.mean, info.std)
+    if not mean:
+        raise UserError(
+            f"data.normalization = 'statistics': none are known of {config.data.name}; set 'scale'"
+        )
     augmentation = config.augmentation
     return Preparation(
         mean, std, augmentation.shift, augmentation.flip, config.data.image_size, config.train.dtype
     )
 
 
+def train_size(config: ConfigDict, info: builders.SetInfo) -> int:
+    """The number of images that train, from the set's facts alone.
+
+    Raises:
+      UserError: splits that are not there or must not train, or no batch's worth of images.
+    """
+    names = config.data.train_split.split("+")
+    for name in names:
+        if name not in info.splits or name == "test" or names.count(name) > 1:
+            allowed = ", ".join(split for split in info.splits if split != "test")
+            raise UserError(
+                f"data.train_split = {config.data.train_split!r}: name {allowed} once each, "
+                f"with '+' between them"
+            )
+    first, held_out = info.splits[names[0]], config.data.validation_size
+    if held_out >= first:
+        raise UserError(
+            f"data.validation_size = {held_out}: must be below the {first} training images"
+        )
+    size = sum(info.splits[name] for name in names) - held_out
+    if config.train.batch_size > size:
+        raise UserError(
+            f"train.batch_size = {config.train.batch_size}: must be at most the {size} "
+            f"training images"
+        )
+    return size
+
+
 def hold_out(size: int, validation_size: int) -> tuple[np.ndarray, np.ndarray]:
     """(indices that train, indices held out) of `size` examples, the same whatever the seed."""
-    if not 0 <= validation_size < size:
-        raise UserError(
-            f"data.validation_size = {validation_size}: must be below the {size} training images"
-        )
     order = permutation(seed=0, epoch=0, size=size)
     return np.sort(order[validation_size:]), np.sort(order[:validation_size])
 
@@ -67,9 +93,7 @@ def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Da
     def read(name):
         return builders.read(config.data.name, name, config.data.directory, config.data.manual_dir)
 
-    first, *more = names = config.data.train_split.split("+")
-    if len(set(names)) < len(names):
-        raise UserError(f"data.train_split = {config.data.train_split!r}: names a split twice")
+    first, *more = config.data.train_split.split("+")
     images, labels = read(first)
     trains, held_out = hold_out(len(images), config.data.validation_size)
     evaluate = config.evaluate
@@ -80,14 +104,8 @@ def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Da
         images, labels = images[trains], labels[trains]
     parts = [(images, labels), *map(read, more)]
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    if config.train.batch_size > len(images):
-        raise UserError(
-            f"train.batch_size = {config.train.batch_size}: must be at most the {len(images)} "
-            f"training images"
-        )
     size = config.evaluate.batch_size
     return Data(
-        builders.info(config.data.name, config.data.directory),
         MemorySet(images, labels, config.train.batch_size, config.seed, whole, split),
         {name: MemorySet(*pair, size, config.seed, whole, split) for name, pair in arrays.items()},
     )

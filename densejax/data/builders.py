@@ -63,7 +63,7 @@ def prepare(name: str, directory: str, manual_dir: str = "") -> Any:
 
 
 def info(name: str, directory: str) -> SetInfo:
-    """Returns the facts of a set of `SETS`, or of one prepared in `directory` (mean 0, std 255)."""
+    """Returns the facts of a set of `SETS`, or of one in `directory`, without mean and std."""
     if name in SETS:
         return SETS[name]
     found = prepare(name, directory).info
@@ -78,8 +78,7 @@ def info(name: str, directory: str) -> SetInfo:
             f"ClassLabel; has {_line(found.features)}"
         ) from error
     splits = {split: facts.num_examples for split, facts in found.splits.items()}
-    mean, std = (0.0,) * channels, (255.0,) * channels
-    return SetInfo((height, width, channels), names, splits, mean, std)
+    return SetInfo((height, width, channels), names, splits, mean=(), std=())
 
 
 def read(

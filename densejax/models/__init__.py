@@ -154,6 +154,8 @@ def create(
       UserError: a field that its family does not have, or a value that describes no network.
     """
     values = dict(model)
+    if "family" not in values:
+        raise UserError("model is empty: a card sets config.model = models.fields(NAME)")
     family = values.pop("family")
     description = _description(family)
     if wrong := sorted(set(values) ^ set(description)):
