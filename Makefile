@@ -10,7 +10,7 @@ READY := .venv/.ready
 help: ## Show this list
 	@sed -n 's/^\([a-z ]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
 
-train: $(READY) ## Train the digits example; more flags: make train ARGS="--config.train.seed=1"
+train: $(READY) ## Train the digits example; more flags: make train ARGS="--config.seed=1"
 	$(BIN)/python -m densejax.main --config=configs/digits.py $(ARGS)
 
 test: $(READY) ## Run the tests, without the slow ones
