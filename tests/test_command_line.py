@@ -23,17 +23,20 @@ CIFAR = "--config=configs/cifar10.py"
 
 @pytest.fixture
 def command(monkeypatch, capfd, tmp_path):
-    """Runs a command line; returns (exit code, standard output, standard error)."""
+    """Runs a command line; returns (exit code, standard output, standard error).
+
+    Of densejax.main, unless another module's `main` is given with its options.
+    """
     monkeypatch.chdir(ROOT)
     verbosity = logging.get_verbosity()
 
-    def run(*arguments):
+    def run(*arguments, main=main.main, **options):
         sys.modules.pop("config_config", None)  # the card before
-        monkeypatch.setattr(sys, "argv", ["densejax.main", *arguments])
+        monkeypatch.setattr(sys, "argv", ["densejax", *arguments])
         capfd.readouterr()
         with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
             try:
-                command_line.run(main.main)
+                command_line.run(main, **options)
             finally:
                 flags.FLAGS["config"].value = None
         return caught.value.code, *capfd.readouterr()
