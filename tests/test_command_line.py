@@ -29,6 +29,7 @@ def command(monkeypatch, capfd, tmp_path):
     """
     monkeypatch.chdir(ROOT)
     verbosity = logging.get_verbosity()
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
 
     def run(*arguments, main=main.main, **options):
         sys.modules.pop("config_config", None)  # the card before
@@ -43,6 +44,7 @@ def command(monkeypatch, capfd, tmp_path):
 
     yield run
     logging.set_verbosity(verbosity)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 def data(path):
@@ -194,10 +196,8 @@ def test_blocks_can_replace_depth(command, tmp_path):
 
 
 def test_a_good_command_trains_and_exits_with_0(command, tmp_path):
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
     card = f"--config={runs.card(tmp_path, train__epochs=1)}"
     code, output, _ = command(card, f"--workdir={tmp_path}/run", "--config.seed=0")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
     assert code == 0 and "test accuracy" in output.splitlines()[-1]
     assert f"{tmp_path}/run/summary.json" in output
 
