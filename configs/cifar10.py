@@ -15,20 +15,16 @@ from densejax import models
 
 
 def get_config(arg: str | None = None):
-    """The card; `arg` may set variant (plain, b, c, bc), depth, growth_rate and augment."""
-    args = schema.parse_arg(arg, variant="bc", depth=100, growth_rate=12, augment=True)
+    """The card; `arg` may set model, variant (plain, b, c, bc), depth, growth_rate, augment."""
+    args = schema.parse_arg(arg, model="densenet_bc_100_12", augment=True, **models.CHANGES)
     config = schema.default()  # its defaults are the paper's CIFAR recipe
     config.name = "cifar10"
-    config.model = models.fields(
-        "densenet_bc_100_12",
-        depth=args.depth,
-        growth_rate=args.growth_rate,
-        dropout_rate=0.0 if args.augment else 0.2,
-        **models.variant(args.variant),
-    )
+    config.model = models.fields(args.model, **models.changes(args))
     config.data.name = "cifar10"
     if not args.augment:
         config.augmentation.shift = 0
         config.augmentation.flip = False
+        if config.model.family == "densenet":
+            config.model.dropout_rate = 0.2
     config.evaluate.every_epochs = 0
     return config

@@ -14,13 +14,13 @@ from densejax import models
 
 
 def get_config(arg: str | None = None):
-    """The card; `arg` may set growth_rate and tune (choose on 5,000 held-out images)."""
-    args = schema.parse_arg(arg, growth_rate=12, tune=False)
+    """The card; `arg` may set model, variant, depth, growth_rate and tune (on held-out images)."""
+    args = schema.parse_arg(arg, model="", tune=False, **models.CHANGES)
     config = schema.default()
     config.name = "fashion_mnist"
-    config.model = models.fields(
-        "densenet_bc_40_12", depth=None, blocks=(3, 6, 11), growth_rate=args.growth_rate
-    )
+    blocks = {} if args.model else {"depth": None, "blocks": (3, 6, 11)}
+    name = args.model or "densenet_bc_40_12"
+    config.model = models.fields(name, **blocks | models.changes(args))
     config.data.name = "fashion_mnist"
     config.augmentation.shift = 2
     config.train.epochs = 20

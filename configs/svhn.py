@@ -16,16 +16,11 @@ from densejax import models
 
 def get_config(arg: str | None = None):
     """The card; `arg` may set variant (plain, b, c, bc), depth and growth_rate."""
-    args = schema.parse_arg(arg, variant="bc", depth=100, growth_rate=12)
+    args = schema.parse_arg(arg, **models.CHANGES)
     config = schema.default()
     config.name = "svhn"
-    config.model = models.fields(
-        "densenet_bc_100_12",
-        depth=args.depth,
-        growth_rate=args.growth_rate,
-        dropout_rate=0.2,
-        **models.variant(args.variant),
-    )
+    changes = models.changes(args)
+    config.model = models.fields("densenet_bc_100_12", dropout_rate=0.2, **changes)
     config.data.name = "svhn"
     config.data.train_split = "train+extra"
     config.data.validation_size = 6000

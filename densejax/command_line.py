@@ -73,5 +73,8 @@ def _explain(error: Exception, argv: list[str]) -> str:
         kind = type(known.get(wrong[1])).__name__
         wanted = "a Python literal" if kind == "NoneType" else f"a value of type {kind}"
         return f"{wrong[1]} = {given.get(wrong[1])}: give {wanted}"
+    if "get_config" in text and isinstance(error, AttributeError):
+        card = next(flag for flag in argv if "config=" in flag)
+        return f"{card}: is no card, it has no function get_config"
     # A card's own error comes as a traceback in the text; its last line is what was wrong.
     return text.strip().splitlines()[-1].removeprefix("densejax.config.UserError: ")

@@ -191,7 +191,9 @@ def parse_arg(arg: str | None, **defaults: Any) -> config_dict.ConfigDict:
         kind = type(defaults[key])
         if defaults[key] is not None and type(value) is not kind:
             if kind is not float or type(value) is not int:
-                raise UserError(f"config argument {key}={text}: give a {kind.__name__}")
+                raise UserError(
+                    f"config argument {key} = {text}: give a value of type {kind.__name__}"
+                )
         with values.ignore_type():
             values[key] = value
     return values

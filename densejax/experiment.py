@@ -113,4 +113,6 @@ def build(config: ConfigDict) -> Experiment:
         label_smoothing=config.train.label_smoothing,
         log_every=config.log.every_steps,
     )
-    return Experiment(config, mesh, run_data, task, learning_rate, steps)
+    experiment = Experiment(config, mesh, run_data, task, learning_rate, steps)
+    _ = experiment.abstract_state  # a network that does not fit the images says so here
+    return experiment

@@ -70,7 +70,7 @@ class MetricLog:
         """Logs the means of an evaluation after `step` steps as <split>_<name>."""
         text = self._record(step, {f"{split}_{name}": value for name, value in values.items()})
         self._flush()
-        self._say(f"step {count(step)}, {text}")
+        self._say(f"step {count(step)}, {split} {text}")
 
     @contextlib.contextmanager
     def pause(self):
@@ -92,9 +92,13 @@ class MetricLog:
         self._append("metrics", step, epoch=step / self.epoch_steps, **values)
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
+        # The screen has room for the two that are watched; the files have all.
+        watched = {name.rpartition("_")[2]: name for name in values if "top5" not in name}
+        shown = {"loss": "{:.4g}".format, "accuracy": percent}
         return ", ".join(
-            f"{name} {percent(value) if 'accuracy' in name else f'{value:.4g}'}"
-            for name, value in values.items()
+            f"{word} {form(values[watched[word]])}"
+            for word, form in shown.items()
+            if word in watched
         )
 
     def _append(self, file, step, **values):

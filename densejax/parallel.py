@@ -27,7 +27,13 @@ def start() -> None:
         facts = [line for line in text.splitlines() if line.startswith(("flags", "model name"))]
         name = hashlib.sha256("".join([platform.machine(), *facts]).encode()).hexdigest()[:8]
         cache = pathlib.Path("~/.cache/densejax/compiled").expanduser() / name
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise UserError(
+                f"the compilation cache {cache} cannot be made ({error.strerror}); "
+                f"set JAX_COMPILATION_CACHE_DIR to a folder that can be written"
+            ) from error
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

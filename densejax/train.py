@@ -59,15 +59,16 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
                 f"train.epochs = {config.train.epochs}: {path} has {start} steps behind it, more "
                 f"than these {experiment.steps}; give more epochs or another --workdir"
             )
-        with workdir.open_run(path, config, force):
-            return train(experiment, path, checkpoints)
+    with workdir.open_run(path, config, force):
+        return train(experiment, path)
 
 
-def train(experiment: Experiment, path: epath.Path, checkpoints: checkpoint.Checkpoints) -> int:
+def train(experiment: Experiment, path: epath.Path) -> int:
     """Trains from where the run directory stands; returns the process's exit code."""
     config = experiment.config
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signals())
+        checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(config, path)))
         state = checkpoints.restore_latest(experiment.abstract_state)
         start = 0 if state is None else int(state.step)
         facts = result.summarise(experiment, path, start)
@@ -126,15 +127,19 @@ def fit(
     take_step = experiment.map(train_step, donate=True)
     first_step, late, evaluated = None, [], {}
 
+    def finite_means(step, sums):
+        values = metrics.means(sums)
+        if not math.isfinite(values["loss"]):
+            raise UserError(
+                f"train_loss = {values['loss']} at step {step}: nothing after the last checkpoint "
+                f"is kept; lower optimizer.learning_rate"
+            )
+        return values
+
     def log_late():
         while late:
             step, sums = late.pop()
-            values = {f"train_{name}": value for name, value in metrics.means(sums).items()}
-            if not math.isfinite(values["train_loss"]):
-                raise UserError(
-                    f"train_loss = {values['train_loss']} at step {step}: nothing after the last "
-                    f"checkpoint is kept; lower optimizer.learning_rate"
-                )
+            values = {f"train_{name}": value for name, value in finite_means(step, sums).items()}
             log.train(step, values | {"learning_rate": float(experiment.learning_rate(step - 1))})
 
     for step in range(int(state.step) + 1, last + 1):
@@ -155,6 +160,7 @@ def fit(
                     evaluated = {split: experiment.evaluate(state, split)}
                     log.evaluation(step, split, evaluated[split])
                 if saves:
+                    finite_means(step, sums)  # what is not finite is never saved
                     error = 1 - evaluated[split]["accuracy"] if evaluates else math.nan
                     checkpoints.save(step, state, {f"{split}_error": error})
         if stops:

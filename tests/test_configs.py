@@ -19,7 +19,13 @@ from tests import archives, runs
 FOLDER = pathlib.Path(densejax.__file__).parents[1] / "configs"
 CARDS = sorted(path.stem for path in FOLDER.glob("*.py"))
 ARGUMENTS = {
-    "cifar10": ["variant=plain,depth=40", "variant=b", "variant=c,depth=40", "augment=False"],
+    "cifar10": [
+        "variant=plain,depth=40",
+        "variant=b",
+        "variant=c,depth=40",
+        "augment=False",
+        "model=resnet20_cifar,augment=False",
+    ],
     "cifar100": ["variant=plain,depth=40", "depth=40,growth_rate=24", "augment=False"],
     "svhn": ["variant=plain,depth=100,growth_rate=24"],
     "fashion_mnist": ["growth_rate=8", "tune=True"],

@@ -144,11 +144,9 @@ def test_without_a_terminal_a_line_every_few_seconds(workdir, clock, capsys):
         log.train(step, {"train_loss": 0.5, "train_accuracy": 0.9512})
     log.evaluation(40, "test", {"accuracy": 0.25})
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == (
-        "step 4/40, train_loss 0.5, train_accuracy 95.12 %, 3 images/s, 1 min 48 s left"
-    )
+    assert lines[0] == ("step 4/40, loss 0.5, accuracy 95.12 %, 3 images/s, 1 min 48 s left")
     assert [line.split(",")[0] for line in lines[1:3]] == ["step 8/40", "step 12/40"]
-    assert lines[-1] == "step 40, test_accuracy 25.00 %"
+    assert lines[-1] == "step 40, test accuracy 25.00 %"
     assert len(lines) == 11
 
 
@@ -157,7 +155,7 @@ def test_on_a_terminal_a_bar(workdir, monkeypatch):
     monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys, "stderr", screen)
     run(workdir, 0, 40).close()
-    assert "100%|" in screen.getvalue() and "train_accuracy 10.00 %" in screen.getvalue()
+    assert "100%|" in screen.getvalue() and "accuracy 10.00 %" in screen.getvalue()
     assert " left" not in screen.getvalue(), "plain lines beside the bar"
 
 

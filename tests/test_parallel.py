@@ -137,7 +137,6 @@ def test_the_compilation_cache_is_private_and_yields_to_the_environment(monkeypa
     assert folder.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: FileNotFoundError where the home cannot be written")
 def test_a_home_that_cannot_be_written_is_one_line_or_no_obstacle(monkeypatch):
     monkeypatch.setenv("HOME", "/proc/nowhere")
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")

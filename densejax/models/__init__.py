@@ -97,11 +97,17 @@ MODELS = {
 }
 
 
-def variant(name: str) -> dict[str, Any]:
-    """The fields of one of the paper's four forms: "plain", "b", "c" or "bc"."""
-    if name not in VARIANTS:
-        raise UserError(f"variant = {name!r}: allowed are {', '.join(VARIANTS)}")
-    return VARIANTS[name]
+# What a card's argument may change of a named network; None leaves it as it is.
+CHANGES = {"variant": None, "depth": None, "growth_rate": None}
+
+
+def changes(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a card's CHANGES stand for (raises UserError for an unknown variant)."""
+    given = {name: args[name] for name in CHANGES if args[name] is not None}
+    variant = given.pop("variant", None)
+    if variant is not None and variant not in VARIANTS:
+        raise UserError(f"variant = {variant!r}: allowed are {', '.join(VARIANTS)}")
+    return given | VARIANTS.get(variant, {})
 
 
 def _description(family: str) -> dict[str, dataclasses.Field]:

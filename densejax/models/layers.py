@@ -216,7 +216,8 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, features):
         """Maps features [batch, height, width, channels] to (logits, pooled features)."""
-        pooled = features.mean((1, 2), dtype=jnp.float32)
+        wide = jnp.float64 if features.dtype == jnp.float64 else jnp.float32
+        pooled = features.mean((1, 2), dtype=wide)
         if self.num_classes == 0:
             return None, pooled
         classifier = nn.Dense(self.num_classes, kernel_init=fan_in_uniform, name="classifier")

@@ -221,6 +221,7 @@ def test_fields_hold_every_field_of_the_family():
         "dropout_rate": 0.2,
         "convolution_bias": False,
         "batch_norm_epsilon": 1e-5,
+        "join": "dense",
         "block": "concat",
     }
 
@@ -231,8 +232,9 @@ def test_fields_take_each_of_their_types():
     section.stem_width = 6
     network = models.create(section, 10)
     assert network.block_depths() == (1, 2) and network.growth_rates() == (4, 8)
-    with pytest.raises(TypeError):
-        section.depth = "forty"
+    section.depth = "forty"
+    with pytest.raises(UserError, match="model.depth = 'forty'"):
+        models.create(section, 10)
 
 
 def test_create_passes_what_the_run_decides():
@@ -241,11 +243,16 @@ def test_create_passes_what_the_run_decides():
     assert network.batch_norm_axis == "data"
 
 
-def test_variants():
-    assert models.variant("bc") == {"bottleneck": True, "compression": 0.5}
-    assert models.variant("plain") == {"bottleneck": False, "compression": 1.0}
-    assert models.variant("b") == {"bottleneck": True, "compression": 1.0}
-    assert models.variant("c") == {"bottleneck": False, "compression": 0.5}
+def test_changes_of_a_card():
+    def changes(**given):
+        return models.changes(models.CHANGES | given)
+
+    assert changes() == {}
+    assert changes(variant="bc") == {"bottleneck": True, "compression": 0.5}
+    assert changes(variant="plain") == {"bottleneck": False, "compression": 1.0}
+    assert changes(variant="b", depth=16) == {"bottleneck": True, "compression": 1.0, "depth": 16}
+    expected = {"bottleneck": False, "compression": 0.5, "growth_rate": 4}
+    assert changes(variant="c", growth_rate=4) == expected
 
 
 @pytest.mark.parametrize(
@@ -254,7 +261,10 @@ def test_variants():
         (lambda: models.fields("densenet_41"), ["model = 'densenet_41'", *models.MODELS]),
         (lambda: models.fields("densenet121", widht=3), ["model.widht", "stem_width", "blocks"]),
         (lambda: models.fields("densenet121", dtype="x"), ["model.dtype", "stem_width"]),
-        (lambda: models.variant("d"), ["variant = 'd'", "plain, b, c, bc"]),
+        (
+            lambda: models.changes(models.CHANGES | {"variant": "d"}),
+            ["variant = 'd'", "plain, b, c, bc"],
+        ),
         (lambda: models.create({"family": "vgg"}, 10), ["model.family = 'vgg'", "densenet"]),
         (lambda: models.create({"family": "densenet"}, 10), ["model.batch_norm_epsilon"]),
         (
