@@ -12,7 +12,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from densejax import data, models, optimizer, parallel, train
-from densejax.config import UserError
+from densejax.config import UserError, default
 from densejax.data.augment import Preparation
 from densejax.experiment import Experiment, describe
 from densejax.step import Task
@@ -61,12 +61,24 @@ def load(directory: epath.PathLike) -> Classifier:
     if (path / "model.json").exists():
         return _of_weights(path)
     try:
-        config = ConfigDict(_without_lists(json.loads((path / "config.json").read_text())))
-    except (OSError, ValueError, AttributeError) as error:
+        config = _config(json.loads((path / "config.json").read_text()))
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"--workdir={path}: neither a run's directory nor one of weights ({error})"
+            f"--workdir={path}: neither a run's directory nor one of weights "
+            f"({type(error).__name__}: {error})"
         ) from error
     return _of_run(path, config)
+
+
+def _config(stored: dict[str, Any]) -> ConfigDict:
+    """A run's configuration; a key that is newer than the run is at its default."""
+    config, family = default().to_dict(), models.FAMILIES[stored["model"]["family"]]
+    fields = (field for field in dataclasses.fields(family) if field.name not in models.RUN_FIELDS)
+    config["model"] = {field.name: field.default for field in fields}
+    for key, value in stored.items():
+        section = config.get(key)
+        config[key] = section | value if isinstance(section, dict) else value
+    return ConfigDict(_without_lists(config))
 
 
 def _of_run(path: epath.Path, config: ConfigDict) -> Classifier:

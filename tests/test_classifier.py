@@ -63,12 +63,27 @@ def test_the_preparation_is_the_run_s_without_augmentation(tmp_path, first_state
     np.testing.assert_allclose(prepared, np.full((2, 16, 16, 1), 0.2), rtol=1e-6)
 
 
+def test_a_run_that_is_older_than_a_key_is_opened(tmp_path, first_state):
+    path = saved(tmp_path / "run", runs.tiny(), (1, first_state, {}))
+    config = json.loads((path / "config.json").read_text())
+    del config["model"]["join"], config["model"]["stem"], config["log"]["seconds"]
+    (path / "config.json").write_text(json.dumps(config))
+    network = classifier.load(path)
+    runs.assert_same_bits(network.variables["params"], first_state.params)
+    config["train"]["epoch"] = 3
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="unknown key train.epoch;"):
+        classifier.load(path)
+
+
 def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="run: there is no checkpoint in it yet; train first"):
         classifier.load(saved(tmp_path / "run", runs.tiny()))
 
 
-@pytest.mark.parametrize("content", [None, "", "[3]", '{"name": "tiny"}'])
+@pytest.mark.parametrize(
+    "content", [None, "", "[3]", "{}", '{"model": {"family": "x"}}', '{"model": 3}']
+)
 def test_what_is_no_directory_of_a_run_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
