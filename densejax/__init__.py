@@ -4,3 +4,54 @@ import time
 
 STARTED = time.monotonic()  # seconds to the first step are counted from here
 __version__ = "0.1.0"
+
+
+def create(name: str, num_classes: int = 1000, weights: str = "", channels: int = 3, **fields):
+    """A network and its variables, by name.
+
+        model, variables = densejax.create("densenet121", weights="weights/densenet121")
+        image = (photograph - (123.675, 116.28, 103.53)) / (58.395, 57.12, 57.375)  # 224x224x3
+        logits, features = model.apply(variables, image[None].astype("float32"))
+
+    Args:
+      name: of `densejax.models.MODELS`.
+      num_classes: length of the logits; 0: no classifier, the logits are None.
+      weights: a directory of `densejax.pretrained`; "" draws the variables, from seed 0.
+      channels: of the images, where the variables are drawn.
+      **fields: that differ from the named network's, such as `dropout_rate=0.2`. Those that leave
+        no trace in weights, such as `batch_norm_epsilon`, are otherwise as the weights have them.
+
+    Returns:
+      (model, variables): `model.apply(variables, images)` maps float32 images [batch, height,
+      width, channels], normalised, to (logits [batch, num_classes], features by stage).
+
+    Raises:
+      densejax.config.UserError: an unknown name or field, or weights of another network.
+    """
+    # Imported here: `import densejax` stays light.
+    import jax
+    import jax.numpy as jnp
+
+    from densejax import models
+    from densejax.config import UserError
+
+    model = models.create(models.fields(name, **fields), num_classes)
+
+    def shapes(variables):
+        return jax.tree.map(jnp.shape, variables)
+
+    def draw(channels):
+        return model.init(jax.random.key(0), jnp.zeros((1, 224, 224, channels)))
+
+    if not weights:
+        # Optimising this program takes long and gains nothing: it runs once.
+        options = {"xla_backend_optimization_level": 0}
+        return model, jax.jit(draw, static_argnums=0, compiler_options=options)(channels)
+
+    from densejax import pretrained
+
+    description, variables = pretrained.load(weights)
+    expected = jax.eval_shape(lambda: draw(description["image_channels"]))
+    if shapes(variables) != shapes(expected):
+        raise UserError(f"weights={weights}: not of a {name} with {num_classes} classes")
+    return models.create(description["model"] | fields, num_classes), variables

@@ -16,29 +16,37 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 
 
-def run(main: Callable[[], int]) -> NoReturn:
-    """Parses the flags, calls `main` and exits with its code; bad input exits with 2."""
+def run(main: Callable[..., int], config: str = "required", arguments: bool = False) -> NoReturn:
+    """Parses the flags, calls `main` and exits with its code; bad input exits with 2.
+
+    Args:
+      main: gets what is no flag, one argument each.
+      config: whether --config is "required", "optional", or "unused" and therefore refused.
+      arguments: whether anything but flags is allowed.
+    """
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)  # orbax tells a story about every save
         try:
-            sys.exit(main())
+            sys.exit(main(*argv[1:]))
         except UserError as error:
             _stop(str(error))
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=lambda argv: _parse(argv, config, arguments))
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], config: str, arguments: bool) -> list[str]:
     try:
         left = flags.FLAGS(argv)
     except Exception as error:  # a card is Python: anything may come out of it
         _stop(_explain(error, argv))
-    if left[1:]:
+    if left[1:] and not arguments:
         _stop(f"{left[1]!r} is no flag; flags look like --config=configs/digits.py")
-    if CONFIG.value is None:
+    if CONFIG.value is None and config == "required":
         _stop("--config: name a card, such as --config=configs/digits.py")
-    if not isinstance(CONFIG.value, ConfigDict):
+    if CONFIG.value is not None and config == "unused":
+        _stop("--config: nothing here reads it; a run has its own config.json")
+    if not isinstance(CONFIG.value, ConfigDict | None):
         file = flags.FLAGS["config"].config_filename
         _stop(f"--config={file}: there is no such file; cards are in configs/")
     return left

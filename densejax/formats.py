@@ -24,7 +24,11 @@ def duration(seconds):
     return f"{seconds:.1f} s"
 
 
-def table(rows):
-    """Rows of strings -> lines of aligned columns, for the start-up summary."""
+def table(rows, right=0):
+    """Rows of strings -> lines of aligned columns, the last `right` of them at their right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    sides = [str.ljust] * (len(widths) - right) + [str.rjust] * right
+    return "\n".join(
+        "  ".join(side(*cell) for side, *cell in zip(sides, row, widths, strict=True)).rstrip()
+        for row in rows
+    )

@@ -11,7 +11,7 @@ import tempfile
 import jax
 import numpy as np
 
-from densejax import checkpoint, experiment, models, parallel
+from densejax import checkpoint, experiment, models, parallel, train
 from densejax import config as schema
 from densejax.step import train_step
 
@@ -101,6 +101,15 @@ def build(config, devices=4):
         return experiment.build(config)
     finally:
         parallel.mesh = whole
+
+
+@functools.cache
+def trained():
+    """The directory of a tiny run of one epoch, made once by each process; read it only."""
+    path = SESSION / f"trained-{os.getpid()}"
+    if train.run(tiny(train__epochs=1), str(path), "train"):
+        raise RuntimeError("the run failed")
+    return path
 
 
 @functools.cache

@@ -29,23 +29,28 @@ def prepared():
 
 @pytest.fixture
 def command(monkeypatch, capfd, tmp_path):
-    """Runs a command line; returns (exit code, standard output, standard error)."""
+    """Runs a command line; returns (exit code, standard output, standard error).
+
+    Of densejax.main, unless another module's `main` is given with its options.
+    """
     monkeypatch.chdir(ROOT)
     verbosity = logging.get_verbosity()
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
 
-    def run(*arguments):
+    def run(*arguments, main=main.main, **options):
         sys.modules.pop("config_config", None)  # the card before
-        monkeypatch.setattr(sys, "argv", ["densejax.main", *arguments])
+        monkeypatch.setattr(sys, "argv", ["densejax", *arguments])
         capfd.readouterr()
         with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
             try:
-                command_line.run(main.main)
+                command_line.run(main, **options)
             finally:
                 flags.FLAGS["config"].value = None
         return caught.value.code, *capfd.readouterr()
 
     yield run
     logging.set_verbosity(verbosity)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 def data(path):
@@ -200,10 +205,8 @@ def test_blocks_can_replace_depth(command, tmp_path):
 
 
 def test_a_good_command_trains_and_exits_with_0(command, tmp_path):
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
     card = f"--config={runs.card(tmp_path, train__epochs=1)}"
     code, output, _ = command(card, f"--workdir={tmp_path}/run", "--config.seed=0")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
     assert code == 0 and "test accuracy" in output.splitlines()[-1]
     assert f"{tmp_path}/run/summary.json" in output
 

@@ -12,7 +12,6 @@ ROOT = pathlib.Path(densejax.__file__).parent
 # The longest prefix decides: "models" holds for models.densenet, and models.layers has its own.
 LEVELS = {
     0: [
-        "",
         "config",
         "files",
         "formats",
@@ -24,8 +23,8 @@ LEVELS = {
     ],
     1: ["models", "data", "optimizer", "parallel", "checkpoint", "lock", "workdir", "metric_log"],
     2: ["step", "analysis"],
-    3: ["experiment", "result"],
-    4: ["train", "command_line", "compile", "predict", "summary"],
+    3: ["experiment", "result", ""],  # the package itself imports when its function is called
+    4: ["train", "command_line", "compile", "classifier", "predict", "export", "summary"],
     5: ["main"],
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}

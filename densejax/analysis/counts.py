@@ -1,5 +1,7 @@
 """Exact counts of a network from its abstract evaluation: no array is ever made."""
 
+import collections
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,28 +24,37 @@ def multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:
       function: traced on the abstract arguments; loops count once per iteration of `scan`.
       *arguments: pytrees of arrays or jax.ShapeDtypeStruct.
     """
-    return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _by_scope(jax.make_jaxpr(function)(*arguments).jaxpr, _multiply_adds).total()
 
 
-def _of_jaxpr(jaxpr) -> int:
-    total = 0
+def _by_scope(
+    jaxpr, cost: Callable[[Any], int], outer: str = "", times: int = 1
+) -> collections.Counter[str]:
+    """The cost of all convolutions and matrix products under each `jax.named_scope`.
+
+    Flax gives every layer a scope, such as "DenseNet/block1/layer1/conv1".
+    """
+    total = collections.Counter()
     for equation in jaxpr.eqns:
-        name, parameters_ = equation.primitive.name, equation.params
-        if name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
-            numbers = parameters_["dimension_numbers"]
-            # The kernel's input axis is already divided by the number of groups.
-            outputs = math.prod(equation.outvars[0].aval.shape)
-            total += outputs * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
-        elif name == "dot_general":
-            (contracted, _), _ = parameters_["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            length = math.prod(shape[axis] for axis in contracted)
-            total += math.prod(equation.outvars[0].aval.shape) * length
+        scope = "/".join(filter(None, (outer, str(equation.source_info.name_stack))))
+        if equation.primitive.name in ("conv_general_dilated", "dot_general"):
+            total[scope] += times * cost(equation)
         else:
-            inner = sum(_of_jaxpr(sub) for sub in jaxprs_in_params(parameters_))
-            total += inner * parameters_.get("length", 1)
+            turns = times * equation.params.get("length", 1)
+            for inner in jaxprs_in_params(equation.params):
+                total += _by_scope(inner, cost, scope, turns)
     return total
+
+
+def _multiply_adds(equation) -> int:
+    outputs = math.prod(equation.outvars[0].aval.shape)
+    numbers = equation.params["dimension_numbers"]
+    if equation.primitive.name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        # The kernel's input axis is already divided by the number of groups.
+        return outputs * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+    shape = equation.invars[0].aval.shape
+    return outputs * math.prod(shape[axis] for axis in numbers[0][0])
 
 
 def of_network(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
@@ -51,3 +62,46 @@ def of_network(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     return parameters(variables), multiply_adds(lambda v, x: model.apply(v, x)[0], variables, image)
+
+
+@dataclasses.dataclass
+class Layer:
+    """A named part of a network; `output_shape` is of one image, None where it is not known."""
+
+    name: str
+    output_shape: tuple[int, ...] | None = None
+    parameters: int = 0
+    multiply_adds: int = 0
+
+
+def layers(model: nn.Module, image_shape: tuple[int, int, int], depth: int = 2) -> list[Layer]:
+    """What each part of a network holds and computes for one image, in the network's order.
+
+    Args:
+      model: from densejax.models.create.
+      image_shape: height, width, channels.
+      depth: names are cut after so many parts; what lies deeper is added up.
+    """
+    image, shapes = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), {}
+
+    def record(call, arguments, keywords, context):
+        path = context.module.path
+        shapes.setdefault(path)  # a module comes before those that it calls
+        result = call(*arguments, **keywords)
+        if context.method_name == "__call__":
+            shapes[path] = jax.tree.leaves(result)[0].shape[1:]
+        return result
+
+    with nn.intercept_methods(record):
+        variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    trace = jax.make_jaxpr(lambda v, x: model.apply(v, x)[0])(variables, image)
+    scopes = _by_scope(trace.jaxpr, _multiply_adds).items()
+    amounts = [(tuple(scope.split("/"))[1:], "multiply_adds", n) for scope, n in scopes]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
+        module = tuple(key.key for key in path[:-1])
+        amounts.append((module, "parameters", math.prod(leaf.shape)))
+    rows = {path: Layer("/".join(path), shape) for path, shape in shapes.items()}
+    for path, field, amount in amounts:
+        row = rows.setdefault(path[:depth], Layer("/".join(path[:depth])))
+        setattr(row, field, getattr(row, field) + amount)
+    return [row for row in rows.values() if row.parameters or row.multiply_adds]

@@ -58,7 +58,7 @@ class Preparation:
 
     def _resize(self, images):
         if self.image_size:
-            shape = (len(images), self.image_size, self.image_size, images.shape[-1])
+            shape = (images.shape[0], self.image_size, self.image_size, images.shape[-1])
             images = jax.image.resize(images, shape, "bilinear")
         return images.astype(self.dtype)
 

@@ -1,0 +1,122 @@
+"""A trained network and all that images need on their way into it, opened from a directory."""
+
+import contextlib
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from densejax import data, models, optimizer, parallel, train
+from densejax.config import UserError, default
+from densejax.data.augment import Preparation
+from densejax.experiment import Experiment, describe
+from densejax.step import Task
+
+# What weights of 1,000 classes are for where their model.json says nothing else; in uint8 units.
+IMAGENET = {
+    "image_shape": (224, 224, 3),
+    "mean": (123.675, 116.28, 103.53),
+    "std": (58.395, 57.12, 57.375),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A trained network.
+
+    Attributes:
+      model: of densejax.models.
+      variables: its "params" and "batch_stats", NumPy arrays.
+      preparation: from stored images to its input.
+      image_shape: stored (height, width, channels).
+      class_names: one for each logit.
+    """
+
+    model: nn.Module
+    variables: Any
+    preparation: Preparation
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+
+    def logits(self, variables: Any, images: jax.Array) -> jax.Array:
+        """Maps images uint8 [batch, *image_shape] to float32 [batch, classes]; jit it."""
+        logits, _ = self.model.apply(variables, self.preparation.evaluation(images))
+        return logits.astype(jnp.float32)
+
+
+def load(directory: epath.PathLike) -> Classifier:
+    """Opens a run's directory, or one with the weights of `densejax.pretrained`.
+
+    Of a run it takes the checkpoint that the run's result is measured on.
+
+    Raises:
+      UserError: it is neither, or something in it is missing, damaged or does not fit.
+    """
+    path = epath.Path(directory)
+    if (path / "model.json").exists():
+        return _of_weights(path)
+    try:
+        config = _config(json.loads((path / "config.json").read_text()))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"--workdir={path}: neither a run's directory nor one of weights "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return _of_run(path, config)
+
+
+def _config(stored: dict[str, Any]) -> ConfigDict:
+    """A run's configuration; a key that is newer than the run is at its default."""
+    config, family = default().to_dict(), models.FAMILIES[stored["model"]["family"]]
+    fields = (field for field in dataclasses.fields(family) if field.name not in models.RUN_FIELDS)
+    config["model"] = {field.name: field.default for field in fields}
+    for key, value in stored.items():
+        section = config.get(key)
+        config[key] = section | value if isinstance(section, dict) else value
+    return ConfigDict(_without_lists(config))
+
+
+def _of_run(path: epath.Path, config: ConfigDict) -> Classifier:
+    info, model = describe(config)
+    preparation, shape = data.preparation(config), info.image_shape
+    # A checkpoint is restored whole; of the optimizer only the shape of its state is needed.
+    sgd = optimizer.create(config.optimizer, lambda step: jnp.zeros(()))
+    task = Task(model, sgd, preparation, shape)
+    experiment = Experiment(config, parallel.mesh(), None, task, lambda step: jnp.zeros(()), 0)
+    with contextlib.closing(train.open_checkpoints(config, path)) as checkpoints:
+        if checkpoints.latest_step() is None:
+            raise UserError(f"--workdir={path}: there is no checkpoint in it yet; train first")
+        state = train.select(experiment, checkpoints)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return Classifier(model, jax.device_get(variables), preparation, shape, info.class_names)
+
+
+def _of_weights(path: epath.Path) -> Classifier:
+    from densejax import pretrained
+
+    description, variables = pretrained.load(path)
+    classes = description["num_classes"]
+    model = models.create(description["model"], classes)
+    if classes == 0:
+        raise UserError(f"{path}: a network without a classifier names no class")
+    if (description.get("names"), description["model"]["family"]) == ("keras", "resnet"):
+        raise UserError(f"{path}: Keras' ResNets want images in the order blue, green, red")
+    is_imagenet = (classes, description.get("image_channels")) == (1000, 3)
+    facts = (IMAGENET if is_imagenet else {}) | description
+    if missing := [key for key in IMAGENET if key not in facts]:
+        raise UserError(f"{path}/model.json: add {', '.join(missing)}; images cannot do without")
+    preparation = Preparation(tuple(facts["mean"]), tuple(facts["std"]))
+    names = tuple(facts.get("class_names") or map(str, range(classes)))
+    return Classifier(model, variables, preparation, tuple(facts["image_shape"]), names)
+
+
+def _without_lists(value: Any) -> Any:
+    """JSON has lists where a configuration has tuples."""
+    if isinstance(value, dict):
+        return {key: _without_lists(item) for key, item in value.items()}
+    return tuple(map(_without_lists, value)) if isinstance(value, list) else value

@@ -1,0 +1,99 @@
+"""A network layer by layer: python -m densejax.summary --model=densenet121."""
+
+import dataclasses
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from densejax import command_line, experiment, formats, models
+from densejax.analysis import counts
+from densejax.config import UserError
+
+# An override lets the tests import several commands into one process.
+MODEL = flags.DEFINE_string("model", None, "A network's name; or give --config=CARD.")
+IMAGE_SHAPE = flags.DEFINE_list(
+    "image_shape", None, "height,width,channels; default: 224,224,3 or 32,32,3, by the network."
+)
+NUM_CLASSES = flags.DEFINE_integer(
+    "num_classes", None, "0: no classifier; default: 1000 or 10, by the network.", lower_bound=0
+)
+DEPTH = flags.DEFINE_integer("depth", 2, "Parts of a layer's name to show.", lower_bound=1)
+FORMAT = flags.DEFINE_enum(
+    "format", "table", ["table", "json"], "How to print.", allow_override=True
+)
+LIST = flags.DEFINE_bool("list", False, "Name every network, with its parameters.")
+
+
+def named(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    """A network of the table and an image's shape, by the flags or as its paper has them."""
+    fields = models.fields(name)
+    size, classes = (32, 10) if fields.get("stem") == "cifar" else (224, 1000)
+    classes = classes if NUM_CLASSES.value is None else NUM_CLASSES.value
+    try:
+        shape = tuple(map(int, IMAGE_SHAPE.value or (size, size, 3)))
+    except ValueError:
+        shape = ()
+    if len(shape) != 3 or min(shape) < 1:
+        given = ",".join(IMAGE_SHAPE.value)
+        raise UserError(f"--image_shape={given}: give height,width,channels, such as 224,224,3")
+    return models.create(fields, classes), shape
+
+
+def chosen() -> tuple[nn.Module, tuple[int, ...]]:
+    """The network and an image's shape that the flags ask for."""
+    config = command_line.CONFIG.value
+    if (config is None) == (MODEL.value is None):
+        raise UserError("give --model=NAME (--list shows the names) or --config=CARD, one of both")
+    if config is None:
+        return named(MODEL.value)
+    if IMAGE_SHAPE.value or NUM_CLASSES.value is not None:
+        raise UserError("--config brings image_shape and num_classes with its data: leave them out")
+    info, model = experiment.describe(config)
+    size = config.data.image_size
+    return model, (size, size, info.image_shape[-1]) if size else info.image_shape
+
+
+def table(rows: list[counts.Layer]) -> str:
+    """The rows as text, with shares of the totals, which are the last line."""
+    parameters, multiply_adds = sum(r.parameters for r in rows), sum(r.multiply_adds for r in rows)
+    total = counts.Layer("total", (), parameters, multiply_adds)
+    lines = [("layer", "output", "parameters", "share", "multiply-adds", "share")]
+    for row in [*rows, total]:
+        line = [row.name, "x".join(map(str, row.output_shape or ()))]
+        for field in ("parameters", "multiply_adds"):
+            part, whole = getattr(row, field), getattr(total, field)
+            line += [formats.count(part), formats.percent(part / max(whole, 1))]
+        lines.append(line)
+    return formats.table(lines, right=4)
+
+
+def main() -> int:
+    """Does what the flags say; returns the exit code."""
+    if LIST.value:
+        for name in models.MODELS:
+            model, image_shape = named(name)
+            image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+            variables = jax.eval_shape(model.init, jax.random.key(0), image)
+            print(f"{name:<24}{formats.count(counts.parameters(variables)):>12}", flush=True)
+        return 0
+    model, image_shape = chosen()
+    rows = counts.layers(model, image_shape, DEPTH.value)
+    if FORMAT.value == "table":
+        print(table(rows))
+        return 0
+    result = {
+        "image_shape": image_shape,
+        "num_classes": model.num_classes,
+        "parameters": sum(row.parameters for row in rows),
+        "multiply_adds": sum(row.multiply_adds for row in rows),
+        "layers": [dataclasses.asdict(row) for row in rows],
+    }
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main, config="optional")

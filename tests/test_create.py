@@ -1,0 +1,77 @@
+"""`densejax.create`: a network by name, with drawn or given variables."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+import densejax
+from densejax import models
+from densejax.analysis import counts
+from densejax.config import UserError
+from tests import runs
+
+SMALL = {"depth": None, "blocks": (1, 1), "growth_rate": 2}
+
+
+def test_three_lines_classify_an_image():
+    photograph = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    model, variables = densejax.create("densenet_bc_40_12", num_classes=10, **SMALL)
+    image = (photograph - (123.675, 116.28, 103.53)) / (58.395, 57.12, 57.375)
+    logits, features = model.apply(variables, image[None].astype("float32"))
+    assert (logits.shape, logits.dtype) == ((1, 10), np.float32)
+    assert list(features) == ["stem", "block1", "transition1", "block2", "final", "pooled"]
+
+
+def test_variables_are_drawn_from_seed_0():
+    model, variables = densejax.create("resnet20_cifar", num_classes=10, blocks=(1, 1, 1))
+    drawn = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+    assert runs.distance(variables, drawn) < 1e-6
+    assert counts.parameters(variables) == counts.of_network(model, (32, 32, 3))[0]
+
+
+def test_images_may_have_another_number_of_channels():
+    model, variables = densejax.create("densenet_bc_40_12", num_classes=0, channels=1, **SMALL)
+    logits, features = model.apply(variables, np.zeros((2, 8, 8, 1), np.float32))
+    assert logits is None and features["pooled"].shape == (2, 5)
+
+
+@pytest.fixture
+def weights(monkeypatch):
+    """A directory that densejax.pretrained reads as a network of seven classes."""
+    fields = dict(models.fields("densenet_bc_40_12", **SMALL, batch_norm_epsilon=0.5))
+    _, variables = densejax.create("densenet_bc_40_12", num_classes=7, **SMALL)
+    variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), variables)
+    description = {"model": fields, "num_classes": 7, "image_channels": 3}
+    stub = types.SimpleNamespace(load=lambda directory: (description, variables))
+    monkeypatch.setattr(densejax, "pretrained", stub, raising=False)
+    return variables
+
+
+def test_weights_bring_what_they_do_not_show(weights):
+    model, variables = densejax.create(
+        "densenet_bc_40_12", num_classes=7, weights="x", dropout_rate=0.2, **SMALL
+    )
+    runs.assert_same_bits(variables, weights)
+    assert (model.batch_norm_epsilon, model.dropout_rate) == (0.5, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "fields"),
+    [
+        ("densenet_bc_40_12", 10, SMALL),
+        ("densenet_bc_40_12", 7, SMALL | {"growth_rate": 3}),
+        ("resnet20_cifar", 7, {}),
+    ],
+)
+def test_weights_of_another_network_are_refused(weights, name, classes, fields):
+    with pytest.raises(UserError, match=f"weights=x: not of a {name} with {classes} classes"):
+        densejax.create(name, num_classes=classes, weights="x", **fields)
+
+
+def test_unknown_names_and_fields_are_refused():
+    with pytest.raises(UserError, match="model = 'densenet': allowed are "):
+        densejax.create("densenet")
+    with pytest.raises(UserError, match="model.width: densenet has "):
+        densejax.create("densenet121", width=3)

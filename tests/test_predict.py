@@ -1,0 +1,191 @@
+"""Image files go in, the run's own classes come out."""
+
+import functools
+import io
+import json
+import shutil
+import subprocess
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from densejax import predict
+from densejax.config import UserError
+from densejax.data import builders
+from tests import runs
+from tests.test_command_line import ROOT, command, one_line  # noqa: F401
+
+
+@pytest.fixture
+def classify(command):  # noqa: F811
+    """Runs the command on the trained run."""
+    options = {"main": predict.main, "config": "unused", "arguments": True}
+    return functools.partial(command, f"--workdir={runs.trained()}", **options)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The test images as PNG files, and their labels."""
+    images, labels = builders.read("digits", "test", str(runs.SESSION / "data"))
+    folder, paths = tmp_path_factory.mktemp("digits"), []
+    for index, image in enumerate(images):
+        paths.append(str(folder / f"{index}.png"))
+        Image.fromarray(image[..., 0]).save(paths[-1])
+    return paths, labels
+
+
+def test_accuracy_on_files_is_the_run_s_own(classify, digits):
+    paths, labels = digits
+    code, output, error = classify(*paths, "--top=1", "--format=json")
+    assert (code, error) == (0, "")
+    found = json.loads(output)
+    assert [result["image"] for result in found] == paths
+    right = [result["classes"][0]["index"] == n for result, n in zip(found, labels, strict=True)]
+    summary = json.loads((runs.trained() / "summary.json").read_text())
+    assert len(right) == summary["test_examples"] == 360
+    assert np.mean(right) == pytest.approx(summary["test_accuracy"], abs=1e-9)
+
+
+def test_the_most_probable_classes_are_printed_first(classify, digits):
+    paths, _ = digits
+    (whole,) = json.loads(classify(paths[0], "--top=99", "--format=json")[1])
+    probabilities = [entry["probability"] for entry in whole["classes"]]
+    assert len(probabilities) == 10 and sum(probabilities) == pytest.approx(1, abs=1e-6)
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert sorted(entry["name"] for entry in whole["classes"]) == list("0123456789")
+    code, output, _ = classify(paths[0], paths[1], "--top=2")
+    lines = output.splitlines()
+    assert code == 0 and len(lines) == 6 and (lines[0], lines[3]) == tuple(paths[:2])
+    best = whole["classes"][0]
+    assert lines[1].split() == [f"{100 * best['probability']:.2f}", "%", best["name"]]
+
+
+def two_pixels():
+    """A network whose logits are an image's two pixels, and the shapes it was traced with."""
+    traced = []
+
+    def logits(variables, images):
+        traced.append(images.shape)
+        return images.reshape(len(images), -1).astype(jnp.float32) * variables
+
+    network = types.SimpleNamespace(
+        variables=np.float32(1), image_shape=(1, 2, 1), class_names=("left", "right"), logits=logits
+    )
+    return network, traced
+
+
+def test_many_images_are_one_program(tmp_path):
+    network, traced = two_pixels()
+    sides = np.arange(150) % 3 % 2
+    for index, side in enumerate(sides):
+        pixels = np.array([[9 * (1 - side), 9 * side]], np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+    paths = tuple(tmp_path / f"{index}.png" for index in range(150))
+    found = predict.predict(network, paths, top=1)
+    assert [result["classes"][0]["index"] for result in found] == sides.tolist()
+    assert traced == [(64, 1, 2, 1)]
+
+
+# --- Files become arrays.
+
+
+def write(path, array, **options):
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def test_pixels_of_the_right_size_stay_as_they_are(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (8, 6, 3)).astype(np.uint8)
+    path = write(tmp_path / "a.png", image)
+    np.testing.assert_array_equal(predict.read(path, (8, 6, 3)), image)
+
+
+def test_colours_become_the_channels_that_are_wanted(tmp_path):
+    image = np.full((4, 4, 3), (200, 100, 50), np.uint8)
+    colour, grey = write(tmp_path / "a.png", image), write(tmp_path / "b.png", image[..., 1])
+    luma = round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)  # ITU-R 601-2
+    np.testing.assert_array_equal(predict.read(colour, (4, 4, 1)), np.full((4, 4, 1), luma))
+    np.testing.assert_array_equal(predict.read(grey, (4, 4, 3)), np.full((4, 4, 3), 100))
+    alpha = np.concatenate([image, np.full((4, 4, 1), 9, np.uint8)], axis=-1)
+    np.testing.assert_array_equal(predict.read(write(tmp_path / "c.png", alpha), (4, 4, 3)), image)
+
+
+def test_another_size_is_resized_from_the_middle(tmp_path):
+    wide = np.repeat(np.uint8([0, 80, 80, 0]), 4)[None].repeat(8, 0)  # 8 x 16, ends are black
+    found = predict.read(write(tmp_path / "a.png", wide), (4, 4, 1))
+    np.testing.assert_allclose(found, np.full((4, 4, 1), 80), atol=10)  # edges see beyond
+    ramp = np.uint8([[0, 100]]).repeat(2, 0)
+    found = predict.read(write(tmp_path / "b.png", ramp), (4, 4, 1))[0, :, 0]
+    np.testing.assert_array_equal(found, [0, 25, 75, 100])  # bilinear, at pixels' centres
+
+
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: the row 0 is the visual right-hand side
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[0] = 255
+    path = write(tmp_path / "a.png", image, exif=exif)
+    turned = predict.read(path, (8, 8, 3))
+    assert turned[:, -1].min() == 255 and turned[:, :-1].max() == 0
+
+
+def test_images_that_cannot_be_read_are_named(tmp_path):
+    content = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(content, "png")
+    damaged = {
+        "missing.png": None,
+        "empty.png": b"",
+        "text.jpg": b"no image",
+        "cut.png": content.getvalue()[:2000],
+        "flipped.png": content.getvalue()[:500] + b"\x00" * 500 + content.getvalue()[1000:],
+    }
+    for name, data in damaged.items():
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError) as caught:
+            predict.read(tmp_path / name, (8, 8, 3))
+        text = str(caught.value)
+        assert text.startswith(f"{tmp_path / name}: no image") and len(text.splitlines()) == 1
+
+
+# --- Bad input.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "name at least one image file"),
+        (["none.png"], "none.png: no image that can be read ([Errno 2] No such file"),
+        (["{digit}", "configs/digits.py"], "configs/digits.py: no image that can be read (cannot"),
+        (["{digit}", "--top=0"], "flag --top=0: "),
+        (["{digit}", "--format=xml"], "flag --format=xml: "),
+        (["{digit}", "--config=configs/digits.py"], "--config: nothing here reads it"),
+        (["{digit}", "--workdir="], "--workdir: name a run's directory, or one of weights"),
+        (["{digit}", "--workdir=configs"], "--workdir=configs: neither a run's directory nor"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_bad_input_is_one_line(classify, digits, arguments, says):
+    arguments = [argument.replace("{digit}", digits[0][0]) for argument in arguments]
+    assert one_line(classify(*arguments)).startswith(says)
+
+
+def test_the_real_command_takes_files(tmp_path):
+    words = [sys.executable, "-m", "densejax.predict", f"--workdir={tmp_path}", "a.png"]
+    answer = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    line = one_line((answer.returncode, answer.stdout, answer.stderr))
+    assert line.startswith(f"--workdir={tmp_path}: neither a run's directory nor one of weights")
+
+
+def test_a_damaged_checkpoint_is_refused(classify, digits, tmp_path):
+    path = shutil.copytree(runs.trained(), tmp_path / "run")
+    for file in (path / "checkpoints").rglob("*"):
+        if file.is_file() and "record" not in str(file):
+            file.write_bytes(file.read_bytes()[:10])
+    code, output, error = classify(digits[0][0], f"--workdir={path}")
+    assert (code, output) == (2, "") and "No checkpoint is intact" in error
