@@ -221,6 +221,7 @@ def test_fields_hold_every_field_of_the_family():
         "dropout_rate": 0.2,
         "convolution_bias": False,
         "batch_norm_epsilon": 1e-5,
+        "join": "dense",
         "block": "concat",
     }
 
