@@ -97,8 +97,11 @@ def _optional(module: str, source: str, remedy: str):
 
 
 def _unreadable(source: str, error: Exception) -> UserError:
-    text = str(error).partition("\n")[0][:200]
-    return UserError(f"--weights={source}: cannot be read ({type(error).__name__}: {text})")
+    return UserError(f"--weights={source}: cannot be read ({_brief(error)})")
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
 def save(directory: str, description: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
@@ -152,8 +155,7 @@ def load(directory: str) -> tuple[dict[str, Any], dict[str, Any]]:
         flat = safetensors.numpy.load(data)
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
-            f"{directory}: not a directory of densejax.pretrained, or damaged "
-            f"({type(error).__name__}: {error})"
+            f"{directory}: not a directory of densejax.pretrained, or damaged ({_brief(error)})"
         ) from error
     transfer.check_fit(flat, expected, f"{directory}/weights.safetensors")
     return description, transfer.unflatten(flat)
@@ -201,6 +203,9 @@ def convert_file(
       adapt: see `densejax.transfer.convert`.
       seed: see there.
     """
+    for flag, value, least in (("num_classes", num_classes, 0), ("in_channels", in_channels, 1)):
+        if value is not None and value < least:
+            raise UserError(f"--{flag}={value}: must be at least {least}")
     if epath.Path(output).exists():
         raise UserError(f"--output={output}: exists; name a new directory")
     family = models.fields(model).family
