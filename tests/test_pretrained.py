@@ -366,7 +366,7 @@ def test_a_run_reads_them_once_and_then_its_own_checkpoints(tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"num_classes": 7}, "params/head/classifier/bias (7,), not (10,); `adapt`"),
+        ({"num_classes": 7}, "params/head/classifier/bias (7,), not (10,), "),
         ({"model__blocks": (1, 2)}, "unexpected: "),
         ({"model__batch_norm_epsilon": 1e-3}, "model.batch_norm_epsilon = 0.001, not 1e-05"),
     ],
