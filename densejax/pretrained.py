@@ -9,10 +9,7 @@ DIR/weights.safetensors holds float32 arrays by our paths, such as
 import argparse
 import dataclasses
 import hashlib
-import importlib
-import io
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,84 +21,13 @@ from etils import epath
 from densejax import lock, models, transfer
 from densejax.config import UserError
 from densejax.transfer import from_keras, from_torch, to_torch
+from densejax.weight_files import HUB, brief, read
 from densejax.weight_names import LAYOUTS
 
 __all__ = ["convert_file", "from_keras", "from_torch", "load", "load_for", "save", "to_torch"]
 
-HUB = "hf-hub:"
 # What changes the computation, and neither the names nor the shapes of the variables.
 UNSEEN = ("batch_norm_epsilon", "identity", "join", "shortcut", "stride_on", "survival")
-
-
-def read(source: str) -> tuple[dict[str, np.ndarray], str]:
-    """The arrays of a weights file by name, and the SHA-256 of the file.
-
-    Args:
-      source: a .safetensors file; a .pth or .pt file, of tensors only, where PyTorch is installed
-        (nothing that a file could make Python execute is); Keras' .h5 file where h5py is; or
-        "hf-hub:owner/name" where huggingface_hub is.
-
-    Raises:
-      UserError: in one line, when it cannot be read.
-    """
-    path = source
-    if source.startswith(HUB):
-        hub = _optional("huggingface_hub", source, "install densejax[hub]")
-        try:
-            path = hub.hf_hub_download(source.removeprefix(HUB), "model.safetensors")
-        except Exception as error:  # of the network, the hub or the disk: they share no class
-            raise _unreadable(source, error) from error
-    readers = {".safetensors": safetensors.numpy.load, ".pth": None, ".pt": None, ".h5": None}
-    suffix = os.path.splitext(path)[1]
-    if suffix not in readers:
-        raise UserError(f"--weights={source}: must end in one of {', '.join(readers)}")
-    if suffix == ".h5":
-        h5py = _optional("h5py", source, "install h5py")
-        readers[suffix] = lambda data: _keras_arrays(h5py, data)
-    elif suffix != ".safetensors":
-        remedy = "install torch, or save the tensors as .safetensors"
-        torch = _optional("torch", source, remedy)
-        readers[suffix] = lambda data: _torch_arrays(torch, data)
-    try:
-        data = epath.Path(path).read_bytes()
-        return readers[suffix](data), hashlib.sha256(data).hexdigest()
-    except Exception as error:  # safetensors, pickle, HDF5 and file systems share no class
-        raise _unreadable(source, error) from error
-
-
-def _torch_arrays(torch, data: bytes) -> dict[str, np.ndarray]:
-    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state)
-    return {
-        name: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-        for name, tensor in state.items()
-    }
-
-
-def _keras_arrays(h5py, data: bytes) -> dict[str, np.ndarray]:
-    arrays = {}
-    with h5py.File(io.BytesIO(data)) as file:
-        weights = file.get("model_weights", file)  # a whole model has them one level down
-        for layer in weights.attrs["layer_names"].astype(str):
-            for name in weights[layer].attrs["weight_names"].astype(str):
-                key = f"{layer.replace('/', '_')}/{name.rpartition('/')[2]}"
-                arrays[key] = weights[layer][name][()]
-    return arrays
-
-
-def _optional(module: str, source: str, remedy: str):
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"--weights={source}: needs {module}; {remedy}") from error
-
-
-def _unreadable(source: str, error: Exception) -> UserError:
-    return UserError(f"--weights={source}: cannot be read ({_brief(error)})")
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
 def save(directory: str, description: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
@@ -155,7 +81,7 @@ def load(directory: str) -> tuple[dict[str, Any], dict[str, Any]]:
         flat = safetensors.numpy.load(data)
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
-            f"{directory}: not a directory of densejax.pretrained, or damaged ({_brief(error)})"
+            f"{directory}: not a directory of densejax.pretrained, or damaged ({brief(error)})"
         ) from error
     transfer.check_fit(flat, expected, f"{directory}/weights.safetensors")
     return description, transfer.unflatten(flat)

@@ -20,6 +20,7 @@ LEVELS = {
         "data.official",
         "data.augment",
         "models.layers",
+        "weight_files",
         "weight_names",
     ],
     1: ["models", "data", "optimizer", "parallel", "checkpoint", "lock", "workdir", "metric_log"],
