@@ -35,6 +35,7 @@ def default() -> config_dict.ConfigDict:
     train.epochs = 300
     train.batch_size = 64  # images per step over all devices; a multiple of their number
     train.label_smoothing = 0.0  # probability mass spread evenly over all classes
+    train.weights = ""  # a directory of densejax.pretrained to start from; "" draws from the seed
     train.dtype = "float32"  # of the computation; parameters and statistics stay float32
 
     config.optimizer = optimizer = config_dict.ConfigDict()  # SGD, decay coupled into the gradient

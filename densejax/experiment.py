@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from densejax import config as config_schema
-from densejax import data, metrics, models, optimizer, parallel
+from densejax import data, metrics, models, optimizer, parallel, pretrained
 from densejax.config import UserError
 from densejax.data import builders
 from densejax.step import Task, TrainState, eval_step, init_state
@@ -63,6 +64,27 @@ class Experiment:
         dtype = jnp.promote_types(self.config.train.dtype, jnp.float32)
         init = functools.partial(init_state, self.task, dtype=dtype)
         return jax.jit(init, out_shardings=sharding, compiler_options=options)
+
+    @functools.cached_property
+    def weights(self) -> dict[str, Any]:
+        """What `train.weights` holds, {} where it is ""; UserError where it does not fit."""
+        if not (directory := self.config.train.weights):
+            return {}
+        state = self.abstract_state
+        expected = {"params": state.params, "batch_stats": state.batch_stats}
+        return pretrained.load_for(directory, self.config.model, expected)
+
+    def start(self) -> TrainState:
+        """The state before the first step, with `weights` in the place of what was drawn."""
+        state = self.init()
+        drawn = {name: getattr(state, name) for name in self.weights}
+        return state.replace(
+            **jax.tree.map(
+                lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding),
+                self.weights,
+                drawn,
+            )
+        )
 
     @functools.cached_property
     def evaluate(self) -> Callable[[TrainState, str], dict[str, float]]:

@@ -39,7 +39,8 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
     """
     describe(config)
     path = epath.Path(directory)
-    if mode == "eval" or ((path / "config.json").exists() and not force):
+    is_run = (path / "config.json").exists()
+    if (mode == "eval" and (is_run or not config.train.weights)) or (is_run and not force):
         workdir.check(path, config)
     if mode == "train":
         lock.require_free(path)
@@ -61,6 +62,8 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
                 f"train.epochs = {config.train.epochs}: {path} has {start} steps behind it, more "
                 f"than these {experiment.steps}; give more epochs or another --workdir"
             )
+        if start == 0:
+            _ = experiment.weights  # refused, if they are, before anything is written
     with workdir.open_run(path, config, force):
         return train(experiment, path)
 
@@ -83,7 +86,7 @@ def train(experiment: Experiment, path: epath.Path) -> int:
             seconds=config.log.seconds,
         )
         stack.enter_context(contextlib.closing(log))
-        state = experiment.init() if state is None else state
+        state = experiment.start() if state is None else state
         state, first_step, last_metrics = fit(experiment, state, log, checkpoints, stop)
         if stop:
             checkpoints.wait()
@@ -182,6 +185,8 @@ def open_checkpoints(config: ConfigDict, path: epath.Path) -> checkpoint.Checkpo
 def select(experiment: Experiment, checkpoints: checkpoint.Checkpoints) -> TrainState:
     """The state that the result is measured on: the newest, or the best on held-out images."""
     checkpoints.wait()  # the last save may still be under way
+    if experiment.config.train.weights and checkpoints.latest_step() is None:
+        return experiment.start()
     if experiment.config.checkpoint.select == "best":
         return checkpoints.restore_best(experiment.abstract_state)
     state = checkpoints.restore_latest(experiment.abstract_state)

@@ -54,6 +54,7 @@ CHECKED_ELSEWHERE = {
     "optimizer.nesterov",
     "optimizer.decay_all",
     "optimizer.schedule",
+    "train.weights",
 }
 
 

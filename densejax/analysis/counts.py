@@ -27,6 +27,19 @@ def multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:
     return _by_scope(jax.make_jaxpr(function)(*arguments).jaxpr, _multiply_adds).total()
 
 
+def memory_access_cost(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """MAC of Lee et al., arXiv:1904.09730, section 2.2, without the classifier.
+
+    Values that a network's convolutions read and write for one image, weights included: the sum of
+    h w (c_in + c_out) + k^2 c_in c_out (at stride 2 inputs and outputs each count at their size).
+    """
+    model = model.clone(num_classes=0)
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x)[1])(variables, image).jaxpr
+    return _by_scope(jaxpr, _values).total()
+
+
 def _by_scope(
     jaxpr, cost: Callable[[Any], int], outer: str = "", times: int = 1
 ) -> collections.Counter[str]:
@@ -44,6 +57,10 @@ def _by_scope(
             for inner in jaxprs_in_params(equation.params):
                 total += _by_scope(inner, cost, scope, turns)
     return total
+
+
+def _values(equation) -> int:
+    return sum(variable.aval.size for variable in (*equation.invars, *equation.outvars))
 
 
 def _multiply_adds(equation) -> int:

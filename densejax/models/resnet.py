@@ -81,6 +81,7 @@ class ResNet(nn.Module):
       zero_init: each block's last BatchNorm scale starts at 0, so that it starts as its shortcut.
       survival: p_L of stochastic depth: block l of L is kept with p_l = 1 - l / L (1 - p_L), each
         example by itself, and scaled by p_l when not training.
+      convolution_bias: convolutions add a bias (Keras Applications' form; the papers' do not).
       batch_norm_epsilon: added to the variance.
       dtype: precision of the computation.
       batch_norm_axis: mapped axis that BatchNorm's batch statistics are averaged over.
@@ -97,6 +98,7 @@ class ResNet(nn.Module):
     join: str = "add"
     zero_init: bool = False
     survival: float = 1.0
+    convolution_bias: bool = False
     batch_norm_epsilon: float = 1e-5
     dtype: Any = jnp.float32
     batch_norm_axis: str | None = None
@@ -151,6 +153,7 @@ class ResNet(nn.Module):
             dtype=self.dtype,
             batch_norm_axis=self.batch_norm_axis,
             epsilon=self.batch_norm_epsilon,
+            convolution_bias=self.convolution_bias,
             keys=keys,
         )
         policy = (self.preactivation, self.shortcut, self.join, self.zero_init, bound)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from densejax import models
 from densejax.analysis import counts
 
 
@@ -83,3 +84,29 @@ def test_of_network_counts_one_image():
     parameters, multiply_adds = counts.of_network(Network(), (6, 5, 3))
     assert parameters == (27 * 4 + 4) + 2 * 4 + (4 * 10 + 10)
     assert multiply_adds == 6 * 5 * 4 * 27 + 4 * 10
+
+
+def test_memory_access_cost_of_the_papers_densenet_40_and_with_one_shot_aggregation():
+    """The VoVNet paper prints 3.7M for DenseNet-40; the closed form gives 3,679,504."""
+    found = {
+        name: counts.memory_access_cost(models.create(models.fields(name), 10), (32, 32, 3))
+        for name in ("densenet_40_12", "densenet_one_shot_40_20", "densenet_one_shot_19_43")
+    }
+    assert found["densenet_40_12"] == 3_679_504
+    assert round(found["densenet_one_shot_40_20"] / 1e6, 2) == 2.10
+    assert round(found["densenet_one_shot_19_43"] / 1e6, 2) == 2.07
+
+
+def test_memory_access_cost_counts_what_is_read_and_written_without_the_classifier():
+    class Network(nn.Module):
+        num_classes: int
+
+        @nn.compact
+        def __call__(self, image):
+            x = nn.Conv(4, (3, 3), strides=2, use_bias=False)(image)
+            x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
+            x = nn.Conv(5, (1, 1), use_bias=False)(x)
+            return nn.Dense(self.num_classes)(x) if self.num_classes else None, {"final": x}
+
+    expected = (8 * 6 * 3 + 9 * 3 * 4 + 4 * 3 * 4) + (4 * 3 * 4 + 4 * 5 + 4 * 3 * 5)
+    assert counts.memory_access_cost(Network(10), (8, 6, 3)) == expected

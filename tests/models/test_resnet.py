@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
 from densejax import models, parallel
@@ -118,6 +119,32 @@ def test_plain_networks_are_residual_ones_without_shortcuts():
         for name in ("plain20_cifar", "resnet20_cifar")
     )
     assert plain == residual
+
+
+def test_convolution_bias_reaches_every_convolution():
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    model = models.create(models.fields("resnet50", convolution_bias=True), 1000)
+    params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    biased = {
+        path[:-1]: leaf.shape
+        for path, leaf in traverse_util.flatten_dict(params).items()
+        if path[-1] == "bias" and "norm" not in path[-2]
+    }
+    assert len(biased) == 54 and ("stage2_block1", "projection") in biased
+    # Keras Applications' ResNet50 has 25,583,592 trainable parameters, torchvision's 25,557,032.
+    assert sum(shape[0] for shape in biased.values()) - 1000 == 25_583_592 - 25_557_032
+
+
+def test_a_bias_is_added():
+    x = np.random.default_rng(0).normal(size=(1, 6, 6, 3)).astype(np.float32)
+    plain, biased = (
+        ResNet(0, blocks=(1,), widths=(4,), preactivation=True, convolution_bias=bias)
+        for bias in (False, True)
+    )
+    variables = oracle.random_variables(biased, x)
+    shift = variables["params"]["stem"]["conv"]["bias"]
+    stem, moved = (model.apply(variables, x)[1]["stem"] for model in (plain, biased))
+    np.testing.assert_allclose(moved, stem + shift, rtol=1e-5)
 
 
 # Stochastic depth.

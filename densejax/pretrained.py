@@ -1,0 +1,191 @@
+"""Weights of other projects, read from their files into a directory that runs start from.
+
+python -m densejax.pretrained --model=densenet121 --weights=densenet121.safetensors --output=DIR
+
+DIR/weights.safetensors holds float32 arrays by our paths, such as
+`params/block1/layer3/conv2/kernel`; DIR/model.json says of which network they are.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from etils import epath
+
+from densejax import lock, models, transfer
+from densejax.config import UserError
+from densejax.transfer import from_keras, from_torch, to_torch
+from densejax.weight_files import HUB, brief, read
+from densejax.weight_names import LAYOUTS
+
+__all__ = ["convert_file", "from_keras", "from_torch", "load", "load_for", "save", "to_torch"]
+
+# What changes the computation, and neither the names nor the shapes of the variables.
+UNSEEN = ("batch_norm_epsilon", "identity", "join", "shortcut", "stride_on", "survival")
+
+
+def save(directory: str, description: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
+    """Writes a new directory; whoever reads it finds it whole or refuses it.
+
+    Args:
+      directory: must not exist.
+      description: JSON: "model" (family and fields), "num_classes", "image_channels", and more.
+      variables: float32 params and batch_stats.
+    """
+    path = epath.Path(directory)
+    if path.exists():
+        raise UserError(f"--output={directory}: exists; name a new directory")
+    flat = transfer.flatten(variables)
+    data = safetensors.numpy.save({p: np.ascontiguousarray(array) for p, array in flat.items()})
+    digest = {"weights_sha256": hashlib.sha256(data).hexdigest()}
+    try:
+        path.mkdir(parents=True)
+        (path / "weights.safetensors").write_bytes(data)
+        # Last: a directory without it, or whose weights are not those it names, is refused.
+        lock.write(path / "model.json", json.dumps({**description, **digest}, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--output={directory}: {error}") from error
+
+
+def load(directory: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads what `save` wrote.
+
+    Returns:
+      The description, whose "model" is fit for `densejax.models.create`, and the variables, float32
+      NumPy arrays, checked against that network.
+
+    Raises:
+      UserError: no such directory, a damaged one, or weights that are not of its network.
+    """
+    path = epath.Path(directory)
+    try:
+        description = json.loads((path / "model.json").read_text())
+        data = (path / "weights.safetensors").read_bytes()
+        if hashlib.sha256(data).hexdigest() != description["weights_sha256"]:
+            raise ValueError("weights.safetensors is not the file that model.json was written for")
+        stored = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in description["model"].items()
+        }
+        family = dataclasses.fields(models.FAMILIES[stored["family"]])
+        # A field that is newer than the directory is at its default.
+        newer = {f.name: f.default for f in family if f.name not in models.RUN_FIELDS}
+        description["model"] = newer | stored
+        network = models.create(description["model"], description["num_classes"])
+        expected = transfer.abstract(network, description["image_channels"])
+        flat = safetensors.numpy.load(data)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{directory}: not a directory of densejax.pretrained, or damaged ({brief(error)})"
+        ) from error
+    transfer.check_fit(flat, expected, f"{directory}/weights.safetensors")
+    return description, transfer.unflatten(flat)
+
+
+def load_for(
+    directory: str, model: Mapping[str, Any], expected: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The variables of a directory, checked to be those of a run's network.
+
+    Args:
+      directory: written by `save`.
+      model: the section `config.model` of the run.
+      expected: its params and batch_stats, arrays or shapes.
+    """
+    description, variables = load(directory)
+    what = f"train.weights = {directory!r}:"
+    transfer.check_fit(transfer.flatten(variables), transfer.flatten(expected), what)
+    for field in UNSEEN:
+        mine, theirs = model.get(field), description["model"].get(field)
+        if mine != theirs:
+            raise UserError(
+                f"{what} are of a network with model.{field} = {theirs!r}, not {mine!r}"
+            )
+    return variables
+
+
+def convert_file(
+    model: str,
+    weights: str,
+    output: str,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    adapt: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Makes a directory from a weights file; returns its description.
+
+    Args:
+      model: a name of densejax.models.MODELS; what else the weights' project implies is set.
+      weights: see `read`.
+      output: the new directory.
+      num_classes: None: as the weights have.
+      in_channels: of the images; None: as the weights have.
+      adapt: see `densejax.transfer.convert`.
+      seed: see there.
+    """
+    for flag, value, least in (("num_classes", num_classes, 0), ("in_channels", in_channels, 1)):
+        if value is not None and value < least:
+            raise UserError(f"--{flag}={value}: must be at least {least}")
+    if epath.Path(output).exists():
+        raise UserError(f"--output={output}: exists; name a new directory")
+    family = models.fields(model).family
+    arrays, digest = read(weights)
+    layout = transfer.find_layout(LAYOUTS[family], arrays)
+    if num_classes is None:
+        bias = transfer.spelled(layout, arrays).get(layout.name(transfer.CLASSIFIER[1]))
+        num_classes = 0 if bias is None else bias.size
+    fields = models.fields(model, **layout.fields)
+    variables = transfer.convert(
+        models.create(fields, num_classes),
+        *(arrays, layout),
+        image_channels=in_channels,
+        adapt=adapt,
+        seed=seed,
+    )
+    stem = next(k for p, k in transfer.flatten(variables).items() if p in transfer.STEMS)
+    description = {
+        "name": model,
+        "model": fields.to_dict(),
+        "num_classes": num_classes,
+        "image_channels": stem.shape[2],
+        "source": weights,
+        "source_sha256": digest,
+        "names": layout.project,
+    }
+    save(output, description, variables)
+    return description
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser("densejax.pretrained", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", required=True, help="a name of densejax.models.MODELS")
+    parser.add_argument(
+        "--weights", required=True, help=f".safetensors, .pth, .h5, {HUB}owner/name"
+    )
+    parser.add_argument("--output", required=True, help="a new directory")
+    parser.add_argument("--num_classes", type=int, help="default: as the weights have")
+    parser.add_argument(
+        "--in_channels", type=int, help="of the images; default: as the weights have"
+    )
+    parser.add_argument("--adapt", action="store_true", help="new classifier, other image channels")
+    parser.add_argument("--seed", type=int, default=0, help="of a new classifier")
+    options = vars(parser.parse_args(arguments))
+    try:
+        made = convert_file(**options)
+    except UserError as error:
+        print(f"densejax: {error}", file=sys.stderr)
+        return 2
+    print(f"{options['output']}: {made['name']}, {made['num_classes']} classes, "
+          f"{made['image_channels']} image channels")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

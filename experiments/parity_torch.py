@@ -1,0 +1,148 @@
+"""Compares densejax with torchvision and timm: logits, one training step, running statistics.
+
+    pip install torch torchvision timm
+    python experiments/parity_torch.py [--size=64] [name ...]
+
+Each network is built there with random weights and statistics, carried over by
+densejax.pretrained.from_torch, and given the same images. Per network one line: the largest
+difference as a share of the largest value, of the logits in eval and in train mode, of the
+gradient (the worst parameter), and of the running mean and variance after one step. PyTorch keeps
+the unbiased variance of a batch, Flax the biased: n / (n - 1) of the batch's part, n its pixels, is
+between them, and the last column is the difference without that factor. Exits with 1 above 1e-3.
+
+timm's networks are called "timm/name" and are left out where timm is not installed.
+"""
+
+import argparse
+import importlib.util
+import sys
+
+import jax
+import numpy as np
+import torch
+import torchvision
+
+from densejax import models, pretrained
+from densejax.weight_names import LAYOUTS
+
+LIMIT = 1e-3  # float32; gradients of deep networks with small batches are the largest of it
+TORCHVISION = (
+    *("densenet121", "densenet161", "densenet169", "densenet201"),
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+)
+TIMM = {
+    "timm/densenet121": "densenet121",
+    "timm/resnet18": "resnet18",
+    "timm/resnet50": "resnet50",
+    "timm/vovnet39a": "vovnet39",
+    "timm/vovnet57a": "vovnet57",
+}
+
+
+def build(name, classes=100):
+    """The peer's network with random statistics, scales and biases, and ours."""
+    torch.manual_seed(0)
+    if name in TIMM:
+        import timm
+
+        peer = timm.create_model(name.partition("/")[2], num_classes=classes)
+        fields = LAYOUTS["vovnet"][1].fields if "vovnet" in name else {}
+        model = models.create(models.fields(TIMM[name], **fields), classes)
+    else:
+        peer = getattr(torchvision.models, name)(num_classes=classes)
+        model = models.create(models.fields(name), classes)
+    for key, value in peer.state_dict().items():
+        if key.endswith("running_var") or (key.endswith("weight") and value.ndim == 1):
+            value.uniform_(0.5, 1.5)
+        elif key.endswith(("bias", "running_mean")):
+            value.normal_(0, 0.2)
+    return peer, model
+
+
+def arrays(state):
+    """NumPy copies: PyTorch changes its buffers in place."""
+    return {name: value.detach().numpy().copy() for name, value in state.items()}
+
+
+def distance(found, expected):
+    """The largest difference as a share of the largest expected value."""
+    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
+
+
+def compare(name, size, batch):
+    """The differences of one network, by what differs."""
+    peer, model = build(name)
+    random = np.random.default_rng(0)
+    image = random.normal(size=(batch, 3, size, size)).astype(np.float32)
+    direction = random.normal(size=(batch, 100)).astype(np.float32) / batch
+    variables = pretrained.from_torch(model, arrays(peer.state_dict()))
+
+    with torch.no_grad():
+        expected = peer.eval()(torch.from_numpy(image)).numpy()
+    ours = np.moveaxis(image, 1, -1)
+    found = {"eval logits": distance(jax.jit(model.apply)(variables, ours)[0], expected)}
+
+    pixels = {}  # of each norm: images x height x width
+    for key, module in peer.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_hook(
+                lambda m, args, out, key=key: pixels.update({key: out.numel() // out.shape[1]})
+            )
+    before = arrays(peer.state_dict())
+    logits = peer.train()(torch.from_numpy(image))
+    (logits * torch.from_numpy(direction)).sum().backward()
+
+    def loss(params):
+        (logits, _), updates = model.apply(
+            variables | {"params": params}, ours, True, mutable=["batch_stats"]
+        )
+        return (logits * direction).sum(), (logits, updates["batch_stats"])
+
+    gradient, (trained, stats) = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+    found["train logits"] = distance(trained, logits.detach().numpy())
+    gradient = pretrained.to_torch(model, {"params": jax.device_get(gradient)}, project(name))
+    theirs = arrays({key: value.grad for key, value in peer.named_parameters()})
+    assert gradient.keys() == theirs.keys()
+    found["gradient"] = max(distance(gradient[key], theirs[key]) for key in theirs)
+
+    after = arrays(peer.state_dict())
+    stats = pretrained.to_torch(model, {"batch_stats": jax.device_get(stats)}, project(name))
+    means, variances, raw = [], [], []
+    for key, number in pixels.items():
+        mean, var = f"{key}.running_mean", f"{key}.running_var"
+        means.append(distance(stats[mean], after[mean]))
+        batch_part = after[var] - 0.9 * before[var]  # unbiased
+        biased = 0.9 * before[var] + batch_part * (number - 1) / number
+        variances.append(distance(stats[var], biased))
+        raw.append(distance(stats[var], after[var]))
+    found |= {"mean": max(means), "variance": max(variances), "unbiased": max(raw)}
+    return found
+
+
+def project(name):
+    """Whose names are written."""
+    return "timm" if "vovnet" in name else ""
+
+
+def main():
+    """Prints one line per network; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", help="default: all")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=8)
+    options = parser.parse_args()
+    known = [*TORCHVISION, *(TIMM if importlib.util.find_spec("timm") else ())]
+    if unknown := set(options.names) - set(known):
+        parser.error(f"{', '.join(sorted(unknown))}: known here are {', '.join(known)}")
+    worst = 0.0
+    for name in options.names or known:
+        found = compare(name, options.size, options.batch)
+        print(f"{name:18}", *(f"{what} {error:.1e}" for what, error in found.items()), flush=True)
+        worst = max([worst, *(error for what, error in found.items() if what != "unbiased")])
+    print(f"largest {worst:.1e}; torch {torch.__version__}, torchvision {torchvision.__version__}, "
+          f"jax {jax.__version__}")  # fmt: skip
+    return int(not worst < LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

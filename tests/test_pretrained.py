@@ -1,0 +1,397 @@
+"""Weights files of all kinds, the directory made of them, and runs that start from it."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from densejax import lock, models, pretrained, train, transfer
+from densejax.config import UserError
+from tests import runs
+from tests.models import oracle
+
+SMALL = {
+    **{"family": "densenet", "stem": "imagenet", "blocks": (2, 1), "growth_rate": 4},
+    "stem_width": 8,
+}
+RESIDUAL = {"family": "resnet", "stem": "imagenet", "block": "bottleneck", "blocks": (1, 1)}
+
+
+def variables_of(model, channels=3, seed=0):
+    image = jax.ShapeDtypeStruct((1, 64, 64, channels), np.float32)
+    return oracle.random_variables(model, image, seed=seed)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A preset of a few layers, and a state_dict of it."""
+    monkeypatch.setitem(models.MODELS, "small", SMALL)
+    model = models.create(models.fields("small"), 7)
+    return pretrained.to_torch(model, variables_of(model))
+
+
+@pytest.fixture
+def file(small, tmp_path):
+    """The state_dict in a file."""
+    path = tmp_path / "small.safetensors"
+    path.write_bytes(safetensors.numpy.save(small))
+    return path
+
+
+def command(capsys, *arguments):
+    """(exit code, standard output, standard error) of the command."""
+    try:
+        code = pretrained.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def refused(capsys, *arguments):
+    """The one line that the command refuses with."""
+    code, output, error = command(capsys, *arguments)
+    assert (code, output) == (2, "") and error.count("\n") == 1, error
+    assert error.startswith("densejax: ")
+    return error
+
+
+# The command and its directory.
+
+
+def test_the_command_makes_a_directory_that_load_reads(small, file, tmp_path, capsys):
+    output = tmp_path / "deep" / "weights"
+    code, said, _ = command(capsys, "--model=small", f"--weights={file}", f"--output={output}")
+    assert code == 0 and said == f"{output}: small, 7 classes, 3 image channels\n"
+    assert sorted(path.name for path in output.iterdir()) == ["model.json", "weights.safetensors"]
+    arrays = safetensors.numpy.load((output / "weights.safetensors").read_bytes())
+    name = "features.denseblock1.denselayer2.conv2.weight"
+    np.testing.assert_array_equal(
+        arrays["params/block1/layer2/conv2/kernel"], small[name].transpose(2, 3, 1, 0)
+    )
+    np.testing.assert_array_equal(
+        arrays["batch_stats/stem/norm/var"], small["features.norm0.running_var"]
+    )
+    assert {array.dtype for array in arrays.values()} == {np.dtype("float32")}
+
+    description, variables = pretrained.load(str(output))
+    assert description["model"] == models.fields("small").to_dict()  # tuples again
+    assert (description["num_classes"], description["image_channels"]) == (7, 3)
+    assert description["source"] == str(file) and description["names"] == "torchvision"
+    assert description["source_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    model = models.create(description["model"], description["num_classes"])
+    again = pretrained.to_torch(model, variables)
+    assert again.keys() == small.keys()
+    assert all(again[name].tobytes() == small[name].tobytes() for name in small)
+
+
+def test_the_same_file_gives_the_same_bytes(file, tmp_path):
+    for name in "ab":
+        pretrained.convert_file("small", str(file), str(tmp_path / name))
+    for name in ("model.json", "weights.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_classes_and_channels_change_only_where_that_is_asked_for(file, tmp_path, capsys):
+    ask = ["--model=small", f"--weights={file}", f"--output={tmp_path / 'new'}"]
+    assert "classifier.bias (7,), not (10,)" in refused(capsys, *ask, "--num_classes=10")
+    assert "features.conv0.weight" in refused(capsys, *ask, "--in_channels=1")
+    assert not (tmp_path / "new").exists()
+    code, said, _ = command(capsys, *ask, "--num_classes=10", "--in_channels=1", "--adapt")
+    assert code == 0 and said.endswith("small, 10 classes, 1 image channels\n")
+    description, variables = pretrained.load(str(tmp_path / "new"))
+    assert (description["num_classes"], description["image_channels"]) == (10, 1)
+    assert variables["params"]["stem"]["conv"]["kernel"].shape == (7, 7, 1, 8)
+
+
+def test_weights_without_a_classifier_make_a_network_without_one(small, tmp_path, capsys):
+    file = tmp_path / "headless.safetensors"
+    headless = {name: array for name, array in small.items() if "classifier" not in name}
+    file.write_bytes(safetensors.numpy.save(headless))
+    made = pretrained.convert_file("small", str(file), str(tmp_path / "out"))
+    assert made["num_classes"] == 0
+    assert "head" not in pretrained.load(str(tmp_path / "out"))[1]["params"]
+
+
+def test_what_keras_names_imply_is_written_down(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "small", RESIDUAL | {"widths": (4, 8)})
+    keras = {"batch_norm_epsilon": 1.001e-5, "convolution_bias": True, "stride_on": "1x1"}
+    model = models.create(models.fields("small", **keras), 7)
+    layout = transfer.LAYOUTS["resnet"][1]
+    flat = transfer.flatten(variables_of(model))
+    file = tmp_path / "small.safetensors"
+    file.write_bytes(safetensors.numpy.save({layout.name(p): a for p, a in flat.items()}))
+    made = pretrained.convert_file("small", str(file), str(tmp_path / "out"))
+    assert made["names"] == "keras" and made["model"].items() >= keras.items()
+    runs.assert_same_bits(pretrained.load(str(tmp_path / "out"))[1], transfer.unflatten(flat))
+
+
+def test_it_is_a_command(file, tmp_path):
+    words = [f"--weights={file}", f"--output={tmp_path / 'out'}", "--model=small"]
+    run = subprocess.run(
+        [sys.executable, "-m", "densejax.pretrained", *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | runs.ENVIRONMENT,
+    )
+    assert run.returncode == 2, run.stderr  # the preset is this process's alone
+    assert run.stderr.startswith("densejax: model = 'small': allowed are ")
+
+
+# Files that cannot be read.
+
+
+def test_mistakes_are_one_line(small, file, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "broken.safetensors").write_bytes(file.read_bytes()[:1000])
+    bad = tmp_path / "nan.safetensors"
+    nan = small | {"features.norm0.bias": np.full(8, np.nan, np.float32)}
+    bad.write_bytes(safetensors.numpy.save(nan))
+    new = f"--output={tmp_path / 'new'}"
+    for arguments, said in {
+        ("--model=small", f"--weights={file}", f"--output={tmp_path / 'there'}"): "exists; name a",
+        ("--model=tiny", f"--weights={file}", new): "model = 'tiny': allowed are ",
+        ("--model=vovnet39", f"--weights={file}", new): "another family",
+        ("--model=densenet121", f"--weights={file}", new): " missing: ",
+        ("--model=small", f"--weights={tmp_path / 'no.safetensors'}", new): "FileNotFoundError",
+        ("--model=small", f"--weights={tmp_path / 'broken.safetensors'}", new): "cannot be read",
+        ("--model=small", f"--weights={bad}", new): "not of finite numbers: features.norm0.bias",
+        ("--model=small", f"--weights={tmp_path / 'weights.npz'}", new): ".safetensors, .pth, .pt",
+        ("--model=small", f"--weights={file}", new, "--num_classes=-1"): "--num_classes=-1",
+    }.items():
+        assert said in refused(capsys, *arguments), arguments
+    assert not (tmp_path / "new").exists()
+    code, _, error = command(capsys, "--model=small")
+    assert code == 2 and "--weights" in error
+
+
+@pytest.mark.parametrize(
+    "weights, module",
+    [("x.pth", "torch"), ("x.h5", "h5py"), ("hf-hub:timm/x", "huggingface_hub")],
+)
+def test_a_reader_that_is_not_installed_is_named(weights, module, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / weights.replace("/", "-")).write_bytes(b"")
+    said = f"--weights={weights}: cannot be read .ImportError: {module} is needed; install "
+    with pytest.raises(UserError, match=said) as caught:
+        pretrained.read(weights)
+    assert "\n" not in str(caught.value)
+
+
+class Tensor(types.SimpleNamespace):
+    """What of a PyTorch tensor is read."""
+
+    def is_floating_point(self):
+        return self.array.dtype.kind == "f"
+
+    def float(self):
+        return Tensor(array=self.array.astype(np.float32))
+
+    def numpy(self):
+        return self.array
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_pickles_are_left_to_torch_which_executes_nothing(wrapped, small, tmp_path, monkeypatch):
+    state = {name: Tensor(array=array) for name, array in small.items()}
+    state["features.norm0.num_batches_tracked"] = Tensor(array=np.asarray(3))
+    calls = []
+
+    def load(file, **keywords):
+        calls.append(keywords)
+        assert isinstance(file, io.BytesIO) and file.read() == b"content"
+        return {"state_dict": state} if wrapped else state
+
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load))
+    (tmp_path / "small.pth").write_bytes(b"content")
+    arrays, digest = pretrained.read(str(tmp_path / "small.pth"))
+    assert calls == [{"map_location": "cpu", "weights_only": True}]
+    assert digest == hashlib.sha256(b"content").hexdigest()
+    model = models.create(models.fields("small"), 7)
+    found = pretrained.to_torch(model, pretrained.from_torch(model, arrays))
+    assert all(found[name].tobytes() == small[name].tobytes() for name in small)
+
+
+def test_what_torch_refuses_is_refused(tmp_path, monkeypatch):
+    def load(file, **keywords):
+        raise pickle.UnpicklingError("Weights only load failed.\nIn PyTorch 2.6 we changed ...")
+
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load))
+    (tmp_path / "evil.pth").write_bytes(b"")
+    with pytest.raises(UserError, match="UnpicklingError: Weights only load failed") as caught:
+        pretrained.read(str(tmp_path / "evil.pth"))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_hub_is_asked_for_safetensors(file, monkeypatch):
+    asked = []
+
+    def download(*arguments):
+        asked.append(arguments)
+        return str(file)
+
+    hub = types.SimpleNamespace(hf_hub_download=download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    arrays, _ = pretrained.read("hf-hub:timm/densenet121.tv_in1k")
+    assert asked == [("timm/densenet121.tv_in1k", "model.safetensors")]
+    assert "classifier.weight" in arrays
+    hub.hf_hub_download = lambda *_: 1 / 0
+    with pytest.raises(UserError, match="--weights=hf-hub:a/b: cannot be read .ZeroDivision"):
+        pretrained.read("hf-hub:a/b")
+
+
+# Directories that are not what was written.
+
+
+@pytest.fixture
+def folder(file, tmp_path):
+    """A directory of the small network."""
+    pretrained.convert_file("small", str(file), str(tmp_path / "folder"))
+    return tmp_path / "folder"
+
+
+def rewritten(folder, **changes):
+    path = folder / "model.json"
+    description = json.loads(path.read_text())
+    path.write_text(json.dumps(description | changes))
+
+
+def test_a_kill_before_the_end_leaves_nothing_that_loads(small, file, tmp_path, monkeypatch):
+    def killed(path, text):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(lock, "write", killed)
+        pretrained.convert_file("small", str(file), str(tmp_path / "half"))
+    assert [path.name for path in (tmp_path / "half").iterdir()] == ["weights.safetensors"]
+    with pytest.raises(UserError, match="not a directory of densejax.pretrained"):
+        pretrained.load(str(tmp_path / "half"))
+
+
+def damage_weights(folder):
+    data = bytearray((folder / "weights.safetensors").read_bytes())
+    data[-5] ^= 1
+    (folder / "weights.safetensors").write_bytes(data)
+
+
+DAMAGES = {
+    "no directory": lambda folder: shutil.rmtree(folder),
+    "no weights": lambda folder: (folder / "weights.safetensors").unlink(),
+    "a flipped bit": damage_weights,
+    "half a description": lambda folder: (folder / "model.json").write_text('{"model": '),
+    "a list": lambda folder: (folder / "model.json").write_text("[]"),
+    "no model": lambda folder: rewritten(folder, model=None),
+    "another family": lambda folder: rewritten(folder, model={"family": "vgg"}),
+    "an unknown field": lambda folder: rewritten(folder, model=SMALL | {"depth_wise": True}),
+    "another depth": lambda folder: rewritten(folder, model=SMALL | {"blocks": [2, 2]}),
+    "other classes": lambda folder: rewritten(folder, num_classes=10),
+    "classes in words": lambda folder: rewritten(folder, num_classes="ten"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_directory_is_refused_in_one_line(damage, folder):
+    DAMAGES[damage](folder)
+    with pytest.raises(UserError) as caught:
+        pretrained.load(str(folder))
+    assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value)
+
+
+def test_a_field_that_is_newer_than_the_directory_is_at_its_default(folder):
+    description = json.loads((folder / "model.json").read_text())
+    del description["model"]["join"]
+    (folder / "model.json").write_text(json.dumps(description))
+    assert pretrained.load(str(folder))[0]["model"]["join"] == "dense"
+
+
+# Runs that start from a directory.
+
+
+def start_from(path, seed=1, num_classes=10, **changes):
+    """A directory with the tiny run's network, and the configuration of a run from it."""
+    fields = runs.tiny(**changes).model
+    variables = variables_of(models.create(fields, num_classes), channels=1, seed=seed)
+    description = {"model": fields.to_dict(), "num_classes": num_classes, "image_channels": 1}
+    pretrained.save(str(path), description, variables)
+    return variables, runs.tiny(train__weights=str(path))
+
+
+def test_a_run_starts_from_its_weights(tmp_path):
+    variables, config = start_from(tmp_path / "weights")
+    experiment = runs.build(config)
+    state, drawn = experiment.start(), experiment.init()
+    runs.assert_same_bits({"params": state.params, "batch_stats": state.batch_stats}, variables)
+    runs.assert_same_bits(
+        state.replace(params=0, batch_stats=0), drawn.replace(params=0, batch_stats=0)
+    )
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
+        lambda leaf: leaf.sharding, experiment.abstract_state
+    )
+
+
+def test_evaluation_alone_needs_no_run(tmp_path, capsys):
+    _, config = start_from(tmp_path / "weights")
+    assert train.run(config, str(tmp_path / "run"), "eval") == 0
+    printed = json.loads(capsys.readouterr().out)
+    experiment = runs.build(config)
+    assert printed["steps"] == 0 and not (tmp_path / "run").exists()
+    assert printed["test_loss"] == experiment.evaluate(experiment.start(), "test")["loss"]
+    other = start_from(tmp_path / "other", seed=2)[1]
+    assert train.run(other, str(tmp_path / "run"), "eval") == 0
+    assert json.loads(capsys.readouterr().out)["test_loss"] != printed["test_loss"]
+
+
+def test_a_run_reads_them_once_and_then_its_own_checkpoints(tmp_path, capsys):
+    _, config = start_from(tmp_path / "weights")
+    assert train.run(config, str(tmp_path / "run"), "train") == 0
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert train.run(runs.tiny(), str(tmp_path / "drawn"), "train") == 0
+    drawn = json.loads((tmp_path / "drawn" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["train_loss"] != drawn["train_loss"]
+    shutil.rmtree(tmp_path / "weights")
+    config.train.epochs = 3
+    assert train.run(config, str(tmp_path / "run"), "train") == 0
+    capsys.readouterr()
+    assert train.run(config, str(tmp_path / "run"), "eval") == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 15
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"num_classes": 7}, "params/head/classifier/bias (7,), not (10,), "),
+        ({"model__blocks": (1, 2)}, "unexpected: "),
+        ({"model__batch_norm_epsilon": 1e-3}, "model.batch_norm_epsilon = 0.001, not 1e-05"),
+    ],
+)
+def test_weights_of_another_network_are_refused_before_anything_is_written(tmp_path, changes, said):
+    path = tmp_path / "weights"
+    _, config = start_from(path, **changes)
+    with pytest.raises(UserError) as caught:
+        train.run(config, str(tmp_path / "run"), "train")
+    line = str(caught.value)
+    assert line.startswith(f"train.weights = '{path}': ") and said in line and "\n" not in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_dropout_and_the_form_of_a_block_may_differ(tmp_path):
+    start_from(tmp_path / "weights", model__dropout_rate=0.0)
+    assert runs.build(runs.tiny(train__weights=str(tmp_path / "weights"))).weights
+
+
+def test_a_directory_that_is_not_there_is_refused(tmp_path):
+    config = runs.tiny(train__weights=str(tmp_path / "nowhere"))
+    for mode in ("train", "eval"):
+        with pytest.raises(UserError, match="nowhere: not a directory of densejax.pretrained"):
+            train.run(config, str(tmp_path / "run"), mode)
+    assert not (tmp_path / "run").exists()
