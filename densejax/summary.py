@@ -51,7 +51,7 @@ def chosen() -> tuple[nn.Module, tuple[int, ...]]:
         return named(MODEL.value)
     if IMAGE_SHAPE.value or NUM_CLASSES.value is not None:
         raise UserError("--config brings image_shape and num_classes with its data: leave them out")
-    info, model = experiment.describe(config)
+    info, model, *_ = experiment.describe(config)
     size = config.data.image_size
     return model, (size, size, info.image_shape[-1]) if size else info.image_shape
 
