@@ -44,8 +44,9 @@ def create(name: str, num_classes: int = 1000, weights: str = "", channels: int 
         return model.init(jax.random.key(0), jnp.zeros((1, 224, 224, channels)))
 
     if not weights:
-        # Optimising this program takes long and gains nothing: it runs once.
-        options = {"xla_backend_optimization_level": 0}
+        # XLA:CPU optimises this program for minutes and gains nothing: it runs once.
+        on_cpu = jax.default_backend() == "cpu"
+        options = {"xla_backend_optimization_level": 0} if on_cpu else None
         return model, jax.jit(draw, static_argnums=0, compiler_options=options)(channels)
 
     from densejax import pretrained

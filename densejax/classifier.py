@@ -11,11 +11,11 @@ from etils import epath
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from densejax import data, models, optimizer, parallel, train
+from densejax import models, pretrained, train
 from densejax.config import UserError, default
+from densejax.data import builders
 from densejax.data.augment import Preparation
-from densejax.experiment import Experiment, describe
-from densejax.step import Task
+from densejax.experiment import without_data
 
 # What weights of 1,000 classes are for where their model.json says nothing else; in uint8 units.
 IMAGENET = {
@@ -82,23 +82,17 @@ def _config(stored: dict[str, Any]) -> ConfigDict:
 
 
 def _of_run(path: epath.Path, config: ConfigDict) -> Classifier:
-    info, model = describe(config)
-    preparation, shape = data.preparation(config), info.image_shape
-    # A checkpoint is restored whole; of the optimizer only the shape of its state is needed.
-    sgd = optimizer.create(config.optimizer, lambda step: jnp.zeros(()))
-    task = Task(model, sgd, preparation, shape)
-    experiment = Experiment(config, parallel.mesh(), None, task, lambda step: jnp.zeros(()), 0)
+    experiment = without_data(config)
+    task, info = experiment.task, builders.info(config.data.name, config.data.directory)
     with contextlib.closing(train.open_checkpoints(config, path)) as checkpoints:
         if checkpoints.latest_step() is None:
             raise UserError(f"--workdir={path}: there is no checkpoint in it yet; train first")
         state = train.select(experiment, checkpoints)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return Classifier(model, jax.device_get(variables), preparation, shape, info.class_names)
+    variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+    return Classifier(task.model, variables, task.preparation, info.image_shape, info.class_names)
 
 
 def _of_weights(path: epath.Path) -> Classifier:
-    from densejax import pretrained
-
     description, variables = pretrained.load(path)
     classes = description["num_classes"]
     model = models.create(description["model"], classes)

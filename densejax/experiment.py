@@ -26,14 +26,14 @@ class Experiment:
     Attributes:
       config: checked.
       mesh: all devices.
-      data: batches.
+      data: batches; None of `without_data`.
       task: model, optimizer and preparation.
       steps: length of the whole training.
     """
 
     config: ConfigDict
     mesh: jax.sharding.Mesh
-    data: data.Data
+    data: data.Data | None
     task: Task
     steps: int
 
@@ -122,17 +122,13 @@ def describe(config: ConfigDict) -> tuple[builders.SetInfo, nn.Module, optimizer
     return info, model, optimizer.schedule(config.optimizer, steps, steps_per_epoch), steps
 
 
-def build(config: ConfigDict) -> Experiment:
-    """Builds everything that a configuration stands for; starts the devices.
+def without_data(config: ConfigDict) -> Experiment:
+    """As `build`, but no image is read: enough to restore what was trained.
 
     Raises:
-      UserError: the first thing that is wrong with the configuration or the data.
+      UserError: the first thing that is wrong with the configuration.
     """
     info, model, learning_rate, steps = describe(config)
-    mesh = parallel.mesh()
-    parallel.check_batch_size("train.batch_size", config.train.batch_size, mesh)
-    parallel.check_batch_size("evaluate.batch_size", config.evaluate.batch_size, mesh)
-    run_data = data.create(config, parallel.replicated(mesh), parallel.split(mesh))
     task = Task(
         model=model,
         optimizer=optimizer.create(config.optimizer, learning_rate),
@@ -142,6 +138,19 @@ def build(config: ConfigDict) -> Experiment:
         label_smoothing=config.train.label_smoothing,
         log_every=config.log.every_steps,
     )
-    experiment = Experiment(config, mesh, run_data, task, steps)
+    return Experiment(config, parallel.mesh(), None, task, steps)
+
+
+def build(config: ConfigDict) -> Experiment:
+    """Builds everything that a configuration stands for; starts the devices.
+
+    Raises:
+      UserError: the first thing that is wrong with the configuration or the data.
+    """
+    empty = without_data(config)
+    parallel.check_batch_size("train.batch_size", config.train.batch_size, empty.mesh)
+    parallel.check_batch_size("evaluate.batch_size", config.evaluate.batch_size, empty.mesh)
+    run_data = data.create(config, parallel.replicated(empty.mesh), parallel.split(empty.mesh))
+    experiment = dataclasses.replace(empty, data=run_data)
     _ = experiment.abstract_state  # a network that does not fit the images says so here
     return experiment

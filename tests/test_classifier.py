@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-import densejax
 from densejax import classifier, experiment, models, train, workdir
 from densejax.config import UserError
 from tests import runs
@@ -110,7 +109,7 @@ def weights(tmp_path, monkeypatch):
         )
         (tmp_path / "model.json").write_text(json.dumps(description))
         stub = types.SimpleNamespace(load=lambda directory: (description, variables))
-        monkeypatch.setattr(densejax, "pretrained", stub, raising=False)
+        monkeypatch.setattr(classifier, "pretrained", stub)
         return tmp_path
 
     return make

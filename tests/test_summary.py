@@ -116,17 +116,8 @@ def test_the_table_ends_with_the_totals(summarise):
     assert len({len(line) for line in output.splitlines()}) == 1  # aligned
 
 
-def test_the_list_names_every_network(summarise, monkeypatch):
-    few = {name: models.MODELS[name] for name in ("densenet_40_12", "resnet18", "vovnet39")}
-    monkeypatch.setattr(models, "MODELS", few)
-    code, output, _ = summarise("--list")
-    assert code == 0
-    lines = dict(line.split() for line in output.splitlines())
-    assert lines == {
-        "densenet_40_12": "1,019,722",
-        "resnet18": "11,689,512",
-        "vovnet39": "22,600,296",
-    }
+def test_the_list_names_every_network(summarise):
+    assert summarise("--list") == (0, "\n".join(models.MODELS) + "\n", "")
 
 
 @pytest.mark.parametrize(

@@ -102,11 +102,9 @@ def layers(model: nn.Module, image_shape: tuple[int, int, int], depth: int = 2) 
     image, shapes = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), {}
 
     def record(call, arguments, keywords, context):
-        path = context.module.path
-        shapes.setdefault(path)  # a module comes before those that it calls
         result = call(*arguments, **keywords)
         if context.method_name == "__call__":
-            shapes[path] = jax.tree.leaves(result)[0].shape[1:]
+            shapes[context.module.path] = jax.tree.leaves(result)[0].shape[1:]
         return result
 
     with nn.intercept_methods(record):
