@@ -87,7 +87,7 @@ CASES = {
     "no card": ([], "--config: name a card, such as"),
     "a file that is no card": (
         ["--config=densejax/__init__.py"],
-        "--config=densejax/__init__.py: is no card, ",
+        "--config: the file is no card, ",
     ),
     "blocks and depth": (
         [DIGITS, "--config.model.blocks=(2,2)"],
@@ -131,7 +131,7 @@ CASES = {
     ),
     "unknown split": (
         [DIGITS, READY, "--config.data.train_split=train+extra"],
-        "data.name = digits: no split 'extra'; it has train, test",
+        "data.train_split = 'train+extra': name train once each",
     ),
     "missing data": (
         [CIFAR, data("{tmp}/data")],

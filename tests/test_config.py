@@ -37,7 +37,6 @@ OUT_OF_RANGE = {
     "evaluate.every_epochs": [-1],
     "evaluate.split": ["train"],
     "evaluate.final_split": ["extra"],
-    "evaluate.crops": [0, 5],
     "evaluate.crop_size": [-1],
     "evaluate.batch_size": [0],
     "checkpoint.every_epochs": [0],

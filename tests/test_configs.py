@@ -245,10 +245,10 @@ def test_labels_stay_with_their_images(tmp_path, monkeypatch):
 
 
 def test_no_split_is_named_twice():
-    config = runs.tiny(data__train_split="train+train", data__validation_size=100)
-    mesh = parallel.mesh()
-    with pytest.raises(UserError, match="train_split"):
-        data.create(config, parallel.replicated(mesh), parallel.split(mesh))
+    for split in ("train+train", "test", "train+test"):
+        config = runs.tiny(data__train_split=split, data__validation_size=100)
+        with pytest.raises(UserError, match=r"data.train_split = '[a-z+]*': name train once each"):
+            experiment.describe(config)
 
 
 def test_a_damaged_archive_is_one_line(tmp_path, monkeypatch):

