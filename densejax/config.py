@@ -53,6 +53,8 @@ def default() -> config_dict.ConfigDict:
     evaluate.every_epochs = 1  # 0: only at the end
     evaluate.split = "test"  # read during training; "validation" where images are held out
     evaluate.final_split = "test"  # what the run's result is measured on; "validation" to tune
+    evaluate.crops = 1  # 10: corners, centre and their mirrors of each image, logits summed
+    evaluate.crop_size = 0  # pixels of each of the ten crops
     evaluate.batch_size = 512  # images per step over all devices; a multiple of their number
 
     config.checkpoint = checkpoint = config_dict.ConfigDict()
@@ -76,7 +78,7 @@ _NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
 _FRACTION = (lambda value: 0 <= value < 1, "a number in [0, 1)")
 
 
-def _one_of(*names: str):
+def _one_of(*names: str | int):
     return lambda value: value in names, " or ".join(repr(name) for name in names)
 
 
@@ -106,6 +108,8 @@ _CHECKS = {
     "evaluate.every_epochs": _NOT_NEGATIVE,
     "evaluate.split": _one_of("test", "validation"),
     "evaluate.final_split": _one_of("test", "validation"),
+    "evaluate.crops": _one_of(1, 10),
+    "evaluate.crop_size": _NOT_NEGATIVE,
     "evaluate.batch_size": _POSITIVE,
     "checkpoint.every_epochs": _POSITIVE,
     "checkpoint.keep_latest": _POSITIVE,
@@ -151,6 +155,11 @@ def check(config: config_dict.ConfigDict) -> None:
             raise UserError(f"{key} = {values[key]}: only optimizer.schedule = 'step' reads it")
     if values["optimizer.nesterov"] and not values["optimizer.momentum"]:
         raise UserError("optimizer.nesterov = True: set optimizer.momentum above 0")
+    if (values["evaluate.crops"] == 10) != (values["evaluate.crop_size"] > 0):
+        raise UserError(
+            f"evaluate.crop_size = {values['evaluate.crop_size']}: set it above 0 with "
+            f"evaluate.crops = 10, and to 0 without"
+        )
     held_out = config.data.validation_size > 0
     for key, wants in (
         ("evaluate.split", "validation"),

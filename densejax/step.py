@@ -139,9 +139,11 @@ def eval_step(task: Task, state: TrainState, batch: dict[str, jax.Array]) -> met
       state: replicated; its running statistics are used and not changed.
       batch: as for `train_step`, and mask bool [local batch], false for padding.
     """
+    views = task.preparation.views(batch["image"])
     logits, _ = task.model.apply(
         {"params": state.params, "batch_stats": state.batch_stats},
-        task.preparation.evaluation(batch["image"]),
+        views.reshape(-1, *views.shape[2:]),
     )
+    logits = logits.reshape(*views.shape[:2], -1).mean(0)
     losses = metrics.cross_entropy(logits, batch["label"])
     return jax.lax.psum(metrics.sums(logits, batch["label"], losses, batch["mask"]), AXIS)

@@ -16,6 +16,8 @@ def draw(workdir: pathlib.Path, output: pathlib.Path) -> None:
     records = [json.loads(line) for line in lines]
     summary_file = workdir / "summary.json"
     summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
+    smoothed = summary and summary["config"]["train"]["label_smoothing"] > 0
+    training = "training, augmented" + (", smoothed labels" if smoothed else "")
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, quantity in zip(axes, ("loss", "error"), strict=True):
         for split, color in (
@@ -30,7 +32,7 @@ def draw(workdir: pathlib.Path, output: pathlib.Path) -> None:
             epochs, values = zip(*points, strict=True)
             if quantity == "error":
                 values = [100 * (1 - value) for value in values]
-            label = {"train": "training, augmented"}.get(split, split)
+            label = training if split == "train" else split
             axis.plot(
                 epochs, values, color=color, marker="." if len(points) < 50 else "", label=label
             )

@@ -82,7 +82,7 @@ CASES = {
     "depth 41": ([CIFAR + ":depth=41"], "model.depth = 41: "),
     "unknown variant": ([CIFAR + ":variant=x"], "variant = 'x': allowed are plain, b, c, bc"),
     "unknown argument": ([CIFAR + ":width=3"], "config argument 'width=3': give key=value pairs"),
-    "argument of another type": ([CIFAR + ":depth=deep"], "config argument depth=deep: give a"),
+    "argument of another type": ([CIFAR + ":depth=deep"], "model.depth = 'deep': give a value of"),
     "missing card": ([f"{DIGITS}x"], "--config=configs/digits.pyx: there is no such file"),
     "no card": ([], "--config: name a card, such as"),
     "a file that is no card": (

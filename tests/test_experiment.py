@@ -38,8 +38,14 @@ def plain_evaluation(experiment, state):
     prepared = (images.astype(np.float32) - np.float32(4.8781)) / np.float32(6.0140)
     model = models.create(experiment.config.model, 10)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits, _ = jax.jit(model.apply)(jax.device_get(variables), prepared)
-    logits = np.asarray(logits, np.float64)
+    size = experiment.config.evaluate.crop_size or 8
+    edges = sorted(
+        {(y, x) for y in (0, 8 - size) for x in (0, 8 - size)} | {((8 - size) // 2,) * 2}
+    )
+    crops = [prepared[:, y : y + size, x : x + size] for y, x in edges]
+    crops += [crop[:, :, ::-1] for crop in crops] if size < 8 else []
+    logits = [jax.jit(model.apply)(jax.device_get(variables), crop)[0] for crop in crops]
+    logits = np.mean(logits, 0, dtype=np.float64)
     log_p = logits - scipy.special.logsumexp(logits, -1, keepdims=True)
     order = np.argsort(-logits, axis=-1)
     return {
@@ -54,6 +60,13 @@ def test_evaluation_is_the_plain_mean_over_every_image(devices, batch_size):
     experiment = built(devices, batch_size)
     state = random_state(experiment)
     assert experiment.data.evaluation["test"].size == 360  # no multiple of either batch size
+    measured = experiment.evaluate(state, "test")
+    assert measured == pytest.approx(plain_evaluation(experiment, state), rel=1e-6)
+
+
+def test_ten_crop_evaluation_takes_the_mean_of_ten_logits():
+    experiment = runs.build(runs.tiny(evaluate__crops=10, evaluate__crop_size=5))
+    state = random_state(experiment)
     measured = experiment.evaluate(state, "test")
     assert measured == pytest.approx(plain_evaluation(experiment, state), rel=1e-6)
 

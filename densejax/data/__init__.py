@@ -37,7 +37,13 @@ def preparation(config: ConfigDict) -> Preparation:
         )
     augmentation = config.augmentation
     return Preparation(
-        mean, std, augmentation.shift, augmentation.flip, config.data.image_size, config.train.dtype
+        mean,
+        std,
+        augmentation.shift,
+        augmentation.flip,
+        config.data.image_size,
+        config.evaluate.crop_size,
+        config.train.dtype,
     )
 
 

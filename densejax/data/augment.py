@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from densejax.config import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
@@ -16,6 +18,7 @@ class Preparation:
       shift: pixels of padding on each side before the random crop; 0: none.
       flip: mirror half of the images.
       image_size: height and width after a bilinear resize; 0: as stored.
+      crop_size: height and width of the ten crops that are evaluated; 0: the whole image.
       dtype: of the result.
     """
 
@@ -24,11 +27,33 @@ class Preparation:
     shift: int = 0
     flip: bool = False
     image_size: int = 0
+    crop_size: int = 0
     dtype: str = "float32"
 
     def evaluation(self, images: jax.Array) -> jax.Array:
         """Maps images uint8 [batch, height, width, channels] to normalised floats."""
         return self._resize(self._normalise(images))
+
+    def views(self, images: jax.Array) -> jax.Array:
+        """What is evaluated of images uint8 [batch, ...]: [views, batch, height, width, channels].
+
+        One view, or ten: corners, centre and the mirrors of all five (Krizhevsky et al. 2012).
+
+        Raises:
+          UserError: the crops are larger than the images.
+        """
+        images, size = self.evaluation(images), self.crop_size
+        if not size:
+            return images[None]
+        top, left = images.shape[1] - size, images.shape[2] - size
+        if min(top, left) < 0:
+            raise UserError(
+                f"evaluate.crop_size = {size}: must be at most the images' "
+                f"{images.shape[1]}x{images.shape[2]}; data.image_size enlarges them"
+            )
+        places = ((0, 0), (0, left), (top, 0), (top, left), (top // 2, left // 2))
+        crops = jnp.stack([images[:, y : y + size, x : x + size] for y, x in places])
+        return jnp.concatenate([crops, crops[:, :, :, ::-1]])
 
     def training(self, images: jax.Array, keys: jax.Array) -> jax.Array:
         """The same with random mirroring and shifts, drawn from one key per example.

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from densejax.config import UserError
 from densejax.data.augment import Preparation, example_keys
 
 PLAIN = {"mean": (0.0,), "std": (1.0,)}
@@ -122,3 +123,16 @@ def test_normalisation_is_rounded_once():
     with jax.numpy_dtype_promotion("standard"):
         found = Preparation((249.25,), (1.0,), dtype="bfloat16").evaluation(images)
     assert found.astype(jnp.float32) == 0.75
+
+
+def test_ten_crops_are_corners_centre_and_mirrors():
+    image = np.arange(7 * 6 * 2, dtype=np.uint8).reshape(1, 7, 6, 2)
+    views = np.asarray(Preparation((0.0,) * 2, (1.0,) * 2, crop_size=4).views(image))
+    assert views.shape == (10, 1, 4, 4, 2)
+    places = [(0, 0), (0, 2), (3, 0), (3, 2), (1, 1)]
+    for view, (y, x) in zip(views, places, strict=False):
+        np.testing.assert_array_equal(view, image[:, y : y + 4, x : x + 4])
+    np.testing.assert_array_equal(views[5:], views[:5, :, :, ::-1])
+    assert Preparation((0.0,) * 2, (1.0,) * 2).views(image).shape == (1, 1, 7, 6, 2)
+    with pytest.raises(UserError, match="evaluate.crop_size = 8: must be at most the images' 7x6"):
+        Preparation((0.0,) * 2, (1.0,) * 2, crop_size=8).views(image)
