@@ -16,8 +16,6 @@ from densejax.data.augment import Preparation
 from tests import runs
 from tests.test_command_line import ROOT, command, one_line  # noqa: F401
 
-pytest.importorskip("flatbuffers", reason="jax.export needs it to write and to read")
-
 # What somebody types who does not have the package: importing it raises.
 STRANGER = """
 import sys
