@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from densejax import lock, models, transfer
+from densejax import files, models, transfer
 from densejax.config import UserError
 from densejax.transfer import from_keras, from_torch, to_torch
 from densejax.weight_files import HUB, brief, read
@@ -48,7 +48,7 @@ def save(directory: str, description: Mapping[str, Any], variables: Mapping[str,
         path.mkdir(parents=True)
         (path / "weights.safetensors").write_bytes(data)
         # Last: a directory without it, or whose weights are not those it names, is refused.
-        lock.write(path / "model.json", json.dumps({**description, **digest}, indent=2) + "\n")
+        files.write(path / "model.json", json.dumps({**description, **digest}, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--output={directory}: {error}") from error
 

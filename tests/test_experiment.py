@@ -1,5 +1,6 @@
 """Evaluation sees every image once, on any number of devices; the state is what a restore wants."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 import scipy.special
 
+from densejax import data, models
 from densejax import experiment as experiments
-from densejax import models
 from densejax.config import UserError
 from densejax.data import builders
 from tests import runs
@@ -134,3 +135,12 @@ def test_batches_must_divide_over_the_devices(key):
 def test_double_precision_that_jax_does_not_give_is_refused():
     with pytest.raises(UserError, match="train.dtype"):
         experiments.build(runs.tiny(train__dtype="float64"))
+
+
+def test_statistics_that_nobody_knows_are_asked_for(monkeypatch):
+    facts = dataclasses.replace(builders.SETS["digits"], mean=(), std=())
+    monkeypatch.setitem(builders.SETS, "digits", facts)
+    with pytest.raises(UserError, match="data.normalization = 'statistics': none are known"):
+        data.preparation(runs.tiny())
+    scaled = data.preparation(runs.tiny(data__normalization="scale"))
+    assert (scaled.mean, scaled.std) == ((0.0,), (255.0,))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from densejax import lock, models, pretrained, train, transfer
+from densejax import files, models, pretrained, train, transfer
 from densejax.config import UserError
 from tests import runs
 from tests.models import oracle
@@ -271,7 +271,7 @@ def test_a_kill_before_the_end_leaves_nothing_that_loads(small, file, tmp_path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(lock, "write", killed)
+        patch.setattr(files, "write", killed)
         pretrained.convert_file("small", str(file), str(tmp_path / "half"))
     assert [path.name for path in (tmp_path / "half").iterdir()] == ["weights.safetensors"]
     with pytest.raises(UserError, match="not a directory of densejax.pretrained"):
