@@ -18,6 +18,7 @@ class DenseLayer(nn.Module):
     growth_rate: int
     bottleneck_width: int  # in growth rates; 0: no bottleneck
     layers: Layers
+    survival: float = 1.0  # p_l of stochastic depth
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
@@ -28,10 +29,17 @@ class DenseLayer(nn.Module):
             x = conv(self.bottleneck_width * self.growth_rate, (1, 1), name="conv1")(x)
             x = dropout(x, name="dropout1")
             x = nn.relu(norm(name="norm2")(x))
-            x = conv(self.growth_rate, (3, 3), name="conv2")(x)
-            return dropout(x, name="dropout2")
-        x = conv(self.growth_rate, (3, 3), name="conv1")(x)
-        return dropout(x, name="dropout1")
+            x = dropout(conv(self.growth_rate, (3, 3), name="conv2")(x), name="dropout2")
+        else:
+            x = dropout(conv(self.growth_rate, (3, 3), name="conv1")(x), name="dropout1")
+        return self.layers.survive(x, self.survival, name="survival")
+
+
+def _dense_layers(block: nn.Module) -> list[DenseLayer]:
+    """The layers of a block, by its fields."""
+    fields = (block.growth_rate, block.bottleneck_width, block.layers)
+    survivals = block.survivals or (1.0,) * block.depth
+    return [DenseLayer(*fields, p, name=f"layer{index}") for index, p in enumerate(survivals, 1)]
 
 
 class ConcatBlock(nn.Module):
@@ -41,14 +49,12 @@ class ConcatBlock(nn.Module):
     growth_rate: int
     bottleneck_width: int
     layers: Layers
+    survivals: tuple[float, ...] = ()  # of each layer; () is 1 for all
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
         """Maps c feature maps to c + depth * growth_rate: its own input comes first."""
-        for index in range(1, self.depth + 1):
-            layer = DenseLayer(
-                self.growth_rate, self.bottleneck_width, self.layers, name=f"layer{index}"
-            )
+        for layer in _dense_layers(self):
             features = jnp.concatenate([features, layer(features)], axis=-1)
         return features
 
@@ -64,15 +70,13 @@ class OneShotBlock(nn.Module):
     growth_rate: int
     bottleneck_width: int
     layers: Layers
+    survivals: tuple[float, ...] = ()  # of each layer; () is 1 for all
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
         """Maps c feature maps to c + depth * growth_rate: its own input comes first."""
         outputs = [features]
-        for index in range(1, self.depth + 1):
-            layer = DenseLayer(
-                self.growth_rate, self.bottleneck_width, self.layers, name=f"layer{index}"
-            )
+        for layer in _dense_layers(self):
             outputs.append(layer(outputs[-1]))
         return jnp.concatenate(outputs, axis=-1)
 
@@ -111,6 +115,8 @@ class DenseNet(nn.Module):
       stem_width: channels of the stem. None: 2k for the ImageNet stem and for DenseNet-BC,
         otherwise 16 (the paper's text; only so its 27.2M parameters of L=100, k=24 are met).
       dropout_rate: after every convolution but the first.
+      survival: p_L of stochastic depth: layer l of all L dense layers keeps its new feature maps
+        with p_l = 1 - l / L (1 - p_L), each example by itself; scaled by p_l when not training.
       convolution_bias: convolutions add a bias (d2l's form; the paper's do not).
       batch_norm_epsilon: added to the variance.
       join: "dense": a layer reads all before it; "one_shot": the one before it, and the block
@@ -130,6 +136,7 @@ class DenseNet(nn.Module):
     stem: str = "cifar"
     stem_width: int | None = None
     dropout_rate: float = 0.0
+    survival: float = 1.0
     convolution_bias: bool = False
     batch_norm_epsilon: float = 1e-5
     join: str = "dense"
@@ -190,6 +197,7 @@ class DenseNet(nn.Module):
         for field, holds, allowed in (
             ("compression", 0 < self.compression <= 1, "in (0, 1]"),
             ("dropout_rate", 0 <= self.dropout_rate < 1, "in [0, 1)"),
+            ("survival", 0 < self.survival <= 1, "in (0, 1]"),
             ("batch_norm_epsilon", self.batch_norm_epsilon > 0, "above 0"),
             ("bottleneck_width", self.bottleneck_width >= 1, "at least 1"),
             ("stem_width", self.stem_width is None or self.stem_width >= 1, "at least 1"),
@@ -236,8 +244,12 @@ class DenseNet(nn.Module):
         features["stem"] = x = layers.STEMS[self.stem](widths[0], bound, name="stem")(image)
         for index, (depth, growth_rate) in enumerate(zip(depths, growth_rates, strict=True), 1):
             name = f"block{index}"
+            before, total = sum(depths[: index - 1]), sum(depths)
+            numbers = range(before + 1, before + depth + 1)  # l of each layer
+            survivals = tuple(1 - number / total * (1 - self.survival) for number in numbers)
             block = OneShotBlock if self.join == "one_shot" else BLOCKS[self.block]
-            features[name] = x = block(depth, growth_rate, bottleneck_width, bound, name=name)(x)
+            policy = (growth_rate, bottleneck_width, bound, survivals)
+            features[name] = x = block(depth, *policy, name=name)(x)
             if index < len(depths):
                 name = f"transition{index}"
                 features[name] = x = Transition(widths[index], bound, name=name)(x)

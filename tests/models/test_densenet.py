@@ -344,6 +344,7 @@ def test_every_parameter_has_a_gradient():
         ({"depth": 40, "compression": 1.5}, ["model.compression = 1.5", "(0, 1]"]),
         ({"depth": 40, "dropout_rate": 1.0}, ["model.dropout_rate = 1.0", "[0, 1)"]),
         ({"depth": 40, "dropout_rate": -0.1}, ["model.dropout_rate = -0.1", "[0, 1)"]),
+        ({"depth": 40, "survival": 0.0}, ["model.survival = 0.0", "(0, 1]"]),
         ({"depth": 40, "bottleneck_width": 0}, ["model.bottleneck_width = 0", "at least 1"]),
         ({"depth": 40, "stem_width": 0}, ["model.stem_width = 0", "at least 1"]),
     ],
@@ -394,3 +395,34 @@ def test_good_fields_pass():
     for changes in ({"depth": 10}, {"blocks": (1,)}, {"depth": 7, "bottleneck": False}):
         DenseNet(10, **changes).check()
     DenseNet(10, depth=40, growth_rate=(4, 8, 16), compression=1.0, stem_width=1).check()
+
+
+@pytest.mark.parametrize("join", ["dense", "one_shot"])
+def test_stochastic_depth_drops_new_feature_maps_by_a_linear_rule(join):
+    """p_l = 1 - l / L (1 - p_L) of Huang et al., arXiv:1603.09382; examples by themselves."""
+    network = DenseNet(10, blocks=(1, 3), growth_rate=2, survival=0.2, join=join)
+    image = jax.random.uniform(jax.random.key(1), (400, 4, 4, 3))
+    variables = jax.jit(network.init)(jax.random.key(0), image[:1])
+    keys = jax.random.key_data(jax.random.split(jax.random.key(2), 400))
+
+    @jax.jit
+    def blocks(keys, image):
+        mutable = ["batch_stats"]
+        (_, features), _ = network.apply(variables, image, train=True, keys=keys, mutable=mutable)
+        return features["block1"], features["block2"]
+
+    first, second = jax.device_get(blocks(keys, image))
+    kept = [np.any(first[..., -2:] != 0, (1, 2, 3))]
+    kept += [
+        np.any(second[..., 2 * i - 6 or None : (2 * i - 4) or None] != 0, (1, 2, 3))
+        for i in range(3)
+    ]
+    for rows, probability in zip(kept, (0.8, 0.6, 0.4, 0.2), strict=True):
+        assert abs(rows.mean() - probability) < 5 * np.sqrt(probability * (1 - probability) / 400)
+    assert abs(np.corrcoef(kept[1], kept[2])[0, 1]) < 0.25  # drawn independently
+    plain = network.clone(survival=1.0)
+    _, features = jax.jit(network.apply)(variables, image)
+    _, unscaled = jax.jit(plain.apply)(variables, image)
+    np.testing.assert_allclose(
+        features["block1"][..., -2:], 0.8 * unscaled["block1"][..., -2:], rtol=1e-5
+    )

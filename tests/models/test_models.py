@@ -219,6 +219,7 @@ def test_fields_hold_every_field_of_the_family():
         "stem": "cifar",
         "stem_width": None,
         "dropout_rate": 0.2,
+        "survival": 1.0,
         "convolution_bias": False,
         "batch_norm_epsilon": 1e-5,
         "join": "dense",
