@@ -144,6 +144,73 @@ PARAMETERS = [
 ]
 
 
+def densenet_multiply_adds(blocks, k, stem, *, bottleneck=False, theta=1, one_shot=False):
+    """Of a CIFAR DenseNet with ten classes: 3x3 stem, blocks, 1x1 transitions, classifier."""
+    size, width = 32, stem
+    total = size**2 * 9 * 3 * stem
+    for number, depth in enumerate(blocks, 1):
+        for index in range(depth):
+            reads = k if one_shot and index else width + (0 if one_shot else index * k)
+            layer = reads * 4 * k + 9 * 4 * k * k if bottleneck else 9 * reads * k
+            total += size**2 * layer
+        width += depth * k
+        if number < len(blocks):
+            total += size**2 * width * int(theta * width)
+            width, size = int(theta * width), size // 2
+    return total + width * 10
+
+
+def preact_multiply_adds(depth):
+    """Of a CIFAR bottleneck ResNet whose stride is on the 1x1, a projection in each stage."""
+    size, reads = 32, 16
+    total = size**2 * 9 * 3 * 16
+    for width in (16, 32, 64):
+        size = size if width == 16 else size // 2
+        for index in range(depth):
+            total += size**2 * (reads * width + 9 * width**2 + 4 * width**2)
+            total += size**2 * reads * 4 * width if index == 0 else 0
+            reads = 4 * width
+    return total + reads * 10
+
+
+def plain_multiply_adds(blocks):
+    """Of an ImageNet network of basic blocks without shortcuts: 7x7 stem, pairs of 3x3."""
+    size, reads = 56, 64
+    total = 112**2 * 49 * 3 * 64
+    for width, depth in zip(WIDTHS, blocks, strict=True):
+        size = size if width == 64 else size // 2
+        for _ in range(depth):
+            total += size**2 * 9 * width * (reads + width)
+            reads = width
+    return total + reads * 1000
+
+
+# Of the networks whose multiply-adds nobody has printed.
+CLOSED = {
+    "densenet_b_100_12": densenet_multiply_adds((16,) * 3, 12, 16, bottleneck=True),
+    "densenet_one_shot_40_20": densenet_multiply_adds((12,) * 3, 20, 16, one_shot=True),
+    "densenet_one_shot_40_27": densenet_multiply_adds((12,) * 3, 27, 16, one_shot=True),
+    "densenet_one_shot_19_43": densenet_multiply_adds((5,) * 3, 43, 16, one_shot=True),
+    "preact_resnet164": preact_multiply_adds(18),
+    "preact_resnet1001": preact_multiply_adds(111),
+    "plain18": plain_multiply_adds((2, 2, 2, 2)),
+    "plain34": plain_multiply_adds(BLOCKS),
+}
+
+
+def test_the_closed_form_gives_what_is_printed():
+    assert rounded(densenet_multiply_adds((12,) * 3, 12, 16), "264.8M") == "264.8M"
+    bc = densenet_multiply_adds((16,) * 3, 12, 24, bottleneck=True, theta=0.5)
+    assert rounded(bc, "287.9M") == "287.9M"
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if TABLE[name][-1] is None])
+def test_multiply_adds_that_nobody_has_printed(name):
+    classes, size, channels, *_ = TABLE[name]
+    network = models.create(models.fields(name), classes)
+    assert counts.of_network(network, (size, size, channels))[1] == CLOSED[name]
+
+
 def rounded(number, published):
     """A number in the unit and with the digits of a published one, such as "1.770G"."""
     digits, unit = published[:-1], {"M": 1e6, "G": 1e9}[published[-1]]
