@@ -186,7 +186,7 @@ def measure(options: argparse.Namespace, mode: str) -> list[dict[str, Any]]:
         row(name, child.facts, answers[name], work.batch_size) for name, child in children.items()
     ]
     for found in rows:
-        if (found["idle_cores"] or 0) > 0.05:
+        if (found["idle_cores"] or 0) > 0.2:
             print(f"{found['implementation']}: used {found['idle_cores']:.2f} cores while it "
                   f"waited: the others' times are too long", file=sys.stderr)  # fmt: skip
     return rows

@@ -36,11 +36,11 @@ class Process:
           Unavailable: it says that it cannot be measured, or it died.
         """
         environment = os.environ | {
-            "OMP_WAIT_POLICY": "passive",  # an idle process must not spin
             "KERAS_BACKEND": "jax",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes share an accelerator
         }
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # its compile time is measured
+        environment.pop("OMP_WAIT_POLICY", None)  # "active" spins for ever, "passive" slows torch
         self._process = subprocess.Popen(
             [*command, json.dumps(spec)],
             env=environment,
@@ -63,6 +63,7 @@ class Process:
 
     def ask(self, steps: int) -> dict[str, Any]:
         """Takes that many steps and says how they went."""
+        time.sleep(0.1)  # the threads of the one before it spin for some milliseconds
         print(json.dumps({"steps": steps}), file=self._process.stdin, flush=True)
         return self._read()
 
