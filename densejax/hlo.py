@@ -97,7 +97,9 @@ def _instruction(name: str, text: str) -> _Instruction:
     split = end(0) + 1 if text.startswith("(") else text.index(" ")
     start = text.index("(", split)
     opcode, inside = text[split:start].strip(), text[start + 1 : end(start)]
-    operands = [inside] if opcode in ("parameter", "constant") else re.findall(r"%([\w.\-]+)", inside)
+    operands = (
+        [inside] if opcode in ("parameter", "constant") else re.findall(r"%([\w.\-]+)", inside)
+    )
     arrays = []
     for kind, bits, sizes, layout in _ARRAY.findall(text[:split]):
         shape = tuple(int(size.strip("<=")) for size in sizes.split(",") if size)
