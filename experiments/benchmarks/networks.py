@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
 
 from densejax import config as schema
 from densejax import experiment, models, optimizer, parallel, step, transfer
+from densejax.analysis import roofline
 from densejax.config import UserError
 from densejax.data.augment import Preparation
 from densejax.models.densenet import BLOCKS, RECOMPUTE, DenseNet
@@ -67,6 +69,26 @@ class Work:
         images = random.integers(0, 256, (self.batch_size, *self.image_shape), np.uint8)
         labels = random.integers(0, self.num_classes, self.batch_size, np.int32)
         return {"image": images, "label": labels}
+
+
+def mesh(target: str) -> Mesh:
+    """One device of densejax/targets, which need not be there, to compile for; or "cpu".
+
+    Raises:
+      UserError: no such target, or its compiler is not installed.
+    """
+    if target == "cpu":
+        devices = jax.devices("cpu")
+    else:
+        compiler = roofline.target(target).compiler
+        try:
+            devices = topologies.get_topology_desc(**compiler).devices
+        except Exception as error:  # as many kinds as there are plugins
+            extra = {"tpu": "libtpu", "cuda": "jax[cuda13]"}[compiler["platform"]]
+            raise UserError(
+                f"target = {target!r}: its compiler cannot be had, install {extra} ({error})"
+            ) from error
+    return Mesh(np.array(devices[:1]), (parallel.AXIS,), axis_types=(AxisType.Auto,))
 
 
 def changes(name: str, model: str) -> dict[str, str]:
