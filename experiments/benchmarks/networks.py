@@ -5,6 +5,7 @@ Both are made of abstract values, so that they compile for devices that are not 
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -77,6 +78,9 @@ def mesh(target: str) -> Mesh:
     Raises:
       UserError: no such target, or its compiler is not installed.
     """
+    jax.config.update("jax_platforms", "cpu")  # a target's own devices are not wanted
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor is the machine that a TPU stands in
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     if target == "cpu":
         devices = jax.devices("cpu")
     else:

@@ -12,21 +12,17 @@ and image, plus what its recompute level says, is void.
 
 import argparse
 import json
-import os
 import sys
 import time
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # the targets' own devices are not wanted
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor is a TPU's host
+import jax
+import networks
+from networks import Work
 
-import jax  # noqa: E402
-import networks  # noqa: E402
-from networks import Work  # noqa: E402
-
-from densejax import formats, hlo  # noqa: E402
-from densejax.analysis import counts, roofline  # noqa: E402
-from densejax.config import UserError  # noqa: E402
+from densejax import formats, hlo
+from densejax.analysis import counts, roofline
+from densejax.config import UserError
 
 LIMIT = 0.1  # share by which FLOPs may differ from what they should be
 
@@ -115,7 +111,15 @@ def text(rows: list[dict[str, Any]], work: Work) -> str:
     if "floor_seconds" in rows[0]:
         limit = f"{1e3 * rows[0]['floor_seconds']:.3g} ms, by {rows[0]['floor_limit']}"
     cells.append(
-        ("floor", f"{floor.flops / 1e9:.4g}", "", gibibytes(floor.bytes), *[""] * 3, limit, *[""] * 3)
+        (
+            "floor",
+            f"{floor.flops / 1e9:.4g}",
+            "",
+            gibibytes(floor.bytes),
+            *[""] * 3,
+            limit,
+            *[""] * 3,
+        )
     )
     title = (
         f"{work.model}, batch {work.batch_size}, {work.dtype}, compiled for {rows[0]['target']}, "

@@ -54,7 +54,8 @@ class Process:
     def _read(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
         if not line:
-            raise Unavailable(f"its process ended with code {self._process.wait()}")
+            self.close()
+            raise Unavailable(f"its process ended with code {self._process.returncode}")
         answer = json.loads(line)
         if "unavailable" in answer:
             self.close()
