@@ -83,11 +83,12 @@ def text(rows: list[dict[str, Any]], title: str) -> str:
 def draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
     """Writes a PNG: bytes over depth, both logarithmic, with guides of slope 1 and 2."""
     import matplotlib
+    import matplotlib.ticker
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
     depths = np.array(sorted({row["depth"] for row in rows}))
     for number, (name, points) in enumerate(by_name(rows).items()):
         x, y = np.array(points).T
@@ -96,13 +97,15 @@ def draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
         axis.plot(x, y / 2**20, marker="os^vDP*X"[number % 8], label=label)
     lowest = min(row["temp_bytes"] for row in rows if row["depth"] == depths[0]) / 2**20
     for slope, style in ((1, ":"), (2, "--")):
-        guide = 0.7 * lowest * (depths / depths[0]) ** slope
+        guide = 0.8 * lowest * (depths / depths[0]) ** slope
         axis.plot(depths, guide, style, color="gray", label=f"guide of slope {slope}")
     axis.set(xscale="log", yscale="log", xlabel="depth L", ylabel="temporary memory (MiB)")
     axis.set_xticks(depths, depths)
+    axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     axis.set_title(title, fontsize=10)
     figure.savefig(path, dpi=150)
 
