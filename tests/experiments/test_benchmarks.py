@@ -156,13 +156,12 @@ def test_of_torch_the_better_layout_counts():
     assert compare.best_layouts(rows()[::-1])[0]["layout"] == "channels_last"
 
 
-def test_differences_are_shares_of_the_largest_value():
-    found = compare.differences(rows())
-    assert found["in_place"] == found["flax"] == 0
-    assert found["torchvision:nchw"] == pytest.approx(0.1 / 2)
-    broken = rows()
-    broken[1] = broken[1] | {"check": [float("nan"), 1.0]}
-    assert not compare.differences(broken)["flax"] < compare.LIMIT
+def test_implementations_must_compute_the_same(capsys):
+    compare.check({"ours": [2.0, 1.0], "flax": [2.0, 1.001]})
+    assert capsys.readouterr().err.splitlines()[1] == "flax: 2 1.001 (5.0e-04 from ours)"
+    for other in ([2.0, 1.01], [2.0, float("nan")], [float("inf"), 1.0]):
+        with pytest.raises(compare.Different, match="^flax: more than 0.001 from ours"):
+            compare.check({"ours": [2.0, 1.0], "same": [2.0, 1.0], "flax": other})
 
 
 def test_the_table_compares_with_torch_and_flax():
