@@ -7,6 +7,7 @@ import collections
 import functools
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
@@ -97,9 +98,8 @@ def _instruction(name: str, text: str) -> _Instruction:
     split = end(0) + 1 if text.startswith("(") else text.index(" ")
     start = text.index("(", split)
     opcode, inside = text[split:start].strip(), text[start + 1 : end(start)]
-    operands = (
-        [inside] if opcode in ("parameter", "constant") else re.findall(r"%([\w.\-]+)", inside)
-    )
+    is_leaf = opcode in ("parameter", "constant")  # inside are a place and a value
+    operands = [inside] if is_leaf else re.findall(r"%([\w.\-]+)", inside)
     arrays = []
     for kind, bits, sizes, layout in _ARRAY.findall(text[:split]):
         shape = tuple(int(size.strip("<=")) for size in sizes.split(",") if size)
@@ -177,17 +177,28 @@ def _traffic(program, line: _Instruction, lines) -> Counts:
     for key, each in inner.items():  # what is read
         if each.opcode != "parameter" or key == "ROOT":
             continue
-        uses = [use for name, use in inner.items() if name != "ROOT" and key in use.operands]
-        read = [use for use in uses if not _updates(use) or key in use.operands[1:]]
-        whole = operands[int(each.operands[0])]
+        read = [use for name, use in _uses(key, inner) if not _updates(use, name)]
         is_sliced = all(use.opcode in _SLICES for use in read)
+        whole = operands[int(each.operands[0])]
         total.update(_size([a for use in read for a in use.arrays] if is_sliced else whole))
     root = inner["ROOT"]
     written = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
     for each, array in zip(written, line.arrays, strict=True):
-        total.update(_size(inner[each.operands[1]].arrays if _updates(each) else [array]))
+        while each.opcode == "bitcast":
+            each = inner[each.operands[0]]
+        is_update = each.opcode == "dynamic-update-slice"
+        total.update(_size(inner[each.operands[1]].arrays if is_update else [array]))
     return total
 
 
-def _updates(line: _Instruction) -> bool:
-    return line.opcode == "dynamic-update-slice"
+def _uses(name: str, lines) -> Iterator[tuple[str, _Instruction]]:
+    """(what it is called there, instruction) for all that read a value, through its bitcasts."""
+    for key, use in lines.items():
+        if key != "ROOT" and name in use.operands:
+            yield from _uses(key, lines) if use.opcode == "bitcast" else [(name, use)]
+
+
+def _updates(line: _Instruction, name: str) -> bool:
+    """Whether an instruction changes a part of the value of that name and keeps the rest."""
+    kept = line.opcode == "dynamic-update-slice" and line.operands[0] == name
+    return kept and name not in line.operands[1:]

@@ -126,6 +126,34 @@ def test_an_update_in_place_moves_what_it_updates():
     assert 7 * 2 * 4 * 1024 * 8 <= moved < 4 * 2**20  # far less than seven times the buffer
 
 
+FUSED = """
+%fused (p0: f32[1024,64], p1: f32[8,64], p2: s32[]) -> f32[65536] {
+  %p0 = f32[1024,64]{1,0} parameter(0)
+  %p1 = f32[8,64]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %flat = f32[64,1024]{1,0} bitcast(%p0)
+  %part = f32[64,8]{1,0} slice(%flat), slice={[0:64], [8:16]}
+  %piece = f32[8,64]{1,0} bitcast(%part)
+  %sum = f32[8,64]{1,0} add(%piece, %p1)
+  %whole = f32[1024,64]{1,0} dynamic-update-slice(%p0, %sum, %p2, %p2)
+  ROOT %out = f32[65536]{0} bitcast(%whole)
+}
+
+ENTRY %main (x: f32[1024,64], y: f32[8,64], i: s32[]) -> f32[65536] {
+  %x = f32[1024,64]{1,0} parameter(0)
+  %y = f32[8,64]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %r = f32[65536]{0} fusion(%x, %y, %i), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_a_fusion_reads_a_slice_and_updates_a_part():
+    found = hlo.read(FUSED)
+    assert found["bytes"] == 3 * 4 * 8 * 64 + 4  # slice, summand and update, and the place
+    assert found["kernels"] == 1
+
+
 CUDNN = """
 ENTRY %main (x: f32[2,16,16,8], k: f32[32,3,3,8], dy: f32[2,8,8,32]) -> f32[2,16,16,8] {
   %x = f32[2,16,16,8]{3,2,1,0} parameter(0)
