@@ -86,6 +86,7 @@ def training(
     mean and variance owe. Batch statistics cost nothing: they are taken when a feature map is made,
     once for all layers that read it. Whatever else is fused. Parameters, their gradients and the
     momentum pass six times, in float32. FLOPs are six per multiply-add: two forward, four backward.
+    What stays in a TPU's own 128 MiB does not pass the main memory: small batches can do with less.
 
     Args:
       model: from densejax.models.create.
