@@ -40,6 +40,17 @@ def memory_access_cost(model: nn.Module, image_shape: tuple[int, int, int]) -> i
     return _by_scope(jaxpr, _values).total()
 
 
+def convolution_inputs(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Values that all convolutions and products of a network read for one image, without weights.
+
+    A feature map counts once for every layer that reads it.
+    """
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x)[0])(variables, image).jaxpr
+    return _by_scope(jaxpr, lambda equation: equation.invars[0].aval.size).total()
+
+
 def _by_scope(
     jaxpr, cost: Callable[[Any], int], outer: str = "", times: int = 1
 ) -> collections.Counter[str]:

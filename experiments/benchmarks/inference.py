@@ -1,0 +1,20 @@
+"""Seconds of classifying a batch, side by side with plain flax, PyTorch and Keras.
+
+Command: python experiments/benchmarks/inference.py --model=densenet121 --batch_size=8
+             [--implementations=densejax,flax,torchvision,torch_compile,keras]
+             [--torch_python=PATH] [--format=json]
+
+`densejax` is what densejax.predict computes. All have the same weights and images; the first
+image's logits must agree.
+"""
+
+import sys
+
+import compare
+
+if __name__ == "__main__":
+    ours = {
+        True: "densejax,flax,torchvision,torch_compile,keras",
+        False: "densejax,torchvision,torch_compile",
+    }
+    sys.exit(compare.main("inference", __doc__, ours))

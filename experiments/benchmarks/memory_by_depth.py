@@ -1,0 +1,164 @@
+"""How the memory of a training step grows with a DenseNet-BC's depth (k = 12); nothing runs.
+
+Command: python experiments/benchmarks/memory_by_depth.py --output=FILE.json [--target=v5e]
+             [--depths=40,100,160,250] [--implementations=in_place,in_place:layer,concat]
+             [--plot=FILE.png] [--format=json]
+
+The step is compiled for abstract arrays and the compiler's own account is read: its temporary
+memory is what activations and their gradients need. `--target` is `cpu` or a device of
+densejax/targets, as for traffic.py. Every figure goes into FILE.json as it comes, and what stands
+there already is not compiled again.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import networks
+import numpy as np
+from etils import epath
+from networks import Work
+
+from densejax import files, formats
+from densejax.config import UserError
+
+MODEL = "densenet_bc_100_12"
+
+
+def compile_one(work: Work, name: str, target: str) -> dict[str, Any]:
+    """Bytes of one compiled step and the seconds that it took."""
+    step, state, batch = networks.training(work, name, networks.mesh(target))
+    start = time.perf_counter()
+    memory = step.lower(state, batch).compile().memory_analysis()
+    return {
+        "temp_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "compile_seconds": time.perf_counter() - start,
+    }
+
+
+def growth(points: Iterable[tuple[int, int]]) -> tuple[float | None, float | None]:
+    """(slope of log bytes over log depth by least squares, bytes at 250 over bytes at 100).
+
+    Args:
+      points: (depth, bytes); what cannot be had of them is None.
+    """
+    points = {depth: size for depth, size in points if size > 0}
+    slope = None
+    if len(points) > 1:
+        logs = np.log(list(points)), np.log(list(points.values()))
+        slope = float(np.polyfit(*logs, deg=1)[0])
+    return slope, points[250] / points[100] if {100, 250} <= points.keys() else None
+
+
+def by_name(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, int]]]:
+    """(depth, bytes) of each implementation, in the order of depth."""
+    found = {}
+    for row in sorted(rows, key=lambda row: row["depth"]):
+        found.setdefault(row["implementation"], []).append((row["depth"], row["temp_bytes"]))
+    return found
+
+
+def text(rows: list[dict[str, Any]], title: str) -> str:
+    """The table for people."""
+    depths = sorted({row["depth"] for row in rows})
+    cells = [("temp MiB", *(f"L = {depth}" for depth in depths), "slope", "250 / 100")]
+    for name, points in by_name(rows).items():
+        sizes = dict(points)
+        fitted = ("-" if value is None else f"{value:.2f}" for value in growth(points))
+        cells.append(
+            (
+                name,
+                *(f"{sizes[d] / 2**20:,.0f}" if d in sizes else "-" for d in depths),
+                *fitted,
+            )
+        )
+    return f"{title}\n{formats.table(cells, right=len(depths) + 2)}"
+
+
+def draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
+    """Writes a PNG: bytes over depth, both logarithmic, with guides of slope 1 and 2."""
+    import matplotlib
+    import matplotlib.ticker
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    depths = np.array(sorted({row["depth"] for row in rows}))
+    for number, (name, points) in enumerate(by_name(rows).items()):
+        x, y = np.array(points).T
+        slope = growth(points)[0]
+        label = name if slope is None else f"{name} (slope {slope:.2f})"
+        axis.plot(x, y / 2**20, marker="os^vDP*X"[number % 8], label=label)
+    lowest = min(row["temp_bytes"] for row in rows if row["depth"] == depths[0]) / 2**20
+    for slope, style in ((1, ":"), (2, "--")):
+        guide = 0.8 * lowest * (depths / depths[0]) ** slope
+        axis.plot(depths, guide, style, color="gray", label=f"guide of slope {slope}")
+    axis.set(xscale="log", yscale="log", xlabel="depth L", ylabel="temporary memory (MiB)")
+    axis.set_xticks(depths, depths)
+    axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+    axis.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows that were asked for, those that are in the file already from there."""
+    path = epath.Path(options.output)
+    stored = json.loads(path.read_text()) if path.exists() else []
+    common = {"target": options.target, "batch_size": options.batch_size, "dtype": options.dtype}
+    common |= {"jax": jax.__version__}
+    rows = []
+    for depth in map(int, options.depths.split(",")):
+        for name in options.implementations.split(","):
+            row = {"implementation": name, "depth": depth} | common
+            known = [old for old in stored if row.items() <= old.items()]
+            if not known:
+                work = Work(MODEL, options.batch_size, 0, options.dtype, {"depth": depth})
+                known = [row | compile_one(work, name, options.target)]
+                stored += known
+                files.write(path, json.dumps(stored, indent=1) + "\n")
+                print(f"{name}, L = {depth}: {known[0]['compile_seconds']:.0f} s", file=sys.stderr)
+            rows += known
+    return rows
+
+
+def main() -> int:
+    """Prints a table of bytes by depth and their growth; returns the exit code, 2 for bad input."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    levels = [f":{level}" if level != "none" else "" for level in networks.RECOMPUTE]
+    every = [block + level for block in networks.BLOCKS for level in levels]
+    parser.add_argument("--output", required=True, help="JSON that figures are kept in")
+    parser.add_argument("--target", default="cpu", help="cpu or a name of densejax/targets")
+    parser.add_argument("--depths", default="40,100,160,250")
+    parser.add_argument("--implementations", default=",".join(every))
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
+    parser.add_argument("--plot", help="PNG to draw; needs the extra `plots`")
+    parser.add_argument("--format", choices=["text", "json"], default="text")
+    options = parser.parse_args()
+    try:
+        rows = measure(options)
+    except UserError as error:
+        print(f"densejax: {error}", file=sys.stderr)
+        return 2
+    title = (
+        f"DenseNet-BC, k = 12, batch {options.batch_size}, {options.dtype}, compiled for "
+        f"{options.target}, jax {jax.__version__}"
+    )
+    print(json.dumps(rows, indent=2) if options.format == "json" else text(rows, title))
+    if options.plot:
+        draw(rows, title, options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""What a compiler makes of a training step: FLOPs, bytes moved, memory and kernels; nothing runs.
+
+Command: python experiments/benchmarks/traffic.py --target=v5e [--model=densenet_bc_100_12]
+             [--implementations=in_place,in_place:layer,concat,flax] [--batch_size=128]
+             [--dtype=bfloat16] [--format=json]
+
+The target is a device of densejax/targets, which need not be there: a TPU's compiler is in libtpu
+(minutes for each step), an NVIDIA GPU's in jax[cuda13]; or `cpu`. Beside the figures stands the
+floor of densejax.analysis.roofline. A row whose FLOPs are not within 10 % of six per multiply-add
+and image, plus what its recompute level says, is void.
+"""
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+import jax
+import networks
+from networks import Work
+
+from densejax import formats, hlo
+from densejax.analysis import counts, roofline
+from densejax.config import UserError
+
+LIMIT = 0.1  # share by which FLOPs may differ from what they should be
+
+
+def recomputed(work: Work, name: str) -> int:
+    """Multiply-adds that a recompute level does again for one image, from the level's meaning.
+
+    The output of a layer's last convolution is no input of its backward pass: "bottleneck" and
+    "layer" make the 1x1 convolutions' outputs again, "block" everything in the dense blocks.
+    """
+    level = networks.changes(name, work.model).get("recompute", "none") if name != "flax" else ""
+    wanted = {"bottleneck": "conv1", "layer": "conv1", "block": "conv"}.get(level)
+    network = work.network()
+    if wanted is None or (wanted == "conv1" and not network.bottleneck):
+        return 0
+    rows = counts.layers(network.clone(block="concat"), work.image_shape, depth=3)
+    inside = [row for row in rows if row.name.startswith("block")]
+    return sum(row.multiply_adds for row in inside if row.name.split("/")[2].startswith(wanted))
+
+
+def analyse(work: Work, name: str, target: str) -> dict[str, Any]:
+    """The row of one implementation, compiled for a target (raises UserError)."""
+    mesh = networks.mesh(target)
+    make = networks.plain_training if name == "flax" else networks.training
+    step, state, batch = make(work, *([] if name == "flax" else [name]), mesh)
+    start = time.perf_counter()
+    compiled = step.lower(state, batch).compile()
+    seconds = time.perf_counter() - start
+    found, memory = hlo.read(compiled.as_text()), compiled.memory_analysis()
+    multiply_adds = counts.of_network(work.network(), work.image_shape)[1]
+    expected = work.batch_size * (6 * multiply_adds + 2 * recomputed(work, name))
+    row = {
+        "implementation": name,
+        "target": target,
+        "model": work.model,
+        "batch_size": work.batch_size,
+        "dtype": work.dtype,
+        "jax": jax.__version__,
+        "flops": found["flops"],
+        "expected_flops": expected,
+        "is_void": not abs(found["flops"] / expected - 1) < LIMIT,
+        "bytes": found["bytes"],
+        "on_chip_bytes": found["on_chip_bytes"],
+        "compiler_bytes": (compiled.cost_analysis() or {}).get("bytes accessed"),
+        "temp_bytes": memory.temp_size_in_bytes,
+        **{key: found[key] for key in ("kernels", "convolutions", "custom_calls")},
+        "unknown_loops": found["unknown_loops"],
+        "compile_seconds": seconds,
+    }
+    if target != "cpu":
+        device, floor = roofline.target(target), floor_of(work)
+        row["seconds_for_bytes"] = found["bytes"] / device.memory_bytes_per_second
+        row["floor_bytes"] = floor.bytes
+        row["floor_seconds"], row["floor_limit"] = floor.bound(device)
+    return row
+
+
+def floor_of(work: Work) -> roofline.Work:
+    """What the step cannot do without."""
+    return roofline.training(work.network(), work.image_shape, work.batch_size, work.dtype)
+
+
+def text(rows: list[dict[str, Any]], work: Work) -> str:
+    """The table for people."""
+
+    def gibibytes(number):
+        return "-" if number is None else f"{number / 2**30:.3g}"
+
+    cells = [("", "GFLOP", "expected", "moved GiB", "on chip GiB", "compiler's GiB", "temp MiB",
+              "ms for bytes", "kernels", "convolutions", "custom calls")]  # fmt: skip
+    for row in rows:
+        milliseconds = row.get("seconds_for_bytes")
+        cells.append(
+            (
+                row["implementation"] + (" VOID" if row["is_void"] else ""),
+                f"{row['flops'] / 1e9:.4g}",
+                f"{row['expected_flops'] / 1e9:.4g}",
+                *(gibibytes(row[key]) for key in ("bytes", "on_chip_bytes", "compiler_bytes")),
+                f"{row['temp_bytes'] / 2**20:,.0f}",
+                f"{1e3 * milliseconds:.3g}" if milliseconds is not None else "-",
+                *(str(row[key]) for key in ("kernels", "convolutions", "custom_calls")),
+            )
+        )
+    floor = floor_of(work)
+    limit = ""
+    if "floor_seconds" in rows[0]:
+        limit = f"{1e3 * rows[0]['floor_seconds']:.3g} ms, by {rows[0]['floor_limit']}"
+    cells.append(
+        (
+            "floor",
+            f"{floor.flops / 1e9:.4g}",
+            "",
+            gibibytes(floor.bytes),
+            *[""] * 3,
+            limit,
+            *[""] * 3,
+        )
+    )
+    title = (
+        f"{work.model}, batch {work.batch_size}, {work.dtype}, compiled for {rows[0]['target']}, "
+        f"jax {jax.__version__}"
+    )
+    return f"{title}\n{formats.table(cells, right=10)}"
+
+
+def main() -> int:
+    """Prints a row for each implementation; returns the exit code, 2 for bad input."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", default="v5e", help="cpu or a name of densejax/targets")
+    parser.add_argument("--model", default="densenet_bc_100_12")
+    parser.add_argument("--implementations", default="in_place,concat,flax")
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--image_size", type=int, default=0, help="0: as the network's paper")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--fields", type=json.loads, default={}, help='such as {"depth": 40}')
+    parser.add_argument("--format", choices=["text", "json"], default="text")
+    options = parser.parse_args()
+    rows = []
+    try:
+        work = Work(
+            options.model,
+            options.batch_size,
+            options.image_size,
+            options.dtype,
+            options.fields,
+        )
+        for name in options.implementations.split(","):
+            rows.append(analyse(work, name, options.target))
+            print(f"{name}: compiled in {rows[-1]['compile_seconds']:.0f} s", file=sys.stderr)
+    except UserError as error:
+        print(f"densejax: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(rows, indent=2) if options.format == "json" else text(rows, work))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

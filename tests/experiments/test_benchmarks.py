@@ -1,0 +1,291 @@
+"""The benchmarks' parts: who is measured, in which order, and what is made of the figures."""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import densejax
+from densejax.config import UserError
+
+ROOT = pathlib.Path(densejax.__file__).parents[1]
+BENCHMARKS = ROOT / "experiments" / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # where Python looks when one of them is run
+
+import compare  # noqa: E402
+import memory_by_depth  # noqa: E402
+import networks  # noqa: E402
+import traffic  # noqa: E402
+import turns  # noqa: E402
+
+DENSE = networks.Work("densenet_bc_40_12", 2, fields={"depth": 10})
+
+
+def test_implementations_and_their_processes():
+    def expand(text, recompute="none"):
+        return compare.expand(text, DENSE, recompute)
+
+    assert expand("in_place,flax") == ["in_place", "flax"]
+    assert expand("in_place,concat:block", "layer") == ["in_place:layer", "concat:block"]
+    assert expand("torchvision") == ["torchvision:nchw", "torchvision:channels_last"]
+    assert expand("torch_compile:nchw,keras") == ["torch_compile:nchw", "keras"]
+    assert networks.changes("densejax", "resnet50") == {}
+    assert networks.changes("concat", "densenet121") == {"block": "concat", "recompute": "none"}
+
+
+@pytest.mark.parametrize(
+    "text, model, message",
+    [
+        ("fast", "densenet121", "'fast' is unknown; allowed are densejax"),
+        ("torchvision:nhwc", "densenet121", "'torchvision:nhwc' is unknown"),
+        ("in_place:all", "densenet121", "in_place:all: 'all' is no recompute; allowed are none"),
+        ("in_place", "resnet50", "in_place: resnet50 has no dense block"),
+        ("flax,flax", "densenet121", "names one twice"),
+    ],
+)
+def test_what_is_no_implementation(text, model, message):
+    with pytest.raises(UserError, match=message):
+        compare.expand(text, networks.Work(model, 2))
+
+
+class Fake:
+    """A child that takes as long as it is told, and writes down that it was asked."""
+
+    def __init__(self, name, log, seconds):
+        self.name, self.log, self.seconds = name, log, iter(seconds)
+
+    def ask(self, steps):
+        self.log.append((self.name, steps))
+        return {"seconds_per_step": next(self.seconds)}
+
+
+def test_children_take_turns():
+    log = []
+    children = {"a": Fake("a", log, [1, 2]), "b": Fake("b", log, [3, 4])}
+    answers = turns.alternate(children, rounds=2, steps=5)
+    assert log == [("a", 5), ("b", 5), ("a", 5), ("b", 5)]
+    assert [answer["seconds_per_step"] for answer in answers["b"]] == [3, 4]
+
+
+CHILD = """
+import sys, time
+sys.path.insert(0, {path!r})
+from turns import Unavailable, serve
+
+def build(spec):
+    print("noise of a compiler")
+    if spec["what"] == "missing":
+        import no_such_module
+    if spec["what"] == "refused":
+        raise Unavailable("not today")
+    if spec["what"] == "dead":
+        sys.exit(3)
+    return {{"device": spec["what"]}}, lambda: time.sleep(0.05)
+
+serve(build)
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    script = tmp_path / "child.py"
+    script.write_text(CHILD.format(path=str(BENCHMARKS)))
+    return [sys.executable, str(script)]
+
+
+def test_a_process_answers_and_waits_idly(command):
+    child = turns.Process(command, {"what": "works"})
+    assert child.facts == {"device": "works"}
+    answers = [child.ask(2) for _ in range(2)]
+    child.close()
+    for answer in answers:
+        assert 0.05 <= answer["seconds_per_step"] < 0.2
+        assert answer["idle_processor_seconds"] < 0.05 < answer["idle_seconds"]
+        assert answer["peak_rss_bytes"] > 2**20
+
+
+@pytest.mark.parametrize(
+    "what, why",
+    [
+        ("missing", "no_such_module is not installed"),
+        ("refused", "not today"),
+        ("dead", "its process ended with code 3"),
+    ],
+)
+def test_a_process_that_cannot_be_measured_says_why(command, what, why):
+    with pytest.raises(turns.Unavailable, match=why):
+        turns.Process(command, {"what": what})
+
+
+def answer(seconds, idle=0.0):
+    return {
+        "seconds_per_step": seconds,
+        "peak_rss_bytes": 3 * 2**20,
+        "idle_seconds": 2.0,
+        "idle_processor_seconds": idle,
+    }
+
+
+def rows():
+    facts = {"device": "1 x cpu", "versions": {"jax": "1"}, "check": [2.0, 1.0]}
+    torch = {"device": "1 x cpu", "versions": {"torch": "2"}, "check": [2.0, 1.1]}
+    return [
+        compare.row("in_place", facts, [answer(s) for s in (3, 1, 2)], batch_size=8),
+        compare.row("flax", facts, [answer(4, idle=9), answer(4), answer(5, idle=1)], 8),
+        compare.row("torchvision:nchw", torch, [answer(2.5)], 8),
+        compare.row("torchvision:channels_last", torch, [answer(1.6)], 8),
+    ]
+
+
+def test_a_row_is_the_median_of_all_turns():
+    ours, flax, *_ = rows()
+    assert (ours["seconds_per_step"], ours["images_per_second"]) == (2, 4)
+    assert ours["tries"] == [3, 1, 2]
+    assert (ours["compile_seconds"], ours["temp_bytes"]) == (None, None)
+    assert flax["idle_cores"] == 0.25  # what was used before the first turn is building
+
+
+def test_of_torch_the_better_layout_counts():
+    *_, torch = compare.best_layouts(rows())
+    assert (torch["implementation"], torch["layout"]) == ("torchvision", "channels_last")
+    assert torch["layouts"] == {"nchw": 2.5, "channels_last": 1.6}
+    assert compare.best_layouts(rows()[::-1])[0]["layout"] == "channels_last"
+
+
+def test_implementations_must_compute_the_same(capsys):
+    compare.check({"ours": [2.0, 1.0], "flax": [2.0, 1.001]})
+    assert capsys.readouterr().err.splitlines()[1] == "flax: 2 1.001 (5.0e-04 from ours)"
+    for other in ([2.0, 1.01], [2.0, float("nan")], [float("inf"), 1.0]):
+        with pytest.raises(compare.Different, match="^flax: more than 0.001 from ours"):
+            compare.check({"ours": [2.0, 1.0], "same": [2.0, 1.0], "flax": other})
+
+
+def test_the_table_compares_with_torch_and_flax():
+    lines = compare.text(compare.best_layouts(rows()), "title").splitlines()
+    assert lines[1].startswith("1 x cpu") and lines[1].endswith("jax 1, torch 2")
+    assert lines[3].split()[:7] == ["in_place", "2", "1", "to", "3", "1.25", "0.50"]
+    assert lines[5].split()[:6] == ["torchvision", "(channels_last)", "1.6", "1.6", "to", "1.6"]
+
+
+def test_plain_variables_keep_every_leaf():
+    ours = {"params": {"block1": {"layer1": {"norm1": {"scale": 1}}}, "norm": {"bias": 2}}}
+    expected = {"params": {"block1_layer1_norm1": {"scale": 1}, "norm": {"bias": 2}}}
+    assert networks.plain_variables(ours) == expected
+
+
+def test_growth_of_powers():
+    for power in (1, 2):
+        slope, ratio = memory_by_depth.growth((d, 7 * d**power) for d in (40, 100, 160, 250))
+        assert slope == pytest.approx(power) and ratio == pytest.approx(2.5**power)
+    assert memory_by_depth.growth([(40, 5)]) == (None, None)
+
+
+def test_memory_by_depth_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_one(work, name, target):
+        compiled.append((name, work.fields["depth"]))
+        if len(compiled) == 3:
+            raise KeyboardInterrupt
+        return {"temp_bytes": work.fields["depth"] ** 2, "compile_seconds": 0}
+
+    monkeypatch.setattr(memory_by_depth, "compile_one", compile_one)
+    options = argparse.Namespace(
+        output=str(tmp_path / "memory.json"),
+        target="cpu",
+        batch_size=4,
+        dtype="float32",
+        depths="10,16",
+        implementations="concat,in_place",
+    )
+    with pytest.raises(KeyboardInterrupt):
+        memory_by_depth.measure(options)
+    found = memory_by_depth.measure(options)
+    assert compiled == [("concat", 10), ("in_place", 10), *2 * [("concat", 16)], ("in_place", 16)]
+    assert [row["temp_bytes"] for row in found] == [100, 100, 256, 256]
+    assert memory_by_depth.by_name(found)["concat"] == [(10, 100), (16, 256)]
+    assert "2.00" in memory_by_depth.text(found, "title")
+    options.batch_size = 8
+    memory_by_depth.measure(options)
+    assert len(compiled) == 9
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:matplotlib|pyparsing")
+def test_memory_by_depth_draws(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = [
+        {"implementation": name, "depth": depth, "temp_bytes": 2**20 * depth**power}
+        for name, power in (("in_place", 1), ("concat", 2))
+        for depth in (40, 100)
+    ]
+    memory_by_depth.draw(found, "title", str(tmp_path / "memory.png"))
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_recomputed_multiply_adds():
+    """One dense layer per block, L = 10: c_in -> 48 by 1x1, 48 -> 12 by 3x3."""
+    sizes = ((1024, 24), (256, 18), (64, 15))
+    pointwise = sum(size * width * 48 for size, width in sizes)
+    everything = sum(size * (width * 48 + 9 * 48 * 12) for size, width in sizes)
+    assert traffic.recomputed(DENSE, "concat") == traffic.recomputed(DENSE, "flax") == 0
+    assert traffic.recomputed(DENSE, "concat:bottleneck") == pointwise
+    assert traffic.recomputed(DENSE, "in_place:layer") == pointwise
+    assert traffic.recomputed(DENSE, "in_place:block") == everything
+
+
+def test_traffic_of_a_small_step():
+    work = networks.Work("densenet_bc_40_12", 4, dtype="bfloat16", fields={"depth": 10})
+    with jax.numpy_dtype_promotion("standard"):  # as flax' pooling needs it
+        for name in ("concat", "flax"):
+            row = traffic.analyse(work, name, "cpu")
+            assert not row["is_void"] and row["convolutions"] > 0
+            assert row["bytes"] == pytest.approx(
+                row["compiler_bytes"], rel=0.01
+            )  # no loop is in it
+            assert "VOID" not in traffic.text([row], work)
+            assert "VOID" in traffic.text([row | {"is_void": True}], work)
+
+
+def test_a_target_that_is_not_there():
+    with pytest.raises(UserError, match="target = 'v9': allowed are"):
+        networks.mesh("v9")
+
+
+def run(script, *flags):
+    return subprocess.run(
+        [sys.executable, BENCHMARKS / script, *flags], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+TINY = ["--model=densenet_bc_40_12", '--fields={"depth": 10}', "--batch_size=2", "--tries=2"]
+
+
+def test_training_steps_side_by_side():
+    done = run("train_step.py", *TINY, "--implementations=in_place,flax", "--format=json")
+    assert done.returncode == 0, done.stderr
+    ours, flax = json.loads(done.stdout)
+    assert (ours["implementation"], flax["implementation"]) == ("in_place", "flax")
+    for row in (ours, flax):
+        assert len(row["tries"]) == 2 and min(row["tries"]) > 0
+        assert row["temp_bytes"] > 0 and row["compile_seconds"] > 0
+    assert ours["check"] == pytest.approx(flax["check"], rel=1e-3)
+    assert len(set(flax["check"])) == 3  # three steps, and each has changed something
+
+
+@pytest.mark.slow
+def test_inference_side_by_side_with_keras():
+    done = run("inference.py", *TINY, "--implementations=densejax,keras", "--format=json")
+    assert done.returncode == 0, done.stderr
+    ours, keras = json.loads(done.stdout)
+    assert ours["check"] == pytest.approx(keras["check"], rel=1e-3)
+
+
+def test_bad_input_is_one_line():
+    done = run("train_step.py", "--implementations=fast")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("densejax: --implementations: 'fast'")
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,196 @@
+"""Counts of compiled programs whose arithmetic, traffic and loops are known."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from densejax import hlo, parallel
+
+
+def shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def counts(function, *arguments):
+    return hlo.read(jax.jit(function).lower(*arguments).compile().as_text())
+
+
+def convolve(x, kernel, stride=1):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), "SAME", dimension_numbers=numbers
+    )
+
+
+def test_a_product():
+    found = counts(jnp.matmul, shape(256, 128), shape(128, 64))
+    assert found["flops"] == 2 * 256 * 128 * 64
+    assert found["bytes"] == 4 * (256 * 128 + 128 * 64 + 256 * 64)
+    assert (found["kernels"], found["convolutions"], found["unknown_loops"]) == (1, 0, 0)
+
+
+def test_bytes_follow_the_type():
+    def add(x):
+        return x + jnp.ones_like(x)
+
+    sizes = {jnp.float32: 4, jnp.bfloat16: 2, jnp.uint8: 1}
+    for dtype, size in sizes.items():
+        assert counts(add, shape(1024, 1024, dtype=dtype))["bytes"] == 2 * size * 2**20
+
+
+def test_a_convolution():
+    found = counts(convolve, shape(2, 16, 16, 8), shape(3, 3, 8, 32))
+    assert found["flops"] == 2 * 2 * 16 * 16 * 32 * 9 * 8
+    assert found["bytes"] == 4 * (2 * 16 * 16 * 8 + 9 * 8 * 32 + 2 * 16 * 16 * 32)
+    assert found["convolutions"] == 1
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_three_convolutions_of_a_training_step_are_equal_work(stride):
+    def step(x, kernel):
+        return jax.grad(lambda x, k: (convolve(x, k, stride) ** 2).sum(), (0, 1))(x, kernel)
+
+    found = counts(step, shape(2, 16, 16, 8), shape(3, 3, 8, 32))
+    assert found["convolutions"] == 3
+    assert found["flops"] == 3 * 2 * 2 * (16 // stride) ** 2 * 32 * 9 * 8
+
+
+def test_a_loop_counts_each_of_its_turns():
+    def turns(length):
+        def loop(x, w):
+            return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length)[0]
+
+        return counts(loop, shape(256, 128), shape(128, 128))
+
+    found, more = turns(10), turns(30)
+    assert found["flops"] == 10 * 2 * 256 * 128 * 128
+    assert found["unknown_loops"] == 0
+    turn = 4 * (256 * 128 + 128 * 128 + 256 * 128)
+    assert 20 * turn < more["bytes"] - found["bytes"] < 60 * turn
+
+
+def test_a_loop_without_an_end_counts_once_and_is_told():
+    def loop(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ x, x)
+
+    found = counts(loop, shape(64, 64))
+    assert (found["unknown_loops"], found["flops"]) == (1, 2 * 64**3)
+
+
+LOOP = """
+HloModule loop
+
+%body.1 (a: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %a = (s32[], f32[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%a), index=0
+  %x = f32[8,8]{1,0:T(8,128)S(1)} get-tuple-element(%a), index=1
+  %y = f32[8,8]{1,0:T(8,128)} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (s32[], f32[8,8]{1,0}) tuple(%i, %y)
+}
+
+%condition.1 (b: (s32[], f32[8,8])) -> pred[] {
+  %b = (s32[], f32[8,8]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%b), index=0
+  %limit = s32[] constant(12)
+  ROOT %lt = pred[] compare(%j, %limit), direction=LT
+}
+
+ENTRY %main (p: f32[8,8]) -> f32[8,8] {
+  %p = f32[8,8]{1,0} parameter(0)
+  %zero = s32[] constant(5)
+  %init = (s32[], f32[8,8]{1,0}) tuple(%zero, %p)
+  %w = (s32[], f32[8,8]{1,0}) while(%init), condition=%condition.1, body=%body.1
+  ROOT %r = f32[8,8]{1,0} get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_turns_are_read_from_the_condition_and_memories_are_kept_apart():
+    """TPU programs say neither the number of turns, nor do they keep everything in main memory."""
+    found = hlo.read(LOOP)
+    assert found["flops"] == 7 * 2 * 8**3
+    assert (found["bytes"], found["on_chip_bytes"]) == (7 * 256, 7 * 512)
+    assert hlo.read(LOOP.replace("direction=LT", "direction=NE"))["unknown_loops"] == 1
+
+
+def test_an_update_in_place_moves_what_it_updates():
+    def loop(buffer):
+        def turn(i, buffer):
+            part = jax.lax.dynamic_slice(buffer, (0, 0), (1024, 8))
+            return jax.lax.dynamic_update_slice(buffer, part * 2, (0, 8 * i + 8))
+
+        return jax.lax.fori_loop(0, 7, turn, buffer)
+
+    moved = counts(loop, shape(1024, 1024))["bytes"] - 2 * 4 * 2**20  # one copy: not donated
+    assert 7 * 2 * 4 * 1024 * 8 <= moved < 4 * 2**20  # far less than seven times the buffer
+
+
+FUSED = """
+%fused (p0: f32[1024,64], p1: f32[8,64], p2: s32[]) -> f32[65536] {
+  %p0 = f32[1024,64]{1,0} parameter(0)
+  %p1 = f32[8,64]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %flat = f32[64,1024]{1,0} bitcast(%p0)
+  %part = f32[64,8]{1,0} slice(%flat), slice={[0:64], [8:16]}
+  %piece = f32[8,64]{1,0} bitcast(%part)
+  %sum = f32[8,64]{1,0} add(%piece, %p1)
+  %whole = f32[1024,64]{1,0} dynamic-update-slice(%p0, %sum, %p2, %p2)
+  ROOT %out = f32[65536]{0} bitcast(%whole)
+}
+
+ENTRY %main (x: f32[1024,64], y: f32[8,64], i: s32[]) -> f32[65536] {
+  %x = f32[1024,64]{1,0} parameter(0)
+  %y = f32[8,64]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %r = f32[65536]{0} fusion(%x, %y, %i), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_a_fusion_reads_a_slice_and_updates_a_part():
+    found = hlo.read(FUSED)
+    assert found["bytes"] == 3 * 4 * 8 * 64 + 4  # slice, summand and update, and the place
+    assert found["kernels"] == 1
+
+
+CUDNN = """
+ENTRY %main (x: f32[2,16,16,8], k: f32[32,3,3,8], dy: f32[2,8,8,32]) -> f32[2,16,16,8] {
+  %x = f32[2,16,16,8]{3,2,1,0} parameter(0)
+  %k = f32[32,3,3,8]{3,2,1,0} parameter(1)
+  %dy = f32[2,8,8,32]{3,2,1,0} parameter(2)
+  %y = (f32[2,8,8,32]{3,2,1,0}, u8[0]{0}) custom-call(%x, %k), window={size=3x3 stride=2x2}, \
+dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"
+  %dk = (f32[32,3,3,8]{3,2,1,0}, u8[0]{0}) custom-call(%x, %dy), window={size=3x3 stride=2x2}, \
+dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardFilter"
+  ROOT %dx = (f32[2,16,16,8]{3,2,1,0}, u8[0]{0}) custom-call(%dy, %k), window={size=3x3}, \
+dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardInput"
+}
+"""
+
+
+def test_convolutions_of_a_gpu_are_custom_calls():
+    found = hlo.read(CUDNN)
+    assert (found["convolutions"], found["custom_calls"]) == (3, 3)
+    assert found["flops"] == 3 * 2 * 2 * 8 * 8 * 32 * 9 * 8
+    sizes = {"x": 2 * 16 * 16 * 8, "k": 32 * 9 * 8, "dy": 2 * 8 * 8 * 32}
+    assert found["bytes"] == 3 * 4 * sum(sizes.values())
+
+
+@pytest.mark.parametrize(
+    "kind, function, operand",
+    [
+        ("all-reduce", lambda x: jax.lax.psum(x, "data"), 4 * 64),
+        ("all-gather", lambda x: jax.lax.all_gather(x, "data"), 4 * 64),
+        ("reduce-scatter", lambda x: jax.lax.psum_scatter(x, "data", tiled=True), 4 * 64),
+        ("all-to-all", lambda x: jax.lax.all_to_all(x, "data", 0, 0, tiled=True), 4 * 64),
+        ("collective-permute", lambda x: jax.lax.ppermute(x, "data", [(0, 1), (1, 0)]), 4 * 64),
+    ],
+)
+def test_collectives(kind, function, operand):
+    mesh, spec = parallel.mesh(), PartitionSpec("data")
+    assert mesh.size == 4
+    out = {"all-reduce": PartitionSpec()}.get(kind, spec)
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=out)
+    found = counts(mapped, shape(4 * 64))
+    assert {name: found[name] for name in found if "-" in name} == {kind: operand}
