@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
+from densejax import models
+
 
 def parameters(variables: Any) -> int:
     """Number of trainable values: the collection "params", without BatchNorm's statistics."""
@@ -33,7 +35,7 @@ def memory_access_cost(model: nn.Module, image_shape: tuple[int, int, int]) -> i
     Values that a network's convolutions read and write for one image, weights included: the sum of
     h w (c_in + c_out) + k^2 c_in c_out (at stride 2 inputs and outputs each count at their size).
     """
-    model = model.clone(num_classes=0)
+    model = models.reference(model).clone(num_classes=0)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x)[1])(variables, image).jaxpr
@@ -45,6 +47,7 @@ def convolution_inputs(model: nn.Module, image_shape: tuple[int, int, int]) -> i
 
     A feature map counts once for every layer that reads it.
     """
+    model = models.reference(model)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x)[0])(variables, image).jaxpr
@@ -87,6 +90,7 @@ def _multiply_adds(equation) -> int:
 
 def of_network(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
     """(parameters, multiply-adds of one image) of a network on images [height, width, channels]."""
+    model = models.reference(model)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     return parameters(variables), multiply_adds(lambda v, x: model.apply(v, x)[0], variables, image)
@@ -111,6 +115,7 @@ def layers(model: nn.Module, image_shape: tuple[int, int, int], depth: int = 2) 
       depth: names are cut after so many parts; what lies deeper is added up.
     """
     image, shapes = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), {}
+    model = models.reference(model)
 
     def record(call, arguments, keywords, context):
         result = call(*arguments, **keywords)

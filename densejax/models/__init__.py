@@ -172,6 +172,14 @@ def create(
     return network
 
 
+def reference(model: nn.Module) -> nn.Module:
+    """The same network in its literal form: what its multiply-adds are counted from.
+
+    An implementation may reach the same result with fewer.
+    """
+    return model.clone(block="concat", recompute="none") if isinstance(model, DenseNet) else model
+
+
 def feature_info(
     model: nn.Module, image_shape: tuple[int, int, int]
 ) -> dict[str, tuple[int, int | None]]:

@@ -1,5 +1,6 @@
 """DenseNet, -B, -C and -BC: x_l = H_l([x_0, ..., x_{l-1}]) (Huang et al., arXiv:1608.06993)."""
 
+import functools
 import math
 from typing import Any
 
@@ -9,80 +10,10 @@ import jax.numpy as jnp
 
 from densejax.config import UserError
 from densejax.models import layers
+from densejax.models.blocks import BLOCKS, RECOMPUTE, OneShotBlock
 from densejax.models.layers import Layers
-
-
-class DenseLayer(nn.Module):
-    """H_l: BN-ReLU-3x3, with a bottleneck BN-ReLU-1x1 before it (paper, section 3)."""
-
-    growth_rate: int
-    bottleneck_width: int  # in growth rates; 0: no bottleneck
-    layers: Layers
-    survival: float = 1.0  # p_l of stochastic depth
-
-    @nn.compact
-    def __call__(self, features: jax.Array) -> jax.Array:
-        """Maps features [batch, height, width, channels] to `growth_rate` new feature maps."""
-        conv, norm, dropout = self.layers.conv, self.layers.norm, self.layers.dropout
-        x = nn.relu(norm(name="norm1")(features))
-        if self.bottleneck_width:
-            x = conv(self.bottleneck_width * self.growth_rate, (1, 1), name="conv1")(x)
-            x = dropout(x, name="dropout1")
-            x = nn.relu(norm(name="norm2")(x))
-            x = dropout(conv(self.growth_rate, (3, 3), name="conv2")(x), name="dropout2")
-        else:
-            x = dropout(conv(self.growth_rate, (3, 3), name="conv1")(x), name="dropout1")
-        return self.layers.survive(x, self.survival, name="survival")
-
-
-def _dense_layers(block: nn.Module) -> list[DenseLayer]:
-    """The layers of a block, by its fields."""
-    fields = (block.growth_rate, block.bottleneck_width, block.layers)
-    survivals = block.survivals or (1.0,) * block.depth
-    return [DenseLayer(*fields, p, name=f"layer{index}") for index, p in enumerate(survivals, 1)]
-
-
-class ConcatBlock(nn.Module):
-    """A dense block as the paper writes it: every layer reads the concatenation of all before."""
-
-    depth: int
-    growth_rate: int
-    bottleneck_width: int
-    layers: Layers
-    survivals: tuple[float, ...] = ()  # of each layer; () is 1 for all
-
-    @nn.compact
-    def __call__(self, features: jax.Array) -> jax.Array:
-        """Maps c feature maps to c + depth * growth_rate: its own input comes first."""
-        for layer in _dense_layers(self):
-            features = jnp.concatenate([features, layer(features)], axis=-1)
-        return features
-
-
-class OneShotBlock(nn.Module):
-    """One-shot aggregation in a dense block's place (Lee et al., arXiv:1904.09730, section 3.2).
-
-    Every layer reads only the layer before it; the block's input and all layers are concatenated
-    once, at its end, and the transition that follows is the 1x1 that mixes them.
-    """
-
-    depth: int
-    growth_rate: int
-    bottleneck_width: int
-    layers: Layers
-    survivals: tuple[float, ...] = ()  # of each layer; () is 1 for all
-
-    @nn.compact
-    def __call__(self, features: jax.Array) -> jax.Array:
-        """Maps c feature maps to c + depth * growth_rate: its own input comes first."""
-        outputs = [features]
-        for layer in _dense_layers(self):
-            outputs.append(layer(outputs[-1]))
-        return jnp.concatenate(outputs, axis=-1)
-
-
-# Implementations of a dense block. All have ConcatBlock's fields and the same parameter paths.
-BLOCKS = {"concat": ConcatBlock}
+from densejax.models.normalization import Seen
+from densejax.models.pooling import average_pool
 
 
 class Transition(nn.Module):
@@ -90,13 +21,17 @@ class Transition(nn.Module):
 
     width: int
     layers: Layers
+    pool_first: bool  # pooling and a 1x1 convolution commute: a quarter of the multiply-adds
 
     @nn.compact
-    def __call__(self, features: jax.Array) -> jax.Array:
+    def __call__(self, features: jax.Array, seen: Seen | None = None) -> jax.Array:
         """Maps features to `width` feature maps of half the height and width."""
-        x = nn.relu(self.layers.norm(name="norm")(features))
-        x = self.layers.conv(self.width, (1, 1), name="conv")(x)
-        return layers.average_pool(self.layers.dropout(x, name="dropout"))
+        x = nn.relu(self.layers.norm(name="norm")(features, seen))
+        conv = self.layers.conv(self.width, (1, 1), name="conv")
+        dropout = functools.partial(self.layers.dropout, name="dropout")
+        if self.pool_first and not (self.layers.train and self.layers.dropout_rate):
+            return conv(average_pool(x))
+        return average_pool(dropout(conv(x)))
 
 
 class DenseNet(nn.Module):
@@ -121,7 +56,10 @@ class DenseNet(nn.Module):
       batch_norm_epsilon: added to the variance.
       join: "dense": a layer reads all before it; "one_shot": the one before it, and the block
         aggregates them all once, at its end, as VoVNet does.
-      block: the implementation of a dense block, a name in BLOCKS; parameters are the same.
+      block: the implementation of dense blocks; parameters and results are the same. "in_place":
+        one buffer, gradients by hand: the fastest and smallest on every platform that was
+        measured; "concat": the paper's form, which the other is tested against.
+      recompute: what the backward pass computes again to save memory, a name in RECOMPUTE.
       dtype: precision of the computation.
       batch_norm_axis: mapped axis that BatchNorm's batch statistics are averaged over.
     """
@@ -140,7 +78,8 @@ class DenseNet(nn.Module):
     convolution_bias: bool = False
     batch_norm_epsilon: float = 1e-5
     join: str = "dense"
-    block: str = "concat"
+    block: str = "in_place"
+    recompute: str = "none"
     dtype: Any = jnp.float32
     batch_norm_axis: str | None = None
 
@@ -188,8 +127,9 @@ class DenseNet(nn.Module):
 
     def check(self) -> None:
         """Raises UserError for fields that describe no network."""
-        joins = ("dense", "one_shot")
-        for field, table in (("stem", layers.STEMS), ("join", joins), ("block", BLOCKS)):
+        joins = {"dense", "one_shot"}
+        tables = {"stem": layers.STEMS, "join": joins, "block": BLOCKS, "recompute": RECOMPUTE}
+        for field, table in tables.items():
             if getattr(self, field) not in table:
                 raise UserError(
                     f"model.{field} = {getattr(self, field)!r}: allowed are {', '.join(table)}"
@@ -229,7 +169,7 @@ class DenseNet(nn.Module):
           logits float32 [batch, num_classes], and the features after "stem", "block1",
           "transition1", ..., the last norm and ReLU ("final") and pooling ("pooled").
         """
-        bound = layers.bind(
+        bound = Layers(
             train=train,
             dtype=self.dtype,
             batch_norm_axis=self.batch_norm_axis,
@@ -240,6 +180,8 @@ class DenseNet(nn.Module):
         )
         widths, depths, growth_rates = self.widths(), self.block_depths(), self.growth_rates()
         bottleneck_width = self.bottleneck_width if self.bottleneck else 0
+        block = OneShotBlock if self.join == "one_shot" else BLOCKS[self.block]
+        block = nn.remat(block) if self.recompute == "block" else block
         features = {}
         features["stem"] = x = layers.STEMS[self.stem](widths[0], bound, name="stem")(image)
         for index, (depth, growth_rate) in enumerate(zip(depths, growth_rates, strict=True), 1):
@@ -247,12 +189,13 @@ class DenseNet(nn.Module):
             before, total = sum(depths[: index - 1]), sum(depths)
             numbers = range(before + 1, before + depth + 1)  # l of each layer
             survivals = tuple(1 - number / total * (1 - self.survival) for number in numbers)
-            block = OneShotBlock if self.join == "one_shot" else BLOCKS[self.block]
-            policy = (growth_rate, bottleneck_width, bound, survivals)
-            features[name] = x = block(depth, *policy, name=name)(x)
+            policy = (growth_rate, bottleneck_width, bound, survivals, self.recompute)
+            x, seen = block(depth, *policy, name=name)(x)
+            features[name] = x
             if index < len(depths):
-                name = f"transition{index}"
-                features[name] = x = Transition(widths[index], bound, name=name)(x)
-        features["final"] = x = nn.relu(bound.norm(name="norm")(x))
+                name, in_place = f"transition{index}", self.block == "in_place"
+                x = Transition(widths[index], bound, in_place, name=name)(x, seen)
+                features[name] = x
+        features["final"] = x = nn.relu(bound.norm(name="norm")(x, seen))
         logits, features["pooled"] = layers.Head(self.num_classes, name="head")(x)
         return logits, features

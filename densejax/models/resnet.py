@@ -148,7 +148,7 @@ class ResNet(nn.Module):
           ..., the last norm and ReLU ("final"; the last stage's without pre-activation) and
           pooling ("pooled").
         """
-        bound = layers.bind(
+        bound = Layers(
             train=train,
             dtype=self.dtype,
             batch_norm_axis=self.batch_norm_axis,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from densejax.config import UserError
 from densejax.models import layers
 from densejax.models.layers import Layers
+from densejax.models.pooling import max_pool
 
 
 class ConvNorm(nn.Module):
@@ -53,8 +54,7 @@ def ceil_max_pool(x: jax.Array) -> jax.Array:
 
     Windows start at the first pixel, and the last one may reach over the edge.
     """
-    padding = tuple((0, max(1 - size % 2, 3 - size)) for size in x.shape[1:3])
-    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
+    return max_pool(x, tuple((0, max(1 - size % 2, 3 - size)) for size in x.shape[1:3]))
 
 
 class VoVNet(nn.Module):
@@ -111,7 +111,7 @@ class VoVNet(nn.Module):
           logits float32 [batch, num_classes], and the features after "stem", "stage1" (OSA2 in the
           paper), "stage2", ..., the last of them again ("final") and pooling ("pooled").
         """
-        bound = layers.bind(
+        bound = Layers(
             train=train,
             dtype=self.dtype,
             batch_norm_axis=self.batch_norm_axis,

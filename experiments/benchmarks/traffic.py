@@ -30,11 +30,11 @@ LIMIT = 0.1  # share by which FLOPs may differ from what they should be
 def recomputed(work: Work, name: str) -> int:
     """Multiply-adds that a recompute level does again for one image, from the level's meaning.
 
-    The output of a layer's last convolution is no input of its backward pass: "bottleneck" and
-    "layer" make the 1x1 convolutions' outputs again, "block" everything in the dense blocks.
+    The output of a layer's last convolution is no input of its backward pass: "layer" computes the
+    1x1 of every bottleneck again, "block" every convolution of the dense blocks, "norm" none.
     """
     level = networks.changes(name, work.model).get("recompute", "none") if name != "flax" else ""
-    wanted = {"bottleneck": "conv1", "layer": "conv1", "block": "conv"}.get(level)
+    wanted = {"layer": "conv1", "block": "conv"}.get(level)
     network = work.network()
     if wanted is None or (wanted == "conv1" and not network.bottleneck):
         return 0

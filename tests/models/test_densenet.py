@@ -13,7 +13,7 @@ from densejax import models
 from densejax.config import UserError
 from densejax.models import fields, layers
 from densejax.models.densenet import BLOCKS, DenseNet
-from densejax.models.layers import Dropout
+from densejax.models.regularization import Dropout
 
 tiny = functools.partial(DenseNet, num_classes=10, growth_rate=4, blocks=(2, 2))
 
@@ -201,10 +201,10 @@ def test_compression_rounds_down():
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block_of_d2l(name):
     # d2l.ai, section 8.7.2: DenseBlock(2, 10) on 3 channels gives 23.
-    bound = layers.bind(train=False, dtype=jnp.float32, batch_norm_axis=None)
+    bound = layers.Layers(train=False, dtype=jnp.float32, batch_norm_axis=None)
     block = BLOCKS[name](2, 10, 0, bound)
     image = jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32)
-    features, _ = jax.eval_shape(block.init_with_output, jax.random.key(0), image)
+    (features, _), _ = jax.eval_shape(block.init_with_output, jax.random.key(0), image)
     assert features.shape == (4, 8, 8, 23)
 
 
@@ -227,10 +227,8 @@ def test_bfloat16_keeps_parameters_statistics_and_logits():
     model = tiny(dtype=jnp.bfloat16)
     image = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
     train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
-    # Linen's own BatchNorm subtracts a float32 mean from bfloat16 features.
-    with jax.numpy_dtype_promotion("standard"):
-        variables = jax.eval_shape(model.init, jax.random.key(0), image)
-        (logits, features), updated = jax.eval_shape(train, variables, image)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    (logits, features), updated = jax.eval_shape(train, variables, image)
     assert {leaf.dtype for leaf in jax.tree.leaves((variables, updated))} == {jnp.dtype("float32")}
     assert logits.dtype == features.pop("pooled").dtype == jnp.float32
     assert {value.dtype for value in features.values()} == {jnp.dtype("bfloat16")}
@@ -263,7 +261,7 @@ def test_initial_values():
 
 @pytest.mark.parametrize("bottleneck", [False, True], ids=["plain", "bc"])
 def test_dropout_follows_every_convolution_but_the_stem(bottleneck):
-    model = tiny(bottleneck=bottleneck, dropout_rate=0.2)
+    model = tiny(bottleneck=bottleneck, dropout_rate=0.2, block="concat")
     calls = []
 
     def record(call, arguments, named, context):
@@ -424,5 +422,5 @@ def test_stochastic_depth_drops_new_feature_maps_by_a_linear_rule(join):
     _, features = jax.jit(network.apply)(variables, image)
     _, unscaled = jax.jit(plain.apply)(variables, image)
     np.testing.assert_allclose(
-        features["block1"][..., -2:], 0.8 * unscaled["block1"][..., -2:], rtol=1e-5
+        features["block1"][..., -2:], 0.8 * unscaled["block1"][..., -2:], rtol=1e-5, atol=1e-6
     )

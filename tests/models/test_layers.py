@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from densejax.data.augment import example_keys
-from densejax.models import layers
+from densejax.models import convolution, layers, pooling, regularization
 
 
 def naive_windows(image, size, stride, padding, fill):
@@ -32,7 +32,7 @@ def test_convolution_pads_as_pytorch(size, stride, edge):
     image, kernel = draws(edge, edge), draws(size, size, seed=1)
     windows, shape = naive_windows(image, size, stride, size // 2, 0.0)
     expected = np.reshape([(window * kernel).sum() for window in windows], shape)
-    conv = layers.convolution(1, (size, size), stride, use_bias=False)
+    conv = convolution.convolution(1, (size, size), stride, use_bias=False)
     variables = {"params": {"kernel": kernel[:, :, None, None]}}
     result = jax.jit(conv.apply)(variables, image[None, :, :, None])
     np.testing.assert_allclose(result[0, :, :, 0], expected, rtol=1e-4, atol=1e-5)
@@ -43,7 +43,7 @@ def test_imagenet_stem_equals_loops():
     image = draws(16, 16)
     kernel = np.zeros((7, 7, 1, 2), np.float32)
     kernel[3, 3, 0] = [1, 2]
-    bound = layers.bind(train=False, dtype=jnp.float32, batch_norm_axis=None, epsilon=0.0)
+    bound = layers.Layers(train=False, dtype=jnp.float32, batch_norm_axis=None, epsilon=0.0)
     norm = {"scale": jnp.ones(2), "bias": jnp.full(2, 20.0)}
     variables = {
         "params": {"conv": {"kernel": kernel}, "norm": norm},
@@ -59,7 +59,7 @@ def test_imagenet_stem_equals_loops():
 
 
 def test_cifar_stem_is_one_convolution():
-    bound = layers.bind(train=False, dtype=jnp.float32, batch_norm_axis=None)
+    bound = layers.Layers(train=False, dtype=jnp.float32, batch_norm_axis=None)
     image = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
     features, variables = jax.eval_shape(
         layers.STEMS["cifar"](5, bound).init_with_output, jax.random.key(0), image
@@ -73,9 +73,9 @@ def test_cifar_stem_is_one_convolution():
 def test_average_pool():
     x = draws(2, 4, 6, 3)
     expected = x.reshape(2, 2, 2, 3, 2, 3).mean((2, 4))
-    np.testing.assert_allclose(layers.average_pool(x), expected, rtol=1e-6)
+    np.testing.assert_allclose(pooling.average_pool(x), expected, rtol=1e-6)
     odd = np.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=99)
-    np.testing.assert_allclose(layers.average_pool(odd), expected, rtol=1e-6)
+    np.testing.assert_allclose(pooling.average_pool(odd), expected, rtol=1e-6)
 
 
 def test_norm_over_an_axis_sees_the_whole_batch():
@@ -86,7 +86,7 @@ def test_norm_over_an_axis_sees_the_whole_batch():
     }
 
     def apply(x, axis, epsilon=1e-5):
-        bound = layers.bind(train=True, dtype=jnp.float32, batch_norm_axis=axis, epsilon=epsilon)
+        bound = layers.Layers(train=True, dtype=jnp.float32, batch_norm_axis=axis, epsilon=epsilon)
         return bound.norm().apply(variables, x, mutable=["batch_stats"])
 
     together, stats = jax.vmap(lambda x: apply(x, "data"), axis_name="data")(x)
@@ -109,7 +109,7 @@ def test_norm_over_an_axis_sees_the_whole_batch():
 def test_norm_survives_a_large_mean():
     # E[x^2] - E[x]^2 in float32 gives a variance of 0 or worse here; its true value is 1.
     x = 10_000 + draws(64, 4, 4, 1)
-    bound = layers.bind(train=True, dtype=jnp.float32, batch_norm_axis=None)
+    bound = layers.Layers(train=True, dtype=jnp.float32, batch_norm_axis=None)
     result, _ = jax.jit(bound.norm().init_with_output)(jax.random.key(0), x)
     np.testing.assert_allclose(np.std(result), 1.0, rtol=1e-3)
 
@@ -136,7 +136,7 @@ KEYS = {
 
 @pytest.mark.parametrize("name", KEYS)
 def test_hash_bits_look_random(name):
-    bits = np.asarray(layers.hash_bits(KEYS[name], salt=0xDECAF, size=4096))
+    bits = np.asarray(regularization.hash_bits(KEYS[name], salt=0xDECAF, size=4096))
     assert bits.dtype == np.uint32 and bits.shape == (256, 4096)
     planes = np.unpackbits(bits.view(np.uint8).reshape(-1, 4), axis=1)
     assert np.abs(planes.mean(0) - 0.5).max() < 5 * 0.5 / np.sqrt(len(planes))
@@ -150,7 +150,9 @@ def test_hash_bits_look_random(name):
 
 def test_hash_bits_read_both_words_the_salt_and_the_place():
     def bits(first, second, salt=1):
-        return np.asarray(layers.hash_bits(jnp.asarray([[first, second]], jnp.uint32), salt, 1024))
+        return np.asarray(
+            regularization.hash_bits(jnp.asarray([[first, second]], jnp.uint32), salt, 1024)
+        )
 
     base = bits(3, 4)
     for other in (bits(2, 4), bits(3, 5), bits(4, 3), bits(3, 4, salt=2)):
@@ -166,7 +168,7 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(self, x, keys):
-        bound = layers.bind(
+        bound = layers.Layers(
             train=True, dtype=x.dtype, batch_norm_axis=None, dropout_rate=self.rate, keys=keys
         )
         return bound.dropout(x, name=self.place)
@@ -227,5 +229,5 @@ def test_dropout_is_independent_between_layers_examples_and_places():
 def test_no_dropout_without_training_or_rate():
     x = draws(2, 2, 2, 2)
     np.testing.assert_array_equal(dropout(x, None, 0.0), x)
-    bound = layers.bind(train=False, dtype=jnp.float32, batch_norm_axis=None, dropout_rate=0.5)
+    bound = layers.Layers(train=False, dtype=jnp.float32, batch_norm_axis=None, dropout_rate=0.5)
     assert bound.dropout(x, name="place") is x

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from densejax import models, parallel
 from densejax.config import UserError
 from densejax.models import layers
+from densejax.models.regularization import StochasticDepth
 from densejax.models.resnet import Block, ResNet
 from tests.models import oracle
 
@@ -20,7 +21,7 @@ ORIGINAL = ((3, 1, 2), (3, 3, 1), (12, 1, 1))
 
 
 def bind(train=False, keys=None):
-    return layers.bind(train=train, dtype=jnp.float32, batch_norm_axis=None, keys=keys)
+    return layers.Layers(train=train, dtype=jnp.float32, batch_norm_axis=None, keys=keys)
 
 
 def block(convolutions, **fields):
@@ -186,7 +187,7 @@ def test_survival_falls_linearly_with_depth():
     found = {}
 
     def record(next_function, arguments, keywords, context):
-        if isinstance(context.module, layers.StochasticDepth):
+        if isinstance(context.module, StochasticDepth):
             found["/".join(context.module.path)] = context.module.probability
         return next_function(*arguments, **keywords)
 

@@ -10,11 +10,11 @@ from densejax import models
 from densejax.analysis import counts
 from densejax.config import UserError
 from densejax.models import layers
-from densejax.models.densenet import OneShotBlock
+from densejax.models.blocks import OneShotBlock
 from densejax.models.vovnet import OneShotAggregation, VoVNet, ceil_max_pool
 from tests.models import oracle
 
-BOUND = layers.bind(train=False, dtype=jnp.float32, batch_norm_axis=None)
+BOUND = layers.Layers(train=False, dtype=jnp.float32, batch_norm_axis=None)
 
 
 @pytest.mark.parametrize("identity, output_width", [(False, 7), (True, 5)])
@@ -48,7 +48,9 @@ def test_one_shot_block_of_densenet_equals_numpy():
 
     first = layer(x.astype(float), "layer1")
     expected = np.concatenate([x, first, layer(first, "layer2")], axis=-1)
-    np.testing.assert_allclose(jax.jit(module.apply)(variables, x), expected, rtol=1e-4, atol=1e-5)
+    features, seen = jax.jit(module.apply)(variables, x)
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+    assert seen is None
 
 
 @pytest.mark.parametrize("height", range(2, 10))

@@ -1,0 +1,151 @@
+"""Convolutions, and how each platform computes them best."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Params = dict[str, jax.Array]  # "kernel", and "bias" where the convolution has one
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a platform is kept busy; the results differ by rounding alone.
+
+    Attributes:
+      piece_bytes: a batch is worked through in pieces whose widest array has about so many bytes.
+      products: narrow 3x3 convolutions are matrix products and sums of shifted results.
+    """
+
+    piece_bytes: float = float("inf")
+    products: bool = False
+
+
+PLANS = {"cpu": Plan(piece_bytes=2e6, products=True), "default": Plan()}
+
+
+def per_platform(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(plan, *arguments) with the plan of the platform that it is compiled for."""
+    return lax.platform_dependent(
+        *arguments,
+        **{name: lambda *x, plan=plan: function(plan, *x) for name, plan in PLANS.items()},
+    )
+
+
+def convolution(features: int, kernel_size: tuple[int, int], strides: int = 1, **rest) -> nn.Module:
+    """A convolution with PyTorch's padding: flax's "SAME" shifts the image by one at stride 2."""
+    if kernel_size == (1, 1) and strides == 1:
+        return Pointwise(features, **rest)
+    padding = tuple((size // 2, size // 2) for size in kernel_size)
+    return nn.Conv(features, kernel_size, strides=strides, padding=padding, **rest)
+
+
+class Pointwise(nn.Module):
+    """A 1x1 convolution written as the matrix product it is, with nn.Conv's parameters."""
+
+    features: int
+    use_bias: bool
+    dtype: Any
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [batch, height, width, channels] to [batch, height, width, features]."""
+        shape = (1, 1, x.shape[-1], self.features)
+        params = {"kernel": self.param("kernel", self.kernel_init, shape)}
+        if self.use_bias:
+            params["bias"] = self.param("bias", nn.initializers.zeros_init(), shape[-1:])
+        return pointwise(x.astype(self.dtype), params)
+
+
+def pointwise(x: jax.Array, params: Params) -> jax.Array:
+    """A 1x1 convolution as the matrix product it is.
+
+    XLA fuses what comes before and after into a product, which it does not for a convolution.
+    """
+    y = _rows(x) @ params["kernel"][0, 0].astype(x.dtype)
+    return _biased(y.reshape(*x.shape[:-1], -1), params)
+
+
+def pointwise_backward(x: jax.Array, dy: jax.Array, params: Params) -> tuple[jax.Array, Params]:
+    """Gradients of x and of the parameters of `pointwise`."""
+    kernel = params["kernel"][0, 0].astype(x.dtype)
+    gradients = {"kernel": _product_gradient(x, dy, params)[None, None]}
+    return (_rows(dy) @ kernel.T).reshape(x.shape), gradients | _bias_gradient(dy, params)
+
+
+def conv3x3(x: jax.Array, params: Params, products: bool) -> jax.Array:
+    """A 3x3 convolution, stride 1, zero padding, of x [batch, height, width, channels]."""
+    kernel = params["kernel"].astype(x.dtype)
+    if not products:
+        return _biased(_conv3x3(x, kernel), params)
+    _, height, width, channels = x.shape
+    # All nine taps in one product with few columns; then their results, shifted, are added up.
+    taps = (_rows(x) @ _taps(kernel)).reshape(*x.shape[:-1], -1)
+    taps = jnp.pad(taps, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifted = [
+        taps[:, i : i + height, j : j + width, (3 * i + j) * n : (3 * i + j + 1) * n]
+        for n in kernel.shape[3:]
+        for i in range(3)
+        for j in range(3)
+    ]
+    return _biased(sum(shifted), params)
+
+
+def conv3x3_backward(x, dy, params: Params, products: bool) -> tuple[jax.Array, Params]:
+    """Gradients of x and of the parameters of `conv3x3`."""
+    kernel = params["kernel"].astype(x.dtype)
+    if not products:
+        dx, dkernel = jax.vjp(_conv3x3, x, kernel)[1](dy)
+        return dx, {"kernel": dkernel.astype(params["kernel"].dtype)} | _bias_gradient(dy, params)
+    _, height, width, channels = x.shape
+    padded = jnp.pad(dy, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    # The nine shifts of the narrow output's gradient; both gradients are products with them.
+    columns = jnp.concatenate(
+        [
+            padded[:, 2 - i : 2 - i + height, 2 - j : 2 - j + width]
+            for i in range(3)
+            for j in range(3)
+        ],
+        axis=-1,
+    )
+    dx = (_rows(columns) @ _taps(kernel).T).reshape(x.shape)
+    dkernel = _transposed_product(x, columns, params["kernel"].dtype)
+    dkernel = dkernel.reshape(channels, 3, 3, -1).transpose(1, 2, 0, 3)
+    return dx, {"kernel": dkernel} | _bias_gradient(dy, params)
+
+
+def _rows(x):
+    return x.reshape(-1, x.shape[-1])
+
+
+def _taps(kernel):
+    """[3, 3, c_in, c_out] -> [c_in, 9 c_out]."""
+    return kernel.transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1)
+
+
+def _conv3x3(x, kernel):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=numbers)
+
+
+def _biased(y, params):
+    return y + params["bias"].astype(y.dtype) if "bias" in params else y
+
+
+def _bias_gradient(dy, params):
+    return {"bias": dy.sum((0, 1, 2), dtype=params["bias"].dtype)} if "bias" in params else {}
+
+
+def _product_gradient(x, dy, params):
+    return _transposed_product(dy, x, params["kernel"].dtype).T
+
+
+def _transposed_product(narrow, broad, dtype):
+    """narrow^T broad, over all pixels: the operand that is transposed is the smaller one."""
+    contract = (((0,), (0,)), ((), ()))
+    return lax.dot_general(_rows(narrow), _rows(broad), contract, preferred_element_type=dtype)

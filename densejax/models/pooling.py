@@ -1,0 +1,107 @@
+"""Pooling, with gradients that every platform computes in a few plain passes.
+
+XLA's own gradient of max-pooling takes a sixth of DenseNet-121's training step on a CPU.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from densejax.config import UserError
+
+
+@jax.custom_vjp
+def average_pool(x: jax.Array) -> jax.Array:
+    """2x2 average pooling, stride 2, of x [batch, height, width, channels]; odd edges drop out."""
+    batch, height, width, channels = x.shape
+    if min(height, width) < 2:
+        raise UserError(
+            f"feature maps of {height}x{width} cannot be halved: the network has too many blocks "
+            f"for these images; set data.image_size to enlarge them"
+        )
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+    return (x[:, :, 0, :, 0] + x[:, :, 0, :, 1] + x[:, :, 1, :, 0] + x[:, :, 1, :, 1]) / 4
+
+
+def _average_pool_forward(x):
+    return average_pool(x), jnp.zeros_like(x, shape=(*x.shape[1:3], 0))
+
+
+def _average_pool_backward(empty, dy):
+    batch, height, width, channels = dy.shape
+    dx = jnp.broadcast_to(dy[:, :, None, :, None] / 4, (batch, height, 2, width, 2, channels))
+    odd = [size % 2 for size in empty.shape[:2]]
+    dx = dx.reshape(batch, 2 * height, 2 * width, channels)
+    return (jnp.pad(dx, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0))) if any(odd) else dx,)
+
+
+average_pool.defvjp(_average_pool_forward, _average_pool_backward)
+
+
+def max_pool(x: jax.Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> jax.Array:
+    """3x3 max-pooling, stride 2, of x [batch, height, width, channels].
+
+    The gradient goes to the first largest value of a window, in the order of its rows.
+
+    Args:
+      x: [batch, height, width, channels].
+      padding: (before, after) of the height and of the width.
+    """
+    # What lies over the edge is never the largest; even sizes let the rows be paired.
+    after = [
+        high + (size + low + high) % 2
+        for size, (low, high) in zip(x.shape[1:3], padding, strict=True)
+    ]
+    margins = [(0, 0), (padding[0][0], after[0]), (padding[1][0], after[1]), (0, 0)]
+    rows, columns = (
+        (size + low + high - 3) // 2 + 1
+        for size, (low, high) in zip(x.shape[1:3], padding, strict=True)
+    )
+    return _max_pool(jnp.pad(x, margins, constant_values=-jnp.inf), rows, columns)
+
+
+def _windows(x, rows, columns):
+    """The values at each of the nine places of all windows."""
+    return [
+        x[:, i : i + 2 * rows - 1 : 2, j : j + 2 * columns - 1 : 2]
+        for i in range(3)
+        for j in range(3)
+    ]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _max_pool(x, rows, columns):
+    return _max_pool_forward(x, rows, columns)[0]
+
+
+def _max_pool_forward(x, rows, columns):
+    first, *others = _windows(x, rows, columns)
+    largest, place = first, jnp.zeros(first.shape, jnp.uint8)
+    for number, value in enumerate(others, 1):
+        larger = value > largest
+        largest = jnp.where(larger, value, largest)
+        place = jnp.where(larger, jnp.uint8(number), place)
+    return largest, (place, jnp.zeros_like(x, shape=(*x.shape[1:3], 0)))
+
+
+def _max_pool_backward(rows, columns, saved, dy):
+    place, empty = saved
+    height, width = (size // 2 for size in empty.shape[:2])
+
+    def share(i, j):
+        """What the windows whose largest value is at (i, j) give to each pair of pixels."""
+        low = (i // 2, j // 2)
+        margins = ((low[0], height - rows - low[0]), (low[1], width - columns - low[1]))
+        given = jnp.where(place == 3 * i + j, dy, jnp.zeros_like(dy))
+        return jnp.pad(given, ((0, 0), *margins, (0, 0)))
+
+    # An even pixel is in two windows, first of one and last of the one before; an odd one in one.
+    places = ((0, 2), (1,))
+    parts = [[sum(share(i, j) for i in row for j in column) for column in places] for row in places]
+    dx = jnp.stack([jnp.stack(pair, axis=3) for pair in parts], axis=2)
+    return (dx.reshape(dy.shape[0], 2 * height, 2 * width, -1),)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
