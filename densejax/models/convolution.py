@@ -36,30 +36,39 @@ def per_platform(function: Callable[..., Any], *arguments: Any) -> Any:
     )
 
 
-def convolution(features: int, kernel_size: tuple[int, int], strides: int = 1, **rest) -> nn.Module:
-    """A convolution with PyTorch's padding: flax's "SAME" shifts the image by one at stride 2."""
-    if kernel_size == (1, 1) and strides == 1:
-        return Pointwise(features, **rest)
-    padding = tuple((size // 2, size // 2) for size in kernel_size)
-    return nn.Conv(features, kernel_size, strides=strides, padding=padding, **rest)
+class Convolution(nn.Module):
+    """A convolution with nn.Conv's parameters and PyTorch's padding.
 
-
-class Pointwise(nn.Module):
-    """A 1x1 convolution written as the matrix product it is, with nn.Conv's parameters."""
+    Half the kernel on every side; flax's "SAME" shifts the image by one at stride 2.
+    """
 
     features: int
+    kernel_size: tuple[int, int]
+    strides: int
     use_bias: bool
     dtype: Any
     kernel_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x [batch, height, width, channels] to [batch, height, width, features]."""
-        shape = (1, 1, x.shape[-1], self.features)
+    def __call__(
+        self, x: jax.Array, affine: tuple[jax.Array, jax.Array] | None = None
+    ) -> jax.Array:
+        """Convolves x [batch, height, width, channels]; `affine` is folded into the parameters."""
+        shape = (*self.kernel_size, x.shape[-1], self.features)
         params = {"kernel": self.param("kernel", self.kernel_init, shape)}
         if self.use_bias:
             params["bias"] = self.param("bias", nn.initializers.zeros_init(), shape[-1:])
-        return pointwise(x.astype(self.dtype), params)
+        params, x = params if affine is None else fold(params, *affine), x.astype(self.dtype)
+        if self.kernel_size == (1, 1) and self.strides == 1:
+            return pointwise(x, params)
+        padding = tuple((size // 2, size // 2) for size in self.kernel_size)
+        return _biased(_conv(x, params["kernel"].astype(x.dtype), self.strides, padding), params)
+
+
+def fold(params: Params, slope: jax.Array, shift: jax.Array) -> Params:
+    """Parameters of a convolution whose result is slope * y + shift of the given one's y."""
+    bias = shift + params["bias"] * slope if "bias" in params else shift
+    return {"kernel": params["kernel"] * slope, "bias": bias}
 
 
 def pointwise(x: jax.Array, params: Params) -> jax.Array:
@@ -82,7 +91,7 @@ def conv3x3(x: jax.Array, params: Params, products: bool) -> jax.Array:
     """A 3x3 convolution, stride 1, zero padding, of x [batch, height, width, channels]."""
     kernel = params["kernel"].astype(x.dtype)
     if not products:
-        return _biased(_conv3x3(x, kernel), params)
+        return _biased(_conv(x, kernel), params)
     _, height, width, channels = x.shape
     # All nine taps in one product with few columns; then their results, shifted, are added up.
     taps = (_rows(x) @ _taps(kernel)).reshape(*x.shape[:-1], -1)
@@ -100,7 +109,7 @@ def conv3x3_backward(x, dy, params: Params, products: bool) -> tuple[jax.Array, 
     """Gradients of x and of the parameters of `conv3x3`."""
     kernel = params["kernel"].astype(x.dtype)
     if not products:
-        dx, dkernel = jax.vjp(_conv3x3, x, kernel)[1](dy)
+        dx, dkernel = jax.vjp(_conv, x, kernel)[1](dy)
         return dx, {"kernel": dkernel.astype(params["kernel"].dtype)} | _bias_gradient(dy, params)
     _, height, width, channels = x.shape
     padded = jnp.pad(dy, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -128,9 +137,9 @@ def _taps(kernel):
     return kernel.transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1)
 
 
-def _conv3x3(x, kernel):
+def _conv(x, kernel, stride=1, padding=((1, 1), (1, 1))):
     numbers = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=numbers)
+    return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=numbers)
 
 
 def _biased(y, params):

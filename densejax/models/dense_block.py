@@ -23,6 +23,7 @@ from densejax.models.convolution import (
     Plan,
     conv3x3,
     conv3x3_backward,
+    fold,
     per_platform,
     pointwise,
     pointwise_backward,
@@ -31,6 +32,7 @@ from densejax.models.normalization import (
     IMAGE_AXES,
     Seen,
     Statistics,
+    affine,
     normalise,
     statistics,
     sum_over,
@@ -119,9 +121,7 @@ def _evaluate_layer(epsilon, plan, features, channels, layer, norms, survival):
     first, last = layer["conv1"], layer["conv2" if "conv2" in layer else "conv1"]
     last = jax.tree.map(lambda leaf: leaf * survival, last)
     if "conv2" in layer:
-        slope = layer["norm2"]["scale"] * lax.rsqrt(norms["norm2"].variance + epsilon)
-        bias = (first.get("bias", 0) - norms["norm2"].mean) * slope + layer["norm2"]["bias"]
-        first = {"kernel": first["kernel"] * slope, "bias": bias}
+        first = fold(first, *affine(norms["norm2"], layer["norm2"], epsilon))
 
     def piece(_, features):
         x = features[..., :channels]

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from densejax.models.convolution import convolution
+from densejax.models.convolution import Convolution
 from densejax.models.normalization import BatchNorm
 from densejax.models.pooling import max_pool
 from densejax.models.regularization import Dropout, StochasticDepth
@@ -43,16 +43,20 @@ class Layers:
 
     def conv(
         self, features: int, size: tuple[int, int], strides: int = 1, name: str | None = None
-    ) -> nn.Module:
-        """A convolution with a kernel of (height, width), padded as PyTorch pads."""
-        bias, init = self.convolution_bias, fan_out_normal
-        return convolution(
-            features, size, strides, dtype=self.dtype, use_bias=bias, kernel_init=init, name=name
-        )
+    ) -> Convolution:
+        """A convolution with a kernel of (height, width)."""
+        policy = (self.convolution_bias, self.dtype, fan_out_normal)
+        return Convolution(features, size, strides, *policy, name=name)
 
     def norm(self, **keywords) -> BatchNorm:
         """BatchNorm with statistics in float32."""
         return BatchNorm(self.train, self.batch_norm_axis, self.epsilon, self.dtype, **keywords)
+
+    def normalised(self, conv: Convolution, norm: BatchNorm, x: jax.Array) -> jax.Array:
+        """norm(conv(x)); with running statistics the norm is folded into the convolution."""
+        if self.train or norm.is_initializing():
+            return norm(conv(x))
+        return conv(x, norm.affine())
 
     def dropout(self, x: jax.Array, name: str) -> jax.Array:
         """Dropout in training, one independent draw per element."""
@@ -84,8 +88,11 @@ class ImageNetStem(nn.Module):
     @nn.compact
     def __call__(self, image):
         """Maps image [batch, height, width, channels] to a quarter of its height and width."""
-        x = self.layers.conv(self.width, (7, 7), 2, name="conv")(image)
-        x = nn.relu(self.layers.norm(name="norm")(x))
+        conv, norm = (
+            self.layers.conv(self.width, (7, 7), 2, name="conv"),
+            self.layers.norm(name="norm"),
+        )
+        x = nn.relu(self.layers.normalised(conv, norm, image))
         return max_pool(x, ((1, 1), (1, 1)))
 
 

@@ -56,8 +56,17 @@ def sum_over(x: jax.Array, axis: Any) -> jax.Array:
 
 def normalise(x: jax.Array, stats: Statistics, params: dict[str, jax.Array], epsilon: float):
     """BatchNorm of x with given statistics and params {"scale", "bias"}; at least float32."""
-    slope = params["scale"] * lax.rsqrt(stats.variance + epsilon)
-    return (wide(x) - stats.mean) * slope + params["bias"]
+    return (wide(x) - stats.mean) * _slope(stats, params, epsilon) + params["bias"]
+
+
+def affine(stats: Statistics, params: dict[str, jax.Array], epsilon: float):
+    """(slope, shift) of the map of each channel that BatchNorm with given statistics is."""
+    slope = _slope(stats, params, epsilon)
+    return slope, params["bias"] - stats.mean * slope
+
+
+def _slope(stats, params, epsilon):
+    return params["scale"] * lax.rsqrt(stats.variance + epsilon)
 
 
 def update(running: dict[str, jax.Array], batch: Statistics) -> dict[str, jax.Array]:
@@ -106,3 +115,9 @@ class BatchNorm(nn.Module):
             new = update({"mean": mean.value, "var": variance.value}, seen.running)
             mean.value, variance.value = new["mean"], new["var"]
         return normalise(x, stats, params, self.epsilon).astype(self.dtype)
+
+    def affine(self) -> tuple[jax.Array, jax.Array]:
+        """(slope, shift) of each channel by the running statistics."""
+        stats = self.variables["batch_stats"]
+        stats = Statistics(stats["mean"], stats["var"])
+        return affine(stats, self.variables["params"], self.epsilon)

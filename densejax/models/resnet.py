@@ -47,18 +47,22 @@ class Block(nn.Module):
                 y = nn.relu(norm(name=f"norm{index}")(y))
                 if index == 1 and changes and self.shortcut == "projection":
                     x = y  # as the authors' code: a projection shares the first norm and ReLU
-            y = conv(channels, (size, size), step, name=f"conv{index}")(y)
-            if not self.preactivation:
+            convolve = conv(channels, (size, size), step, name=f"conv{index}")
+            if self.preactivation:
+                y = convolve(y)
+            else:
                 scale = nn.initializers.constant(0.0 if last and self.zero_init else 1.0)
-                y = norm(name=f"norm{index}", scale_init=scale)(y)
+                after = norm(name=f"norm{index}", scale_init=scale)
+                y = self.layers.normalised(convolve, after, y)
                 y = y if last else nn.relu(y)
         if self.join == "add":
             if changes and self.shortcut == "identity":
                 new = width - x.shape[-1]
                 x = jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, new)))
             elif changes:
-                x = conv(width, (1, 1), stride, name="projection")(x)
-                x = x if self.preactivation else norm(name="projection_norm")(x)
+                project = conv(width, (1, 1), stride, name="projection")
+                after = None if self.preactivation else norm(name="projection_norm")
+                x = self.layers.normalised(project, after, x) if after else project(x)
             y = x + self.layers.survive(y, self.survival, name="survival")
         return y if self.preactivation else nn.relu(y)
 

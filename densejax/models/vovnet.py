@@ -23,9 +23,8 @@ class ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [batch, height, width, channels] to `width` feature maps."""
-        conv, norm = self.layers.conv, self.layers.norm
-        x = conv(self.width, (self.size, self.size), self.stride, name="conv")(x)
-        return nn.relu(norm(name="norm")(x))
+        conv = self.layers.conv(self.width, (self.size, self.size), self.stride, name="conv")
+        return nn.relu(self.layers.normalised(conv, self.layers.norm(name="norm"), x))
 
 
 class OneShotAggregation(nn.Module):

@@ -232,7 +232,8 @@ def test_recomputed_multiply_adds():
     pointwise = sum(size * width * 48 for size, width in sizes)
     everything = sum(size * (width * 48 + 9 * 48 * 12) for size, width in sizes)
     assert traffic.recomputed(DENSE, "concat") == traffic.recomputed(DENSE, "flax") == 0
-    assert traffic.recomputed(DENSE, "concat:bottleneck") == pointwise
+    assert traffic.recomputed(DENSE, "concat:norm") == 0
+    assert traffic.recomputed(DENSE, "concat:layer") == pointwise
     assert traffic.recomputed(DENSE, "in_place:layer") == pointwise
     assert traffic.recomputed(DENSE, "in_place:block") == everything
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from densejax.data.augment import example_keys
-from densejax.models import convolution, layers, pooling, regularization
+from densejax.models import layers, pooling, regularization
 
 
 def naive_windows(image, size, stride, padding, fill):
@@ -32,7 +32,7 @@ def test_convolution_pads_as_pytorch(size, stride, edge):
     image, kernel = draws(edge, edge), draws(size, size, seed=1)
     windows, shape = naive_windows(image, size, stride, size // 2, 0.0)
     expected = np.reshape([(window * kernel).sum() for window in windows], shape)
-    conv = convolution.convolution(1, (size, size), stride, use_bias=False)
+    conv = layers.Layers(False, jnp.float32, None).conv(1, (size, size), stride)
     variables = {"params": {"kernel": kernel[:, :, None, None]}}
     result = jax.jit(conv.apply)(variables, image[None, :, :, None])
     np.testing.assert_allclose(result[0, :, :, 0], expected, rtol=1e-4, atol=1e-5)
