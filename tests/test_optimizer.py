@@ -77,7 +77,7 @@ STEPS = 300 * EPOCH
 
 
 def rates(steps, *, total=STEPS, epoch=EPOCH, **changes):
-    rate = jax.jit(optimizer.schedule(section(**changes), total, epoch))
+    rate = jax.jit(optimizer.schedule(section(**changes), total, epoch, 64))
     return [float(rate(jnp.int32(step))) for step in steps]
 
 
@@ -128,6 +128,6 @@ def test_every_schedule_is_tested():
 
 def test_errors_name_the_field():
     with pytest.raises(UserError, match="optimizer.schedule = 'stairs': allowed are step, cosine"):
-        optimizer.schedule(section(schedule="stairs"), 100, 10)
+        optimizer.schedule(section(schedule="stairs"), 100, 10, 64)
     with pytest.raises(UserError, match="optimizer.warmup_epochs = 10.0: must be below"):
-        optimizer.schedule(section(warmup_epochs=10.0), 100, 10)
+        optimizer.schedule(section(warmup_epochs=10.0), 100, 10, 64)
