@@ -28,6 +28,11 @@ class Data:
     train: MemorySet | StreamSet
     evaluation: dict[str, MemorySet | StreamSet]
 
+    def close(self) -> None:
+        """Ends the processes that a stream has running."""
+        if isinstance(self.train, StreamSet):
+            self.train.close()
+
 
 def info(config: ConfigDict) -> SetInfo:
     """The facts of a set, its images as they come in a batch.

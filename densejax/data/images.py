@@ -1,5 +1,6 @@
 """Encoded images to uint8 arrays on the host: random crops to train on, one crop to evaluate."""
 
+import contextlib
 import io
 import math
 
@@ -16,19 +17,20 @@ cv2.setNumThreads(1)  # many processes decode: each keeps to its core
 def decode(encoded: bytes, min_height: int = 0, min_width: int = 0) -> np.ndarray:
     """Decodes an image to RGB uint8 [height, width, 3]; its EXIF orientation is not read.
 
-    A JPEG of at least twice the least size that is asked for is decoded at a half, a quarter or an
-    eighth: its cosine transform is then its own low-pass filter. What simplejpeg does not read
-    (PNG, CMYK, JPEGs with flaws that do no harm) is left to Pillow, at full size.
+    A JPEG of at least twice the least size that is asked for is decoded at a half, 3/8, a quarter
+    or an eighth: its cosine transform is then its own low-pass filter. Pillow reads what simplejpeg
+    does not (PNG, CMYK, JPEGs with flaws that do no harm), at full size.
 
     Raises:
       Exception: whatever Pillow raises for an image that it cannot read.
     """
-    try:
-        least = {"min_height": min_height, "min_width": min_width, "min_factor": 2}
-        return simplejpeg.decode_jpeg(encoded, **least if min_height else {})
-    except ValueError:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return np.asarray(image.convert("RGB"))
+    with contextlib.suppress(ValueError):
+        *_, colours, _ = simplejpeg.decode_jpeg_header(encoded)
+        if colours in ("YCbCr", "RGB", "Gray"):
+            least = {"min_height": min_height, "min_width": min_width, "min_factor": 2}
+            return simplejpeg.decode_jpeg(encoded, **least if min_height else {})
+    with Image.open(io.BytesIO(encoded)) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def crop_box(
@@ -72,9 +74,9 @@ def training_crop(
             width, height = image.size
     top, left, h, w = crop_box(height, width, min_area, bits)
     image = decode(encoded, math.ceil(height * size / h), math.ceil(width * size / w))
-    down, right = image.shape[0] / height, image.shape[1] / width  # 1, or what decode reduced by
-    rows = slice(round(top * down), round((top + h) * down))
-    columns = slice(round(left * right), round((left + w) * right))
+    factor = image.shape[0] * 8 // height / 8  # what decode reduced by, rounding sizes up
+    rows = slice(round(top * factor), round((top + h) * factor))
+    columns = slice(round(left * factor), round((left + w) * factor))
     return cv2.resize(image[rows, columns], (size, size), interpolation=cv2.INTER_LINEAR)
 
 

@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import signal
 import sys
@@ -87,14 +88,13 @@ class Pieces:
         return piece
 
     def _example(self, epoch, place):
-        count = len(self.indices)
-        shuffled = self.seed is not None
-        bits = ()
-        if shuffled:  # another counter than the permutation's, whose third word is zero
-            bits = (np.random.Philox(key=[self.seed, epoch], counter=[0, place, 1, 0]),)
+        count, bits = len(self.indices), ()
         for later in range(count if self.skip else 1):
-            place = (place + (later > 0)) % count
-            rank = _order(self.seed, epoch, count)[place] if shuffled else place
+            rank = (place + later) % count
+            if self.seed is not None:
+                rank = _order(self.seed, epoch, count)[rank]
+                # Another counter than the permutation's, whose third word is zero.
+                bits = (np.random.Philox(key=[self.seed, epoch], counter=[0, place, 1, 0]),)
             encoded, label, name = self.examples[int(self.indices[rank])]
             try:
                 return self.crop(encoded, self.image_size, *bits), label
@@ -147,8 +147,12 @@ def batches(pieces: Pieces, split: Sharding, workers: int, start: int = 0) -> It
             for key, array in local.items()
         }
 
-    # Not by Grain's thread: it would have the workers start one after the other.
-    thread = concurrent.futures.ThreadPoolExecutor(1)
+    # Workers inherit from the thread that starts them which signals they leave to the run. Grain's
+    # own prefetching thread would start them one after the other.
+    multiprocessing.resource_tracker.ensure_running()  # from here: it unblocks both signals
+    signals = {signal.SIGINT, signal.SIGTERM}
+    block = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, signals)
+    thread = concurrent.futures.ThreadPoolExecutor(1, initializer=block)
     try:
         ahead = collections.deque(thread.submit(place) for _ in range(AHEAD + 1))
         while True:
@@ -160,7 +164,6 @@ def batches(pieces: Pieces, split: Sharding, workers: int, start: int = 0) -> It
 
 
 def _start_worker(index, count):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run decides what Ctrl-C ends
     parent = multiprocessing.parent_process().sentinel
 
     def watch():
