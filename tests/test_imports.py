@@ -19,6 +19,7 @@ LEVELS = {
         "hlo",
         "data.official",
         "data.augment",
+        "data.images",
         "models.layers",
         "weight_files",
         "weight_names",

@@ -116,10 +116,11 @@ class Preparation:
         matrix, offset = eye, jnp.zeros_like(mean)
         for which in order:
             factor = factors[which]
-            blend = factor * eye + (which == SATURATION) * (1 - factor) * grey
+            rest = 1 - factor  # the share of what is blended in
             level = (grey * ((matrix * mean).sum(-1) + offset)).sum()
+            blend = factor * eye + jnp.where(which == SATURATION, rest * grey, 0)
             matrix, offset = blend @ matrix, blend @ offset
-            offset += (which == CONTRAST) * (1 - factor) * level
+            offset += jnp.where(which == CONTRAST, rest * level, 0)
         return matrix, offset
 
     def _normalise(self, images):

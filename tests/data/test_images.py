@@ -143,7 +143,7 @@ def test_a_training_crop_of_a_large_jpeg_is_of_the_same_place():
         ramp = (np.arange(32) + 0.5) / 32  # to half a pixel of an eighth: 4 of 427
         np.testing.assert_allclose(found[..., 0].mean(0), 255 * (left + ramp * w) / 640, atol=3)
         np.testing.assert_allclose(found[..., 1].mean(1), 255 * (top + ramp * h) / 427, atol=3)
-    assert len(shapes) >= 3  # at several reductions
+    assert len(shapes) == 2  # a quarter and an eighth
 
 
 @pytest.mark.parametrize(("width", "height"), [(100, 67), (67, 100), (80, 80), (40, 21), (57, 50)])
