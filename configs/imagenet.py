@@ -31,6 +31,7 @@ def get_config(arg: str | None = None):
     config.data.image_size = 224
     config.data.workers = 16
     config.augmentation.shift = 0
+    config.evaluate.batch_size = 256
     config.train.epochs = 90
     config.train.batch_size = 256
     if args.recipe == "paper":

@@ -93,7 +93,10 @@ class Experiment:
         add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
         def evaluate(state, split):
-            sums = [step(state, batch) for batch in self.data.evaluation[split].evaluation()]
+            sums = []
+            for batch in self.data.evaluation[split].evaluation():
+                sums.append(step(state, batch))
+                jax.block_until_ready(sums[-2:-1])  # one step is queued: batches take memory
             total = functools.reduce(add, sums)
             if (seen := int(total["count"])) != (size := self.data.evaluation[split].size):
                 raise RuntimeError(f"{split}: {seen} images were evaluated, there are {size}")

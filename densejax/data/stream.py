@@ -133,7 +133,12 @@ def batches(pieces: Pieces, split: Sharding, workers: int, start: int = 0) -> It
     every = np.arange(pieces.batch_size)
 
     def place():
-        parts = list(itertools.islice(iterator, pieces.per_step))
+        try:
+            parts = list(itertools.islice(iterator, pieces.per_step))
+        except RuntimeError as error:  # a process that decodes has ended
+            line = " ".join(str(error).split())
+            hint = "where memory or /dev/shm is short, fewer workers may do"
+            raise DataError(f"data.workers = {workers}: {line} {hint}") from error
         local = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
         def shard(key, index):

@@ -30,7 +30,7 @@ def photograph(seed: int) -> Image.Image:
     random = np.random.default_rng(seed)
     coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), np.float32)
-    noisy = smooth + random.normal(0, 14, smooth.shape)
+    noisy = smooth + random.normal(0, 18, smooth.shape)
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -361,6 +362,19 @@ def test_a_killed_run_leaves_no_workers(root, tmp_path):
     while alive(workers[0]) and time.monotonic() < limit:
         time.sleep(0.1)
     assert not alive(workers[0])
+
+
+def test_a_worker_that_is_killed_ends_the_stream_with_a_line(root):
+    streams = create(root, data__workers=1)
+    try:
+        streams.train.batch(0)
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
+        with pytest.raises(DataError, match="data.workers = 1: .* exit code -9"):
+            for step in range(1, 100):
+                streams.train.batch(step)
+    finally:
+        streams.close()
 
 
 def test_a_run_from_a_folder_to_its_result(root, tmp_path):
