@@ -120,7 +120,6 @@ def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Da
     Raises:
       UserError: a set, split or size that is not there; the message says how to get it.
     """
-
     evaluate = config.evaluate
     measured = {evaluate.final_split, *([evaluate.split] if evaluate.every_epochs else [])}
     if config.data.storage == "stream":
