@@ -11,18 +11,14 @@ from etils import epath
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from densejax import models, pretrained, train
+from densejax import data, models, pretrained, train
 from densejax.config import UserError, default
-from densejax.data import builders
 from densejax.data.augment import Preparation
+from densejax.data.official import STREAMED
 from densejax.experiment import without_data
 
 # What weights of 1,000 classes are for where their model.json says nothing else; in uint8 units.
-IMAGENET = {
-    "image_shape": (224, 224, 3),
-    "mean": (123.675, 116.28, 103.53),
-    "std": (58.395, 57.12, 57.375),
-}
+IMAGENET = {key: getattr(STREAMED["imagenet2012"], key) for key in ("image_shape", "mean", "std")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +79,7 @@ def _config(stored: dict[str, Any]) -> ConfigDict:
 
 def _of_run(path: epath.Path, config: ConfigDict) -> Classifier:
     experiment = without_data(config)
-    task, info = experiment.task, builders.info(config.data.name, config.data.directory)
+    task, info = experiment.task, data.info(config)
     with contextlib.closing(train.open_checkpoints(config, path)) as checkpoints:
         if checkpoints.latest_step() is None:
             raise UserError(f"--workdir={path}: there is no checkpoint in it yet; train first")

@@ -20,8 +20,12 @@ def default() -> config_dict.ConfigDict:
 
     config.data = data = config_dict.ConfigDict()
     data.name = ""  # a set in densejax.data.builders.SETS, or any set prepared by TFDS
+    data.storage = "memory"  # the whole set on every device; "stream": decoded as it is needed
     data.directory = "~/.cache/densejax/data"  # where sets are prepared, once
-    data.manual_dir = ""  # folder with the original files; "" downloads them
+    data.manual_dir = ""  # folder with the original files, "" downloads them; "stream": a folder
+    # with train/class/image.jpg and val/class/image.jpg, "" reads what TFDS has prepared
+    data.workers = 0  # "stream": processes that decode on each host; 0: none, the run itself does
+    data.corrupt_images = "fail"  # "stream": or "skip": trains on the next one, never tests
     data.train_split = "train"  # e.g. "train+extra" for SVHN
     data.validation_size = 0  # training images held out, drawn once whatever the seed
     data.normalization = "statistics"  # "statistics": the set's mean and std; "scale": / 255
@@ -30,6 +34,9 @@ def default() -> config_dict.ConfigDict:
     config.augmentation = augmentation = config_dict.ConfigDict()
     augmentation.shift = 4  # pixels of zero padding before the random crop; 0: no shift
     augmentation.flip = True  # mirror half of the images
+    augmentation.crop_area = 0.08  # "stream": the random crop's least share of the image's area
+    augmentation.jitter = 0.0  # brightness, contrast, saturation change by up to this factor
+    augmentation.lighting = 0.0  # standard deviation along the principal colours of ImageNet
 
     config.train = train = config_dict.ConfigDict()
     train.epochs = 300
@@ -39,7 +46,8 @@ def default() -> config_dict.ConfigDict:
     train.dtype = "float32"  # of the computation; parameters and statistics stay float32
 
     config.optimizer = optimizer = config_dict.ConfigDict()  # SGD, decay coupled into the gradient
-    optimizer.learning_rate = 0.1  # the peak, for train.batch_size images
+    optimizer.learning_rate = 0.1  # the peak
+    optimizer.reference_batch_size = 0  # above 0: the peak is times train.batch_size / this
     optimizer.momentum = 0.9
     optimizer.nesterov = True  # without dampening
     optimizer.weight_decay = 1e-4
@@ -53,6 +61,7 @@ def default() -> config_dict.ConfigDict:
     evaluate.every_epochs = 1  # 0: only at the end
     evaluate.split = "test"  # read during training; "validation" where images are held out
     evaluate.final_split = "test"  # what the run's result is measured on; "validation" to tune
+    evaluate.resize_size = 256  # "stream": pixels, the shorter side before the middle is taken
     evaluate.crop_size = 0  # pixels; above 0: the logits' mean over ten crops of this size
     evaluate.batch_size = 512  # images per step over all devices; a multiple of their number
 
@@ -85,15 +94,22 @@ _CHECKS = {
     "name": (lambda value: value and "/" not in value, "a name without '/'"),
     "seed": (lambda value: 0 <= value < 2**32, "an integer in [0, 2**32)"),
     "data.name": (bool, "the name of a data set"),
+    "data.storage": _one_of("memory", "stream"),
+    "data.workers": _NOT_NEGATIVE,
+    "data.corrupt_images": _one_of("fail", "skip"),
     "data.validation_size": _NOT_NEGATIVE,
     "data.normalization": _one_of("statistics", "scale"),
     "data.image_size": _NOT_NEGATIVE,
     "augmentation.shift": _NOT_NEGATIVE,
+    "augmentation.crop_area": (lambda value: 0 < value <= 1, "a number in (0, 1]"),
+    "augmentation.jitter": _FRACTION,
+    "augmentation.lighting": _NOT_NEGATIVE,
     "train.epochs": _POSITIVE,
     "train.batch_size": _POSITIVE,
     "train.label_smoothing": _FRACTION,
     "train.dtype": _one_of("float32", "bfloat16", "float64"),
     "optimizer.learning_rate": _POSITIVE,
+    "optimizer.reference_batch_size": _NOT_NEGATIVE,
     "optimizer.momentum": _FRACTION,
     "optimizer.weight_decay": _NOT_NEGATIVE,
     "optimizer.drop_at": (
@@ -107,6 +123,7 @@ _CHECKS = {
     "evaluate.every_epochs": _NOT_NEGATIVE,
     "evaluate.split": _one_of("test", "validation"),
     "evaluate.final_split": _one_of("test", "validation"),
+    "evaluate.resize_size": _POSITIVE,
     "evaluate.crop_size": _NOT_NEGATIVE,
     "evaluate.batch_size": _POSITIVE,
     "checkpoint.every_epochs": _POSITIVE,
@@ -148,9 +165,18 @@ def check(config: config_dict.ConfigDict) -> None:
         test, allowed = _CHECKS.get(key, (None, None))
         if test and not test(value):
             raise UserError(f"{key} = {value!r}: allowed is {allowed}")
-    for key in ("optimizer.drop_at", "optimizer.drop_factor"):
-        if values["optimizer.schedule"] != "step" and values[key] != schema[key]:
-            raise UserError(f"{key} = {values[key]}: only optimizer.schedule = 'step' reads it")
+    for key, choice, name in (
+        ("optimizer.drop_at", "optimizer.schedule", "step"),
+        ("optimizer.drop_factor", "optimizer.schedule", "step"),
+        ("data.workers", "data.storage", "stream"),
+        ("data.corrupt_images", "data.storage", "stream"),
+        ("augmentation.crop_area", "data.storage", "stream"),
+        ("evaluate.resize_size", "data.storage", "stream"),
+    ):
+        if values[choice] != name and values[key] != schema[key]:
+            raise UserError(f"{key} = {values[key]!r}: only {choice} = {name!r} reads it")
+    if values["data.storage"] == "stream":
+        _check_stream(values)
     if values["optimizer.nesterov"] and not values["optimizer.momentum"]:
         raise UserError("optimizer.nesterov = True: set optimizer.momentum above 0")
     held_out = config.data.validation_size > 0
@@ -168,6 +194,18 @@ def check(config: config_dict.ConfigDict) -> None:
             "checkpoint.select = 'best': set evaluate.split = 'validation' and "
             "evaluate.every_epochs above 0; test images never choose a model"
         )
+
+
+def _check_stream(values: dict[str, Any]) -> None:
+    if values["augmentation.shift"]:
+        raise UserError("augmentation.shift: set it to 0, data.storage = 'stream' crops otherwise")
+    if not values["data.image_size"]:
+        raise UserError("data.image_size = 0: data.storage = 'stream' needs a size, such as 224")
+    for key in ("data.image_size", "evaluate.crop_size"):
+        if values[key] > (largest := values["evaluate.resize_size"]):
+            raise UserError(
+                f"{key} = {values[key]}: must be at most evaluate.resize_size = {largest}"
+            )
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> config_dict.ConfigDict:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from densejax import config as config_schema
 from densejax import data, metrics, models, optimizer, parallel, pretrained
 from densejax.config import UserError
-from densejax.data import builders
+from densejax.data.official import SetInfo
 from densejax.step import Task, TrainState, eval_step, init_state
 
 
@@ -93,7 +93,10 @@ class Experiment:
         add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
         def evaluate(state, split):
-            sums = [step(state, batch) for batch in self.data.evaluation[split].evaluation()]
+            sums = []
+            for batch in self.data.evaluation[split].evaluation():
+                sums.append(step(state, batch))
+                jax.block_until_ready(sums[-2:-1])  # one step is queued: batches take memory
             total = functools.reduce(add, sums)
             if (seen := int(total["count"])) != (size := self.data.evaluation[split].size):
                 raise RuntimeError(f"{split}: {seen} images were evaluated, there are {size}")
@@ -105,21 +108,22 @@ class Experiment:
         return evaluate
 
 
-def describe(config: ConfigDict) -> tuple[builders.SetInfo, nn.Module, optimizer.Schedule, int]:
+def describe(config: ConfigDict) -> tuple[SetInfo, nn.Module, optimizer.Schedule, int]:
     """The data set's facts, the network, the schedule and the number of steps, without a device.
 
     Raises:
       UserError: the first thing that is wrong with the configuration.
     """
     config_schema.check(config)
-    info = builders.info(config.data.name, config.data.directory)
+    info = data.info(config)
     axis = parallel.AXIS if config.parallel.batch_norm == "global" else None
     if config.train.dtype == "float64" and not jax.config.jax_enable_x64:
         raise UserError("train.dtype = 'float64': JAX needs the environment's JAX_ENABLE_X64=1")
     model = models.create(config.model, info.num_classes, jnp.dtype(config.train.dtype), axis)
     steps_per_epoch = data.train_size(config, info) // config.train.batch_size
     steps = config.train.epochs * steps_per_epoch
-    return info, model, optimizer.schedule(config.optimizer, steps, steps_per_epoch), steps
+    rate = optimizer.schedule(config.optimizer, steps, steps_per_epoch, config.train.batch_size)
+    return info, model, rate, steps
 
 
 def without_data(config: ConfigDict) -> Experiment:

@@ -41,13 +41,15 @@ def _constant(config: ConfigDict, steps: int, warmup: int) -> Schedule:
 SCHEDULES = {"step": _step, "cosine": _cosine, "linear": _linear, "constant": _constant}
 
 
-def schedule(config: ConfigDict, steps: int, steps_per_epoch: int) -> Schedule:
+def schedule(config: ConfigDict, steps: int, steps_per_epoch: int, batch_size: int) -> Schedule:
     """The learning rate of the next step as a function of the number of steps done.
 
     Args:
       config: the section `config.optimizer`.
       steps: length of the whole training; warm-up is part of it.
       steps_per_epoch: the unit of `warmup_epochs`.
+      batch_size: what the peak is proportional to where there is a `reference_batch_size`
+        (Goyal et al. 2017, section 2.1).
 
     Raises:
       UserError: an unknown schedule, or a warm-up as long as training.
@@ -62,10 +64,12 @@ def schedule(config: ConfigDict, steps: int, steps_per_epoch: int) -> Schedule:
             f"optimizer.warmup_epochs = {config.warmup_epochs}: must be below train.epochs"
         )
     decay = SCHEDULES[config.schedule](config, steps, warmup)
+    reference = config.reference_batch_size
+    scale = batch_size / reference if reference else 1.0
 
     def rate(step):
         step = jnp.asarray(step, float)
-        rise = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
+        rise = scale * jnp.minimum(1.0, (step + 1) / max(warmup, 1))
         return rise * decay(jnp.maximum(step - warmup, 0))
 
     return rate

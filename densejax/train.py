@@ -74,6 +74,7 @@ def train(experiment: Experiment, path: epath.Path) -> int:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signals())
         checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(config, path)))
+        stack.enter_context(contextlib.closing(experiment.data))
         state = checkpoints.restore_latest(experiment.abstract_state)
         start = 0 if state is None else int(state.step)
         facts = result.summarise(experiment, path, start)

@@ -26,7 +26,7 @@ from densejax.config import UserError, flatten
 # What a resume may change: these keys and everything below them.
 RESUMABLE = (
     *("checkpoint.every_epochs", "checkpoint.keep_latest", "data.directory", "data.manual_dir"),
-    *("evaluate.batch_size", "log", "parallel.mode", "train.epochs"),
+    *("data.workers", "evaluate.batch_size", "log", "parallel.mode", "train.epochs"),
 )
 PACKAGES = ("densejax", "flax", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
 

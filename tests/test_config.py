@@ -10,25 +10,32 @@ import pytest
 from ml_collections import config_dict
 
 import densejax
-from densejax import command_line, main, models
+from densejax import command_line, data, main, models, parallel
 from densejax import config as schema
 from densejax.config import UserError, parse_arg
-from tests import runs
+from tests import photos, runs
 
 KEYS = schema.flatten(schema.default())
 OUT_OF_RANGE = {
     "name": ["", "a/b"],
     "seed": [-1, 2**32],
     "data.name": [""],
+    "data.storage": ["disk"],
+    "data.workers": [-1],
+    "data.corrupt_images": ["ignore"],
     "data.validation_size": [-1],
     "data.normalization": ["none"],
     "data.image_size": [-1],
     "augmentation.shift": [-1],
+    "augmentation.crop_area": [0.0, 1.1, float("nan")],
+    "augmentation.jitter": [-0.1, 1.0, float("nan")],
+    "augmentation.lighting": [-0.1, float("nan")],
     "train.epochs": [0, -1],
     "train.batch_size": [0, -64],
     "train.label_smoothing": [-0.1, 1.0, float("nan")],
     "train.dtype": ["float16", "int8"],
     "optimizer.learning_rate": [0.0, -0.1, float("nan")],
+    "optimizer.reference_batch_size": [-1],
     "optimizer.momentum": [-0.1, 1.0],
     "optimizer.weight_decay": [-1e-4, float("nan")],
     "optimizer.drop_at": [(0.0, 0.5), (0.5, 1.0), (0.75, 0.5)],
@@ -37,6 +44,7 @@ OUT_OF_RANGE = {
     "evaluate.every_epochs": [-1],
     "evaluate.split": ["train"],
     "evaluate.final_split": ["extra"],
+    "evaluate.resize_size": [0],
     "evaluate.crop_size": [-1],
     "evaluate.batch_size": [0],
     "checkpoint.every_epochs": [0],
@@ -103,8 +111,11 @@ def test_a_value_out_of_range_is_refused(key, value):
 
 @pytest.mark.parametrize("key", [key for key in KEYS if isinstance(KEYS[key], float)])
 def test_an_integer_is_a_number_too(key):
-    config = with_value(key, 0 if key in ("train.label_smoothing", "optimizer.momentum") else 1)
+    is_fraction = key in ("train.label_smoothing", "optimizer.momentum", "augmentation.jitter")
+    config = with_value(key, 0 if is_fraction else 1)
     config.optimizer.nesterov = False
+    if key == "augmentation.crop_area":
+        config.data.storage, config.data.image_size, config.augmentation.shift = "stream", 224, 0
     schema.check(config)
 
 
@@ -157,6 +168,42 @@ def test_validation_needs_held_out_images(changes, says):
 def test_drops_belong_to_the_step_schedule(changes, says):
     schema.check(runs.tiny(**changes))
     assert message(runs.tiny(optimizer__schedule="cosine", **changes)).startswith(says)
+
+
+STREAM = {
+    "data__storage": "stream",
+    "data__image_size": 224,
+    "augmentation__shift": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.workers", 2),
+        ("data.corrupt_images", "skip"),
+        ("augmentation.crop_area", 0.5),
+        ("evaluate.resize_size", 232),
+    ],
+)
+def test_some_keys_belong_to_streams(key, value):
+    change = {key.replace(".", "__"): value}
+    schema.check(runs.tiny(**STREAM, **change))
+    says = f"{key} = {value!r}: only data.storage = 'stream' reads it"
+    assert message(runs.tiny(**change)) == says
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"augmentation__shift": 4}, "augmentation.shift: set it to 0"),
+        ({"data__image_size": 0}, "data.image_size = 0: data.storage = 'stream' needs a size"),
+        ({"data__image_size": 257}, "data.image_size = 257: must be at most evaluate.resize_size"),
+        ({"evaluate__crop_size": 257}, "evaluate.crop_size = 257: must be at most evaluate.resize"),
+    ],
+)
+def test_a_stream_needs_sizes_that_fit(change, says):
+    assert message(runs.tiny(**STREAM | change)).startswith(says)
 
 
 def test_nesterov_needs_momentum():
@@ -244,7 +291,15 @@ def test_every_key_is_read(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main.main() == 0
     assert sorted(path.name[:5] for path in (tmp_path / "runs").iterdir()) == ["tiny-"]
-    assert sorted(set(KEYS) - reads) == []
+    streamed = {"augmentation.crop_area", "evaluate.resize_size"}
+    streamed |= {"data.corrupt_images", "data.workers"}
+    assert set(KEYS) - reads == streamed
+    photos.make(tmp_path / "photos")
+    config = runs.tiny(**STREAM, data__manual_dir="photos", train__batch_size=4)
+    data.create(
+        config, *[split(parallel.mesh()) for split in (parallel.replicated, parallel.split)]
+    )
+    assert set(KEYS) <= reads
 
 
 def test_the_recorder_would_notice_a_key_that_nobody_reads(monkeypatch):

@@ -30,6 +30,10 @@ ARGUMENTS = {
     "svhn": ["variant=plain,depth=100,growth_rate=24"],
     "fashion_mnist": ["growth_rate=8", "tune=True"],
     "digits": ["depth=10,growth_rate=4"],
+    "imagenet": [
+        *(f"model=densenet{depth}" for depth in (161, 169, 201, 264)),
+        *(f"model=resnet{depth},recipe=modern" for depth in (18, 34, 50, 101, 152)),
+    ],
 }
 
 
@@ -125,6 +129,68 @@ def test_recipes_are_the_papers(name, arg, changes):
     expected = CIFAR_RECIPE | changes
     assert {key: found[key] for key in expected} == expected
     assert found["data.name"] == name
+
+
+IMAGENET_RECIPE = {
+    "data.name": "imagenet2012",
+    "data.storage": "stream",
+    "data.image_size": 224,
+    "data.normalization": "statistics",
+    "augmentation.flip": True,
+    "augmentation.crop_area": 0.08,
+    "augmentation.jitter": 0.4,
+    "augmentation.lighting": 0.1,
+    "evaluate.resize_size": 256,
+    "train.epochs": 90,
+    "train.batch_size": 256,
+    "train.dtype": "float32",
+    "train.label_smoothing": 0.0,
+    "optimizer.learning_rate": 0.1,
+    "optimizer.reference_batch_size": 0,
+    "optimizer.momentum": 0.9,
+    "optimizer.nesterov": True,
+    "optimizer.weight_decay": 1e-4,
+    "optimizer.decay_all": True,
+    "optimizer.schedule": "step",
+    "optimizer.drop_factor": 0.1,
+    "model.blocks": (6, 12, 24, 16),
+    "model.growth_rate": 32,
+    "model.compression": 0.5,
+}
+MODERN_RECIPE = {
+    "augmentation.jitter": 0.0,
+    "augmentation.lighting": 0.0,
+    "train.batch_size": 1024,
+    "train.dtype": "bfloat16",
+    "train.label_smoothing": 0.1,
+    "optimizer.reference_batch_size": 256,
+    "optimizer.decay_all": False,
+    "optimizer.schedule": "cosine",
+    "optimizer.warmup_epochs": 5.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("arg", "changes"), [(None, {}), ("recipe=paper", {}), ("recipe=modern", MODERN_RECIPE)]
+)
+def test_the_recipes_of_imagenet(arg, changes):
+    found = schema.flatten(card("imagenet", arg))
+    expected = IMAGENET_RECIPE | changes
+    assert {key: found[key] for key in expected} == expected
+    with pytest.raises(UserError, match="recipe = old: allowed is paper or modern"):
+        card("imagenet", "recipe=old")
+
+
+def test_rates_of_imagenet():
+    _, _, rate, steps = experiment.describe(card("imagenet"))
+    epoch = 1281167 // 256
+    assert steps == 90 * epoch
+    found = [float(rate(n * epoch + late)) for n in (30, 60) for late in (-1, 0)]
+    np.testing.assert_allclose(found, [0.1, 0.01, 0.01, 0.001], rtol=1e-6)
+    _, _, rate, steps = experiment.describe(card("imagenet", "recipe=modern"))
+    epoch = 1281167 // 1024
+    found = [float(rate(n)) for n in (0, 5 * epoch - 1, steps - 1)]
+    np.testing.assert_allclose(found, [0.4 / (5 * epoch), 0.4, 0.0], rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def three_steps() -> list[dict[str, float]]:
     mesh = parallel.mesh()
     batches = MemorySet(images, labels, 64, 0, parallel.replicated(mesh), parallel.split(mesh))
     fields = models.fields("densenet_bc_40_12", depth=16, growth_rate=4, dropout_rate=0.2)
-    rate = optimizer.schedule(schema.default().optimizer, 30, 10)
+    rate = optimizer.schedule(schema.default().optimizer, 30, 10, 64)
     task = step.Task(
         model=models.create(fields, 10, batch_norm_axis=parallel.AXIS),
         optimizer=optimizer.create(schema.default().optimizer, rate),

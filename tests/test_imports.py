@@ -19,6 +19,7 @@ LEVELS = {
         "hlo",
         "data.official",
         "data.augment",
+        "data.images",
         "models.convolution",
         "models.normalization",
         "models.pooling",

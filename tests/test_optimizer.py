@@ -77,7 +77,7 @@ STEPS = 300 * EPOCH
 
 
 def rates(steps, *, total=STEPS, epoch=EPOCH, **changes):
-    rate = jax.jit(optimizer.schedule(section(**changes), total, epoch))
+    rate = jax.jit(optimizer.schedule(section(**changes), total, epoch, 64))
     return [float(rate(jnp.int32(step))) for step in steps]
 
 
@@ -122,12 +122,25 @@ def test_linear_and_constant():
     assert rates([0, 99], schedule="constant", learning_rate=0.3) == pytest.approx([0.3, 0.3])
 
 
+@pytest.mark.parametrize("name", optimizer.SCHEDULES)
+def test_the_peak_is_proportional_to_the_batch_where_a_reference_is_given(name):
+    found = []
+    for reference in (0, 64, 256, 16):
+        config = section(schedule=name, reference_batch_size=reference, warmup_epochs=1.0)
+        rate = optimizer.schedule(config, 100, 10, 64)
+        found.append([float(rate(step)) for step in range(100)])
+    plain, same, quarter, fourfold = np.array(found)
+    np.testing.assert_array_equal(plain, same)
+    np.testing.assert_allclose(quarter, plain / 4, rtol=1e-6)
+    np.testing.assert_allclose(fourfold, plain * 4, rtol=1e-6)
+
+
 def test_every_schedule_is_tested():
     assert set(optimizer.SCHEDULES) == {"step", "cosine", "linear", "constant"}
 
 
 def test_errors_name_the_field():
     with pytest.raises(UserError, match="optimizer.schedule = 'stairs': allowed are step, cosine"):
-        optimizer.schedule(section(schedule="stairs"), 100, 10)
+        optimizer.schedule(section(schedule="stairs"), 100, 10, 64)
     with pytest.raises(UserError, match="optimizer.warmup_epochs = 10.0: must be below"):
-        optimizer.schedule(section(warmup_epochs=10.0), 100, 10)
+        optimizer.schedule(section(warmup_epochs=10.0), 100, 10, 64)

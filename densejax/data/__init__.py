@@ -1,15 +1,19 @@
 """From `config.data` to batches: which images train, which are held out, which test."""
 
 import dataclasses
+import functools
 
+import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from densejax.config import UserError
-from densejax.data import builders
+from densejax.data import builders, encoded, stream
 from densejax.data.augment import Preparation
 from densejax.data.memory import MemorySet, permutation
+from densejax.data.official import SetInfo
+from densejax.data.stream import StreamSet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,33 +25,54 @@ class Data:
       evaluation: "test" where it is measured and "validation" where images are held out.
     """
 
-    train: MemorySet
-    evaluation: dict[str, MemorySet]
+    train: MemorySet | StreamSet
+    evaluation: dict[str, MemorySet | StreamSet]
+
+    def close(self) -> None:
+        """Ends the processes that a stream has running."""
+        if isinstance(self.train, StreamSet):
+            self.train.close()
+
+
+def info(config: ConfigDict) -> SetInfo:
+    """The facts of a set, its images as they come in a batch.
+
+    Raises:
+      UserError: a set that is not there, or that `data.storage` does not fit.
+    """
+    section = config.data
+    if section.storage == "memory":
+        return builders.info(section.name, section.directory)
+    return encoded.info(section.name, section.directory, section.manual_dir, section.image_size)
 
 
 def preparation(config: ConfigDict) -> Preparation:
     """How images become the network's input, from `config.data` and `config.augmentation`."""
-    info = builders.info(config.data.name, config.data.directory)
-    channels = info.image_shape[-1]
+    facts = info(config)
+    channels = facts.image_shape[-1]
     scale = ((0.0,) * channels, (255.0,) * channels)
-    mean, std = scale if config.data.normalization == "scale" else (info.mean, info.std)
+    mean, std = scale if config.data.normalization == "scale" else (facts.mean, facts.std)
     if not mean:
         raise UserError(
             f"data.normalization = 'statistics': none are known of {config.data.name}; set 'scale'"
         )
     augmentation = config.augmentation
+    if channels != 3 and (augmentation.jitter or augmentation.lighting):
+        raise UserError("augmentation.jitter and augmentation.lighting: these images are not RGB")
     return Preparation(
         mean,
         std,
-        augmentation.shift,
-        augmentation.flip,
-        config.data.image_size,
-        config.evaluate.crop_size,
-        config.train.dtype,
+        shift=augmentation.shift,
+        flip=augmentation.flip,
+        jitter=augmentation.jitter,
+        lighting=augmentation.lighting,
+        image_size=config.data.image_size if config.data.storage == "memory" else 0,
+        crop_size=config.evaluate.crop_size,
+        dtype=config.train.dtype,
     )
 
 
-def train_size(config: ConfigDict, info: builders.SetInfo) -> int:
+def train_size(config: ConfigDict, info: SetInfo) -> int:
     """The number of images that train, from the set's facts alone.
 
     Raises:
@@ -82,7 +107,7 @@ def hold_out(size: int, validation_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Data:
-    """Reads a set, prepares it first where that was not done, and puts it on the devices.
+    """Opens a stream, or reads a set (preparing it first) and puts it on the devices.
 
     Held-out images come from the first split that `data.train_split` names. Test images are read
     only where the configuration measures on them.
@@ -95,6 +120,10 @@ def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Da
     Raises:
       UserError: a set, split or size that is not there; the message says how to get it.
     """
+    evaluate = config.evaluate
+    measured = {evaluate.final_split, *([evaluate.split] if evaluate.every_epochs else [])}
+    if config.data.storage == "stream":
+        return _streams(config, split, measured)
 
     def read(name):
         return builders.read(config.data.name, name, config.data.directory, config.data.manual_dir)
@@ -102,8 +131,6 @@ def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Da
     first, *more = config.data.train_split.split("+")
     images, labels = read(first)
     trains, held_out = hold_out(len(images), config.data.validation_size)
-    evaluate = config.evaluate
-    measured = {evaluate.final_split, *([evaluate.split] if evaluate.every_epochs else [])}
     arrays = {"test": read("test")} if "test" in measured else {}
     if len(held_out):
         arrays["validation"] = (images[held_out], labels[held_out])
@@ -115,3 +142,44 @@ def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Da
         MemorySet(images, labels, config.train.batch_size, config.seed, whole, split),
         {name: MemorySet(*pair, size, config.seed, whole, split) for name, pair in arrays.items()},
     )
+
+
+def _streams(config: ConfigDict, split: NamedSharding, measured: set[str]) -> Data:
+    try:
+        import grain  # noqa: F401
+
+        from densejax.data import images
+    except ImportError as error:
+        raise UserError(
+            f"data.storage = 'stream': {error.name} is missing; pip install 'densejax[imagenet]'"
+        ) from error
+    section, evaluate, batch_size = config.data, config.evaluate, config.train.batch_size
+    _, splits = encoded.open_splits(section.name, section.directory, section.manual_dir)
+    trains, held_out = hold_out(len(splits["train"]), section.validation_size)
+    train = stream.Pieces(
+        splits["train"],
+        trains,
+        batch_size,
+        stream.share(split, batch_size, jax.process_index()),
+        functools.partial(images.training_crop, min_area=config.augmentation.crop_area),
+        section.image_size,
+        seed=config.seed,
+        skip=section.corrupt_images == "skip",
+    )
+    parts = {"test": (splits["test"], np.arange(len(splits["test"])))} if "test" in measured else {}
+    if len(held_out):
+        parts["validation"] = (splits["train"], held_out)
+    evaluation = {
+        name: stream.Pieces(
+            examples,
+            indices,
+            evaluate.batch_size,
+            stream.share(split, evaluate.batch_size, jax.process_index()),
+            functools.partial(images.evaluation_crop, resize=evaluate.resize_size),
+            # Ten crops are of the whole square (Krizhevsky et al. 2012, section 4.1).
+            evaluate.resize_size if evaluate.crop_size else section.image_size,
+        )
+        for name, (examples, indices) in parts.items()
+    }
+    streams = {name: StreamSet(part, split, section.workers) for name, part in evaluation.items()}
+    return Data(StreamSet(train, split, section.workers), streams)

@@ -75,7 +75,7 @@ def info(name: str, directory: str) -> SetInfo:
     except Exception as error:
         raise DataError(
             f"data.name = {name}: needs image, uint8 [h, w, c] of one size, and label, a "
-            f"ClassLabel; has {_line(found.features)}"
+            f"ClassLabel; has {_line(found.features)}; data.storage = 'stream' takes any size"
         ) from error
     splits = {split: facts.num_examples for split, facts in found.splits.items()}
     return SetInfo((height, width, channels), names, splits, mean=(), std=())

@@ -227,3 +227,13 @@ SETS = {
         parse=_parse_digits,
     ),
 }
+
+STREAMED = {  # sets of images of many sizes; mean and std are the usual ones
+    "imagenet2012": SetInfo(
+        image_shape=(224, 224, 3),
+        class_names=tuple(map(str, range(1000))),  # by rank of their WordNet ids
+        splits={"train": 1281167, "test": 50000},
+        mean=(123.675, 116.28, 103.53),
+        std=(58.395, 57.12, 57.375),
+    )
+}

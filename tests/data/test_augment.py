@@ -1,9 +1,12 @@
 """Augmentation: what every output may be, how often, and that it follows the example's key."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from densejax.config import UserError
 from densejax.data.augment import Preparation, example_keys
@@ -136,3 +139,109 @@ def test_ten_crops_are_corners_centre_and_mirrors():
     assert Preparation((0.0,) * 2, (1.0,) * 2).views(image).shape == (1, 1, 7, 6, 2)
     with pytest.raises(UserError, match="evaluate.crop_size = 8: must be at most the images' 7x6"):
         Preparation((0.0,) * 2, (1.0,) * 2, crop_size=8).views(image)
+
+
+# --- Colours.
+
+
+def draws(keys):
+    """What each key gives: three factors of 0.6 to 1.4, the order, three uniforms."""
+    bits = np.asarray(jax.vmap(lambda key: jax.random.bits(key, (10,)))(keys)).astype(np.uint64)
+    uniforms = (bits[:, 3:9] >> np.uint64(8)) / 2.0**24
+    return 0.6 + 0.8 * uniforms[:, :3], bits[:, 9] % 6
+
+
+def blended(image, which, factor):
+    """Brightness, contrast or saturation as torchvision defines them, but unclipped."""
+    grey = image @ np.array([0.299, 0.587, 0.114])
+    other = (0.0, grey.mean(), grey[..., None])[which]
+    return factor * image + (1 - factor) * other
+
+
+def random_images(number, size=6):
+    random = np.random.Generator(np.random.PCG64(1))
+    return random.integers(0, 256, (number, size, size, 3)).astype(np.uint8)
+
+
+def test_jitter_is_brightness_contrast_and_saturation_in_a_random_order():
+    number = 64
+    images, found_orders = random_images(number), set()
+    preparation = Preparation((0.0,) * 3, (1.0,) * 3, jitter=0.4)
+    found = train(preparation, images, keys(number))
+    factors, orders = draws(keys(number))
+    for image, result, factor, order in zip(images, found, factors, orders, strict=True):
+        whole = image.astype(np.float64)
+        order = list(itertools.permutations(range(3)))[order]
+        for which in order:
+            whole = blended(whole, which, factor[which])
+        np.testing.assert_allclose(result, whole, rtol=1e-4, atol=1e-2)
+        found_orders.add(order)
+    assert len(found_orders) == 6
+
+
+def test_factors_and_orders_are_uniform():
+    number = 6000
+    factors, orders = draws(keys(number))
+    found = train(
+        Preparation((0.0,) * 3, (1.0,) * 3, jitter=0.4),
+        np.full((number, 1, 1, 3), 200, np.uint8),
+        keys(number),
+    )
+    # Of one grey pixel only the brightness can change.
+    np.testing.assert_allclose(found[:, 0, 0, 1] / 200, factors[:, 0], rtol=1e-4)
+    for column in factors.T:
+        assert scipy.stats.kstest(column, "uniform", (0.6, 0.8)).pvalue > 1e-3
+    counts = np.bincount(orders.astype(int), minlength=6)
+    assert scipy.stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_lighting_shifts_all_pixels_along_the_principal_colours():
+    number, std = 8000, 0.1
+    images = random_images(number, 2)
+    found = train(Preparation((0.0,) * 3, (1.0,) * 3, lighting=std), images, keys(number))
+    shifts = found - images
+    np.testing.assert_allclose(shifts, np.broadcast_to(shifts[:, :1, :1], shifts.shape), atol=1e-3)
+    # AlexNet's eigenvalues and eigenvectors, as fb.resnet.torch has them (columns are vectors).
+    values = np.array([0.2175, 0.0188, 0.0045])
+    vectors = np.array(
+        [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+    )
+    alphas = np.linalg.solve(vectors * values, shifts[:, 0, 0].T / 255).T / std
+    for alpha in alphas.T:
+        assert scipy.stats.kstest(alpha, "norm").pvalue > 1e-3
+    correlations = np.corrcoef(alphas.T) - np.eye(3)
+    assert np.abs(correlations).max() < 5 / np.sqrt(number)
+
+
+def test_colours_come_before_normalisation_and_mirror_and_follow_the_key():
+    mean, std = (120.0, 115.0, 104.0), (58.0, 57.0, 57.0)
+    colours = {"jitter": 0.4, "lighting": 0.1}
+    images = random_images(16)
+    plain = train(Preparation((0.0,) * 3, (1.0,) * 3, **colours), images, keys(16))
+    found = train(Preparation(mean, std, flip=True, **colours), images, keys(16))
+    expected = (plain - np.array(mean)) / std
+    same = np.isclose(found, expected, atol=1e-3).all((1, 2, 3))
+    assert 0 < same.sum() < 16
+    np.testing.assert_allclose(found[~same], expected[~same][:, :, ::-1], atol=1e-3)
+    preparation = Preparation(mean, std, flip=True, **colours)
+    half = train(preparation, images[8:], keys(16)[8:])
+    np.testing.assert_allclose(half, found[8:], rtol=1e-5, atol=1e-5)
+    evaluation = preparation.evaluation(jnp.asarray(images))
+    np.testing.assert_allclose(evaluation, (images - np.array(mean)) / std, rtol=1e-4, atol=1e-5)
+
+
+def test_without_colours_nothing_else_is_drawn_than_before():
+    images = random_images(8)
+    flipped = train(Preparation((0.0,) * 3, (1.0,) * 3, flip=True), images, keys(8))
+    bits = np.asarray(jax.vmap(lambda key: jax.random.bits(key, (3,)))(keys(8)))
+    mirrored = (bits[:, 0] & 1).astype(bool)
+    np.testing.assert_array_equal(flipped[mirrored], images[mirrored][:, :, ::-1])
+    np.testing.assert_array_equal(flipped[~mirrored], images[~mirrored])
+
+
+def test_colours_have_the_dtype_of_the_computation():
+    images = jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.uint8)
+    preparation = Preparation((0.0,) * 3, (1.0,) * 3, jitter=0.4, lighting=0.1, dtype="bfloat16")
+    with jax.numpy_dtype_promotion("standard"):
+        found = jax.eval_shape(preparation.training, images, keys(4))
+    assert (found.shape, found.dtype) == ((4, 8, 8, 3), jnp.bfloat16)
