@@ -121,7 +121,9 @@ def preparation(dtype: str) -> Preparation:
 def training(work: Work, name: str, mesh: Mesh) -> tuple[Callable, Any, Any]:
     """The package's own step: (mapped and jitted with a donated state, abstract state, batch)."""
     config = schema.default()
-    rate = optimizer.schedule(config.optimizer, steps=10**6, steps_per_epoch=10**3)
+    rate = optimizer.schedule(
+        config.optimizer, batch_size=work.batch_size, steps=10**6, steps_per_epoch=10**3
+    )
     task = step.Task(
         model=work.network(name),
         optimizer=optimizer.create(config.optimizer, rate),
