@@ -70,6 +70,9 @@ def default() -> config_dict.ConfigDict:
     config.log = log = config_dict.ConfigDict()
     log.every_steps = 50  # between records in metrics.jsonl
     log.seconds = 10.0  # between lines on the screen where it is no terminal
+
+    config.profile = profile = config_dict.ConfigDict()
+    profile.steps = ()  # (first, last) to trace on process 0, such as (10, 15); (): none
     return config
 
 
@@ -120,6 +123,11 @@ _CHECKS = {
     "parallel.batch_norm_group_size": _NOT_NEGATIVE,
     "log.every_steps": _POSITIVE,
     "log.seconds": _POSITIVE,
+    "profile.steps": (
+        lambda value: value == ()
+        or ([type(step) for step in value] == [int, int] and 0 < value[0] <= value[1]),
+        "() or (first, last), steps from 1",
+    ),
 }
 
 

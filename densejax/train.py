@@ -87,7 +87,7 @@ def train(experiment: Experiment, path: epath.Path) -> int:
         )
         stack.enter_context(contextlib.closing(log))
         state = experiment.start() if state is None else state
-        state, first_step, last_metrics = fit(experiment, state, log, checkpoints, stop)
+        state, first_step, last_metrics = fit(experiment, state, path, log, checkpoints, stop)
         if stop.signal:
             checkpoints.wait()
             result.say(
@@ -114,6 +114,7 @@ def train(experiment: Experiment, path: epath.Path) -> int:
 def fit(
     experiment: Experiment,
     state: TrainState,
+    path: epath.Path,
     log: metric_log.MetricLog,
     checkpoints: checkpoint.Checkpoints,
     stop: hosts.Stop,
@@ -149,13 +150,21 @@ def fit(
             values = {f"train_{name}": value for name, value in finite_means(step, sums).items()}
             log.train(step, values | {"learning_rate": float(sums["learning_rate"])})
 
-    for step in range(int(state.step) + 1, last + 1):
+    start, profile = int(state.step), contextlib.ExitStack()
+    # Steps that lie behind a resume have been traced before it.
+    first_traced, last_traced = config.profile.steps or (0, 0)
+    for step in range(start + 1, last + 1):
+        if step == max(first_traced, start + 1) <= last_traced and jax.process_index() == 0:
+            profile.enter_context(jax.profiler.trace(str(path / "profile")))
         state, sums = take_step(state, experiment.data.train.batch(step - 1))
         if first_step is None:
             jax.block_until_ready(sums)
             first_step = time.monotonic() - densejax.STARTED
         jax.block_until_ready(before)  # one step is queued, no more: a signal need not wait long
         before = sums
+        if step == last_traced:
+            jax.block_until_ready(sums)
+            profile.close()
         log_late()  # the metrics of the step before, while the device is busy with this one
         if due(step, config.log.every_steps, last):
             late.append((step, sums))
@@ -174,6 +183,7 @@ def fit(
                     checkpoints.save(step, state, {f"{split}_error": error})
         if stops:
             break
+    profile.close()
     return state, first_step, evaluated
 
 
