@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from densejax.config import UserError
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
-HEARTBEAT = 10  # seconds without a sign of life after which a process counts as dead
+HEARTBEAT = 12  # seconds without a sign of life after which a process counts as dead
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 LAST_WORDS = (
     "densejax: this process was ended before its work was done. If nothing above says why, another "
