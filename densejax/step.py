@@ -137,9 +137,7 @@ def train_step(
 
         varying = (params, jax.lax.pcast(state.metrics, axis, to="varying"))
         nothing = jax.tree.map(jnp.zeros_like, varying)
-        (batch_stats, (gradient, seen)), _ = jax.lax.scan(
-            accumulate, (batch_stats, nothing), batch
-        )
+        (batch_stats, (gradient, seen)), _ = jax.lax.scan(accumulate, (batch_stats, nothing), batch)
         gradient = jax.tree.map(lambda leaf: leaf / parts, gradient)
     gradient = jax.lax.pmean(gradient, axis)
     if apart:

@@ -155,7 +155,7 @@ def fit(
     first_traced, last_traced = config.profile.steps or (0, 0)
     for step in range(start + 1, last + 1):
         if step == max(first_traced, start + 1) <= last_traced and jax.process_index() == 0:
-            profile.enter_context(jax.profiler.trace(str(path / "profile")))
+            profile.enter_context(metric_log.trace(path / "profile"))
         state, sums = take_step(state, experiment.data.train.batch(step - 1))
         if first_step is None:
             jax.block_until_ready(sums)
