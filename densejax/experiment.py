@@ -124,14 +124,18 @@ def describe(config: ConfigDict) -> tuple[builders.SetInfo, nn.Module, optimizer
     return info, model, optimizer.schedule(config.optimizer, steps, steps_per_epoch), steps
 
 
-def without_data(config: ConfigDict) -> Experiment:
-    """As `build`, but no image is read: enough to restore what was trained.
+def without_data(config: ConfigDict, group_size: int = 0) -> Experiment:
+    """As `build`, but no image is read: enough to restore what was trained, on any devices.
+
+    Args:
+      config: the whole configuration.
+      group_size: devices in a group of BatchNorm's, in training; 0: no groups.
 
     Raises:
       UserError: the first thing that is wrong with the configuration.
     """
     info, model, learning_rate, steps = describe(config)
-    mesh = parallel.mesh(config.parallel.batch_norm_group_size)
+    mesh = parallel.mesh(group_size)
     task = Task(
         model=model,
         optimizer=optimizer.create(config.optimizer, learning_rate),
@@ -152,7 +156,7 @@ def build(config: ConfigDict) -> Experiment:
     Raises:
       UserError: the first thing that is wrong with the configuration or the data.
     """
-    empty = without_data(config)
+    empty = without_data(config, config.parallel.batch_norm_group_size)
     train, evaluate = config.train, config.evaluate
     parallel.check_batch_size(
         "train.batch_size", train.batch_size, empty.mesh, train.accumulate_steps

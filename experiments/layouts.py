@@ -87,8 +87,13 @@ def compare(runs: pathlib.Path) -> list[dict]:
 
     def trained(name, *layout):
         run = runs / name
-        if not (run / "summary.json").exists():
-            finish(run, start(run, *layout))
+        for tries_left in (2, 1, 0):  # a machine that is suspended for seconds ends a job
+            if not (run / "summary.json").exists():
+                try:
+                    finish(run, start(run, *layout))
+                except RuntimeError:
+                    if not tries_left:
+                        raise
         return run
 
     rows = []

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import fsspec
 import ml_collections
 import pytest
 from etils import epath
@@ -287,7 +286,7 @@ class Bucket(MemoryFileSystem):
 @pytest.fixture
 def bucket(monkeypatch):
     """A path in it."""
-    monkeypatch.setitem(fsspec.registry._registry, "gcs", Bucket)
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "gcs", Bucket)
     cache = epath.backend._FileSystemSpecBackend._get_filesystem
     cache.cache_clear()
     monkeypatch.setattr(Bucket, "store", {})
