@@ -30,6 +30,7 @@ LONG = {
     "evaluate__every_epochs": 0,
     "checkpoint__every_epochs": 3,
     "log__every_steps": 1,
+    "optimizer__drop_at": (),  # the rate is the same however long the run is
 }
 
 

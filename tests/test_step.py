@@ -97,7 +97,7 @@ def test_micro_batches_are_every_nth_image_one_after_another():
     trace = lambda state: optax.tree_utils.tree_get(state.opt_state, "trace")  # noqa: E731
     expected = jax.tree.map(lambda d, t: d + 0.9 * t, decayed, trace(state))
     assert runs.distance(trace(new), expected) < 1e-5
-    assert new_sums["loss"] - sums["loss"] == pytest.approx(256 * losses.mean(), rel=1e-5)
+    assert new_sums["loss"] - sums["loss"] == pytest.approx(256 * float(losses.mean()), rel=1e-5)
     assert int(new_sums["count"] - sums["count"]) == 256
 
     def in_turn(old, updated):  # each moves the running statistics by a tenth
