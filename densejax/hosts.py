@@ -69,7 +69,8 @@ def joined(
     except BaseException as error:
         # An orderly end would wait for the others, and they wait for this process.
         if refused := isinstance(error, UserError):
-            reporter.communicate(b"done\n")
+            if error.__cause__ is None:  # or else it may come of another process's death
+                reporter.communicate(b"done\n")
             print(f"densejax: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
