@@ -41,6 +41,7 @@ def default() -> config_dict.ConfigDict:
     config.train = train = config_dict.ConfigDict()
     train.epochs = 300
     train.batch_size = 64  # images per step over all devices; a multiple of their number
+    train.accumulate_steps = 1  # parts of each device's share that are computed one after another
     train.label_smoothing = 0.0  # probability mass spread evenly over all classes
     train.weights = ""  # a directory of densejax.pretrained to start from; "" draws from the seed
     train.dtype = "float32"  # of the computation; parameters and statistics stay float32
@@ -73,10 +74,14 @@ def default() -> config_dict.ConfigDict:
     config.parallel = parallel = config_dict.ConfigDict()
     parallel.mode = "shard_map"  # or "pmap"; the numbers are the same
     parallel.batch_norm = "global"  # statistics over the whole batch; "replica": each device's
+    parallel.batch_norm_group_size = 0  # devices; "groups": each group of so many devices' own
 
     config.log = log = config_dict.ConfigDict()
     log.every_steps = 50  # between records in metrics.jsonl
     log.seconds = 10.0  # between lines on the screen where it is no terminal
+
+    config.profile = profile = config_dict.ConfigDict()
+    profile.steps = ()  # (first, last) to trace on process 0, such as (10, 15); (): none
     return config
 
 
@@ -106,6 +111,7 @@ _CHECKS = {
     "augmentation.lighting": _NOT_NEGATIVE,
     "train.epochs": _POSITIVE,
     "train.batch_size": _POSITIVE,
+    "train.accumulate_steps": _POSITIVE,
     "train.label_smoothing": _FRACTION,
     "train.dtype": _one_of("float32", "bfloat16", "float64"),
     "optimizer.learning_rate": _POSITIVE,
@@ -130,9 +136,15 @@ _CHECKS = {
     "checkpoint.keep_latest": _POSITIVE,
     "checkpoint.select": _one_of("last", "best"),
     "parallel.mode": _one_of("shard_map", "pmap"),
-    "parallel.batch_norm": _one_of("global", "replica"),
+    "parallel.batch_norm": _one_of("global", "replica", "groups"),
+    "parallel.batch_norm_group_size": _NOT_NEGATIVE,
     "log.every_steps": _POSITIVE,
     "log.seconds": _POSITIVE,
+    "profile.steps": (
+        lambda value: value == ()
+        or ([type(step) for step in value] == [int, int] and 0 < value[0] <= value[1]),
+        "() or (first, last), steps from 1",
+    ),
 }
 
 
@@ -179,6 +191,18 @@ def check(config: config_dict.ConfigDict) -> None:
         _check_stream(values)
     if values["optimizer.nesterov"] and not values["optimizer.momentum"]:
         raise UserError("optimizer.nesterov = True: set optimizer.momentum above 0")
+    group_size = config.parallel.batch_norm_group_size
+    grouped = config.parallel.batch_norm == "groups"
+    if bool(group_size) != grouped:
+        raise UserError(
+            f"parallel.batch_norm_group_size = {group_size}: parallel.batch_norm = 'groups' reads "
+            f"it and needs it above 0; here it is {config.parallel.batch_norm!r}"
+        )
+    if grouped and config.parallel.mode == "pmap":
+        raise UserError(
+            "parallel.mode = 'pmap': has no groups of devices; with parallel.batch_norm = 'groups' "
+            "set 'shard_map'"
+        )
     held_out = config.data.validation_size > 0
     for key, wants in (
         ("evaluate.split", "validation"),

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from densejax import config as config_schema
@@ -116,7 +117,8 @@ def describe(config: ConfigDict) -> tuple[SetInfo, nn.Module, optimizer.Schedule
     """
     config_schema.check(config)
     info = data.info(config)
-    axis = parallel.AXIS if config.parallel.batch_norm == "global" else None
+    axes = {"global": parallel.AXIS, "replica": None, "groups": parallel.MEMBER}
+    axis = axes[config.parallel.batch_norm]
     if config.train.dtype == "float64" and not jax.config.jax_enable_x64:
         raise UserError("train.dtype = 'float64': JAX needs the environment's JAX_ENABLE_X64=1")
     model = models.create(config.model, info.num_classes, jnp.dtype(config.train.dtype), axis)
@@ -126,13 +128,18 @@ def describe(config: ConfigDict) -> tuple[SetInfo, nn.Module, optimizer.Schedule
     return info, model, rate, steps
 
 
-def without_data(config: ConfigDict) -> Experiment:
-    """As `build`, but no image is read: enough to restore what was trained.
+def without_data(config: ConfigDict, group_size: int = 0) -> Experiment:
+    """As `build`, but no image is read: enough to restore what was trained, on any devices.
+
+    Args:
+      config: the whole configuration.
+      group_size: devices in a group of BatchNorm's, in training; 0: no groups.
 
     Raises:
       UserError: the first thing that is wrong with the configuration.
     """
     info, model, learning_rate, steps = describe(config)
+    mesh = parallel.mesh(group_size)
     task = Task(
         model=model,
         optimizer=optimizer.create(config.optimizer, learning_rate),
@@ -141,8 +148,10 @@ def without_data(config: ConfigDict) -> Experiment:
         image_shape=info.image_shape,
         label_smoothing=config.train.label_smoothing,
         log_every=config.log.every_steps,
+        axis=parallel.axis(mesh),
+        accumulate_steps=config.train.accumulate_steps,
     )
-    return Experiment(config, parallel.mesh(), None, task, steps)
+    return Experiment(config, mesh, None, task, steps)
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -151,9 +160,15 @@ def build(config: ConfigDict) -> Experiment:
     Raises:
       UserError: the first thing that is wrong with the configuration or the data.
     """
-    empty = without_data(config)
-    parallel.check_batch_size("train.batch_size", config.train.batch_size, empty.mesh)
-    parallel.check_batch_size("evaluate.batch_size", config.evaluate.batch_size, empty.mesh)
+    empty = without_data(config, config.parallel.batch_norm_group_size)
+    train, evaluate = config.train, config.evaluate
+    parallel.check_batch_size(
+        "train.batch_size", train.batch_size, empty.mesh, train.accumulate_steps
+    )
+    parallel.check_batch_size("evaluate.batch_size", evaluate.batch_size, empty.mesh)
+    if jax.process_index() == 0:  # a set that is missing is prepared once where disks are shared
+        data.prepare(config)
+    multihost_utils.sync_global_devices("data is prepared")
     run_data = data.create(config, parallel.replicated(empty.mesh), parallel.split(empty.mesh))
     experiment = dataclasses.replace(empty, data=run_data)
     _ = experiment.abstract_state  # a network that does not fit the images says so here

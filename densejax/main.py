@@ -2,21 +2,27 @@
 
 from absl import flags
 
-from densejax import command_line, parallel, train, workdir
+from densejax import command_line, hosts, parallel, train, workdir
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; default: runs/<card>-<digest>.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate a checkpoint.")
 RESUME = flags.DEFINE_enum(
     "resume", "same", ["same", "force"], "force: go on in the directory of another configuration."
 )
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0; a TPU pod and SLURM are detected without it."
+)
+PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the job; 1: take part in none.")
+PROCESS = flags.DEFINE_integer("process_id", None, "Of this process, from 0.")
 
 
 def main() -> int:
     """Does what the flags say; returns the exit code."""
     config = command_line.CONFIG.value
-    parallel.start()
-    directory = WORKDIR.value or workdir.default(config.name, config)
-    return train.run(config, directory, MODE.value, force=RESUME.value == "force")
+    with hosts.joined(COORDINATOR.value, PROCESSES.value, PROCESS.value):
+        parallel.start()
+        directory = WORKDIR.value or workdir.default(config.name, config)
+        return train.run(config, directory, MODE.value, force=RESUME.value == "force")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ import contextlib
 import json
 import statistics
 import sys
+import tempfile
 import time
 
 import jax
 import tqdm
+from etils import epath
 
 from densejax import files
 from densejax.config import UserError
@@ -121,6 +123,18 @@ class MetricLog:
     def _rewrite(self):
         for name, lines in self.lines.items() if self.is_writer else ():
             files.write(self.workdir / f"{name}.jsonl", "".join(lines))
+
+
+@contextlib.contextmanager
+def trace(directory):
+    """Profiles what runs in its context into a directory, an `epath.Path`, as xprof reads it."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            yield
+        for file in epath.Path(folder).glob("**/*.*"):  # the profiler knows no object stores
+            target = directory / file.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.copy(target, overwrite=True)
 
 
 def _read(path, last_step):

@@ -4,15 +4,18 @@ import hashlib
 import os
 import pathlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from densejax.config import UserError
 
-AXIS = "data"
+Axis = str | tuple[str, ...]
+AXIS = "data"  # all devices along one axis
+GROUP, MEMBER = "group", "member"  # or along two, where BatchNorm averages over groups of devices
 
 
 def start() -> None:
@@ -38,10 +41,30 @@ def start() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def mesh() -> Mesh:
-    """All devices of all processes along one axis, "data"."""
+def mesh(group_size: int = 0, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices along the axis "data", or along "group" and "member".
+
+    Args:
+      group_size: neighbouring devices in a group, a divisor of their number; 0: no groups.
+      devices: all devices of all processes unless said otherwise.
+
+    Raises:
+      UserError: the devices do not divide into such groups.
+    """
+    count = len(devices or jax.devices())
+    if group_size and count % group_size:
+        raise UserError(
+            f"parallel.batch_norm_group_size = {group_size}: must divide the {count} devices"
+        )
+    shape = (count // group_size, group_size) if group_size else (count,)
+    names = (GROUP, MEMBER) if group_size else (AXIS,)
     # Explicit axes, JAX's default, would ask linen's layers for shardings they do not know.
-    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
+
+
+def axis(mesh: Mesh) -> Axis:
+    """The name of a mesh's one axis, or the names of its two: what a reduction over all takes."""
+    return mesh.axis_names if len(mesh.axis_names) > 1 else mesh.axis_names[0]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -51,22 +74,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def split(mesh: Mesh) -> NamedSharding:
     """The leading axis, examples, cut evenly over the devices."""
-    return NamedSharding(mesh, PartitionSpec(AXIS))
+    return NamedSharding(mesh, PartitionSpec(axis(mesh)))
 
 
-def check_batch_size(key: str, batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError where a batch does not divide evenly over the devices."""
-    if left := batch_size % mesh.size:
+def check_batch_size(key: str, batch_size: int, mesh: Mesh, parts: int = 1) -> None:
+    """Raises UserError where a batch does not divide evenly over the devices, each its parts."""
+    if left := batch_size % (mesh.size * parts):
+        each = f" with train.accumulate_steps = {parts}" if parts > 1 else ""
         raise UserError(
-            f"{key} = {batch_size}: must be a multiple of the {mesh.size} devices, "
-            f"such as {batch_size - left + mesh.size}"
+            f"{key} = {batch_size}: must be a multiple of {mesh.size * parts}, for the "
+            f"{mesh.size} devices{each}, such as {batch_size - left + mesh.size * parts}"
         )
 
 
 def map_step(
     step: Callable[[Any, Any], Any], mesh: Mesh, mode: str, donate: bool = False
 ) -> Callable[[Any, Any], Any]:
-    """Maps `step(state, batch)`, written for one replica with the axis name "data", over a mesh.
+    """Maps `step(state, batch)`, written for one replica and `axis(mesh)`, over a mesh.
 
     Both modes take and return the same arrays: a replicated state, a batch whose leading axis is
     the global batch, replicated results.
@@ -74,7 +98,7 @@ def map_step(
     Args:
       step: function of one replica.
       mesh: the devices.
-      mode: "shard_map" (jit of shard_map) or "pmap".
+      mode: "shard_map" (jit of shard_map) or "pmap", which knows no groups.
       donate: reuse the state's memory for the new state (pmap keeps the old one too: it takes
         the state unstacked, and cannot donate what it broadcasts).
     """
@@ -82,7 +106,7 @@ def map_step(
         mapped = jax.shard_map(
             step,
             mesh=mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+            in_specs=(PartitionSpec(), PartitionSpec(axis(mesh))),
             out_specs=PartitionSpec(),
         )
         return jax.jit(mapped, donate_argnums=(0,) if donate else ())
@@ -93,5 +117,10 @@ def map_step(
     def per_device(array):
         return array.reshape(mesh.size, -1, *array.shape[1:])
 
+    def step_all(state, batch):
+        results = mapped(state, stack(batch))
+        # Each process gets its devices' copies alone.
+        return multihost_utils.host_local_array_to_global_array(results, mesh, PartitionSpec())
+
     stack = jax.jit(lambda batch: jax.tree.map(per_device, batch), out_shardings=split(mesh))
-    return lambda state, batch: mapped(state, stack(batch))
+    return step_all

@@ -12,7 +12,7 @@ from flax import struct
 from densejax import metrics
 from densejax.data.augment import Preparation, example_keys
 from densejax.optimizer import Schedule
-from densejax.parallel import AXIS
+from densejax.parallel import AXIS, Axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Task:
       image_shape: stored (height, width, channels).
       label_smoothing: of the training loss.
       log_every: steps after which the training metrics start anew.
+      axis: of the devices, as `parallel.axis` names it.
+      accumulate_steps: micro-batches, one after the other, that a step's gradient is the mean of.
     """
 
     model: nn.Module
@@ -36,6 +38,8 @@ class Task:
     image_shape: tuple[int, int, int]
     label_smoothing: float = 0.0
     log_every: int = 50
+    axis: Axis = AXIS
+    accumulate_steps: int = 1
 
 
 class TrainState(struct.PyTreeNode):
@@ -90,36 +94,61 @@ def train_step(
     """
     # Gradients of replicated parameters would come summed over replicas; of varying ones they
     # are this replica's own, under shard_map and pmap alike.
-    params = jax.lax.pcast(state.params, AXIS, to="varying")
-    labels = batch["label"]
-    positions = jax.lax.axis_index(AXIS) * len(labels) + jnp.arange(len(labels), dtype=jnp.int32)
+    axis, apart = task.axis, _statistics_differ_over(task)
+    params = jax.lax.pcast(state.params, axis, to="varying")
+    size = len(batch["label"])
+    positions = jax.lax.axis_index(axis) * size + jnp.arange(size, dtype=jnp.int32)
     step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    keys = example_keys(step_key, positions)
-    images = task.preparation.training(batch["image"], keys)
+    keys = jax.random.key_data(example_keys(step_key, positions))
 
-    def loss_of(params):
-        (logits, _), updates = task.model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            images,
-            train=True,
-            keys=jax.random.key_data(keys),
-            mutable=["batch_stats"],
+    def gradient_of(batch_stats, part):
+        """(BatchNorm's new statistics, (this replica's gradient, its metric sums))."""
+
+        def loss_of(params):
+            keys = jax.random.wrap_key_data(part["key"])
+            (logits, _), updates = task.model.apply(
+                {"params": params, "batch_stats": batch_stats},
+                task.preparation.training(part["image"], keys),
+                train=True,
+                keys=part["key"],
+                mutable=["batch_stats"],
+            )
+            losses = metrics.cross_entropy(logits, part["label"], task.label_smoothing)
+            return losses.mean(), (logits, losses, updates["batch_stats"])
+
+        gradient, (logits, losses, batch_stats) = jax.grad(loss_of, has_aux=True)(params)
+        everyone = jnp.ones(losses.shape, bool)
+        return batch_stats, (gradient, metrics.sums(logits, part["label"], losses, everyone))
+
+    batch_stats, batch = state.batch_stats, batch | {"key": keys}
+    if apart:
+        batch_stats = jax.lax.pcast(batch_stats, apart, to="varying")
+    if (parts := task.accumulate_steps) == 1:
+        batch_stats, (gradient, seen) = gradient_of(batch_stats, batch)
+    else:
+        # Every parts-th example, so that a part is the same examples on any number of devices.
+        batch = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), batch
         )
-        losses = metrics.cross_entropy(logits, labels, task.label_smoothing)
-        return losses.mean(), (logits, losses, updates["batch_stats"])
 
-    gradient, (logits, losses, batch_stats) = jax.grad(loss_of, has_aux=True)(params)
-    gradient = jax.lax.pmean(gradient, AXIS)
-    if task.model.batch_norm_axis is None:  # otherwise they are equal already
-        batch_stats = jax.lax.pmean(batch_stats, AXIS)
+        def accumulate(carry, part):
+            batch_stats, results = gradient_of(carry[0], part)
+            return (batch_stats, jax.tree.map(jnp.add, carry[1], results)), None
+
+        varying = (params, jax.lax.pcast(state.metrics, axis, to="varying"))
+        nothing = jax.tree.map(jnp.zeros_like, varying)
+        (batch_stats, (gradient, seen)), _ = jax.lax.scan(accumulate, (batch_stats, nothing), batch)
+        gradient = jax.tree.map(lambda leaf: leaf / parts, gradient)
+    gradient = jax.lax.pmean(gradient, axis)
+    if apart:
+        batch_stats = jax.lax.pmean(batch_stats, apart)
     updates, opt_state = task.optimizer.update(gradient, state.opt_state, state.params)
 
-    seen = metrics.sums(logits, labels, losses, jnp.ones(labels.shape, bool))
     starts_anew = state.step % task.log_every == 0
     sums = jax.tree.map(
         lambda old, new: jnp.where(starts_anew, jnp.zeros_like(old), old) + new,
         state.metrics,
-        jax.lax.psum(seen, AXIS),
+        jax.lax.psum(seen, axis),
     )
     state = state.replace(
         step=state.step + 1,
@@ -146,4 +175,13 @@ def eval_step(task: Task, state: TrainState, batch: dict[str, jax.Array]) -> met
     )
     logits = logits.reshape(*views.shape[:2], -1).mean(0)
     losses = metrics.cross_entropy(logits, batch["label"])
-    return jax.lax.psum(metrics.sums(logits, batch["label"], losses, batch["mask"]), AXIS)
+    return jax.lax.psum(metrics.sums(logits, batch["label"], losses, batch["mask"]), task.axis)
+
+
+def _statistics_differ_over(task: Task) -> tuple[str, ...]:
+    # The axes of the devices that BatchNorm does not average over: its statistics are equal along
+    # the others already.
+    def names(axis):
+        return (axis,) if isinstance(axis, str) else (axis or ())
+
+    return tuple(name for name in names(task.axis) if name not in names(task.model.batch_norm_axis))

@@ -17,7 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import densejax
-from densejax import checkpoint, lock, metric_log, metrics, result, workdir
+from densejax import checkpoint, hosts, lock, metric_log, metrics, result, workdir
 from densejax.config import UserError
 from densejax.experiment import Experiment, build, describe
 from densejax.step import TrainState, train_step
@@ -42,7 +42,7 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
     is_run = (path / "config.json").exists()
     if (mode == "eval" and (is_run or not config.train.weights)) or (is_run and not force):
         workdir.check(path, config)
-    if mode == "train":
+    if mode == "train" and jax.process_index() == 0:
         lock.require_free(path)
     summary = path / "summary.json"
     found = json.loads(summary.read_text()) if summary.exists() else None
@@ -72,7 +72,7 @@ def train(experiment: Experiment, path: epath.Path) -> int:
     """Trains from where the run directory stands; returns the process's exit code."""
     config = experiment.config
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(stop_signals())
+        stop = stack.enter_context(hosts.Stop())
         checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(config, path)))
         stack.enter_context(contextlib.closing(experiment.data))
         state = checkpoints.restore_latest(experiment.abstract_state)
@@ -88,13 +88,14 @@ def train(experiment: Experiment, path: epath.Path) -> int:
         )
         stack.enter_context(contextlib.closing(log))
         state = experiment.start() if state is None else state
-        state, first_step, last_metrics = fit(experiment, state, log, checkpoints, stop)
-        if stop:
+        state, first_step, last_metrics = fit(experiment, state, path, log, checkpoints, stop)
+        if stop.signal:
             checkpoints.wait()
             result.say(
-                f"{stop[0].name}: saved step {int(state.step)}; the same command goes on from it"
+                f"{stop.signal.name}: saved step {int(state.step)}; the same command goes on from "
+                f"it"
             )
-            return 128 + stop[0] if stop[0] is signal.SIGINT else 0
+            return 128 + signal.SIGINT if stop.signal is signal.SIGINT else 0
         chosen = select(experiment, checkpoints) if config.checkpoint.select == "best" else state
         with log.pause():
             known = last_metrics if chosen is state else {}
@@ -114,11 +115,12 @@ def train(experiment: Experiment, path: epath.Path) -> int:
 def fit(
     experiment: Experiment,
     state: TrainState,
+    path: epath.Path,
     log: metric_log.MetricLog,
     checkpoints: checkpoint.Checkpoints,
-    stop: list[signal.Signals],
+    stop: hosts.Stop,
 ) -> tuple[TrainState, float | None, dict[str, dict[str, float]]]:
-    """Takes steps until the last, or until a signal has arrived in `stop`.
+    """Takes steps until the last, or until `stop` says that all processes stop.
 
     Returns:
       The state, seconds from the package's import to the end of its first step (None without
@@ -149,17 +151,25 @@ def fit(
             values = {f"train_{name}": value for name, value in finite_means(step, sums).items()}
             log.train(step, values | {"learning_rate": float(sums["learning_rate"])})
 
-    for step in range(int(state.step) + 1, last + 1):
+    start, profile = int(state.step), contextlib.ExitStack()
+    # Steps that lie behind a resume have been traced before it.
+    first_traced, last_traced = config.profile.steps or (0, 0)
+    for step in range(start + 1, last + 1):
+        if step == max(first_traced, start + 1) <= last_traced and jax.process_index() == 0:
+            profile.enter_context(metric_log.trace(path / "profile"))
         state, sums = take_step(state, experiment.data.train.batch(step - 1))
         if first_step is None:
             jax.block_until_ready(sums)
             first_step = time.monotonic() - densejax.STARTED
         jax.block_until_ready(before)  # one step is queued, no more: a signal need not wait long
         before = sums
+        if step == last_traced:
+            jax.block_until_ready(sums)
+            profile.close()
         log_late()  # the metrics of the step before, while the device is busy with this one
         if due(step, config.log.every_steps, last):
             late.append((step, sums))
-        stops = bool(stop)  # read once: a signal that arrives below this line waits for a step
+        stops = stop.after_step()  # a signal that arrives below this line waits for a step
         evaluates = due(step, evaluate_every, last)
         saves = stops or due(step, save_every, last) or (evaluates and best_is_kept)
         if evaluates or saves:
@@ -174,6 +184,7 @@ def fit(
                     checkpoints.save(step, state, {f"{split}_error": error})
         if stops:
             break
+    profile.close()
     return state, first_step, evaluated
 
 
@@ -194,21 +205,3 @@ def select(experiment: Experiment, checkpoints: checkpoint.Checkpoints) -> Train
     if state is None:
         raise UserError("--mode=eval: there is no checkpoint to evaluate; train first")
     return state
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Collects SIGTERM and SIGINT in a list; a second one ends the process at once."""
-    received = []
-
-    def receive(number, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(signal.Signals(number))
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

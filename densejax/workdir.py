@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import socket
 import sys
+import time
 from collections.abc import Iterator
 
 import jax
@@ -26,8 +27,9 @@ from densejax.config import UserError, flatten
 # What a resume may change: these keys and everything below them.
 RESUMABLE = (
     *("checkpoint.every_epochs", "checkpoint.keep_latest", "data.directory", "data.manual_dir"),
-    *("data.workers", "evaluate.batch_size", "log", "parallel.mode", "train.epochs"),
+    *("data.workers", "evaluate.batch_size", "log", "parallel.mode", "profile", "train.epochs"),
 )
+VISIBLE = 60.0  # seconds within which every host sees what process 0 wrote
 PACKAGES = ("densejax", "flax", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
 
 
@@ -106,6 +108,7 @@ def open_run(
                     stack.enter_context(lock.hold(path))
                     _record_start(path, config, _accepted_changes(path, config, force))
                 elif my_turn:
+                    _wait_for(path / "config.json")
                     _accepted_changes(path, config, force=False)
             except (WorkdirError, lock.LockError) as error:
                 problem = str(error)
@@ -139,6 +142,18 @@ def _accepted_changes(path, config, force) -> list[str] | None:
             "Choose another --workdir, or --resume=force to take the new."
         )
     return changes
+
+
+def _wait_for(stored) -> None:
+    # A network disk may show what another host wrote only after its cache has expired.
+    deadline = time.monotonic() + VISIBLE
+    while not stored.exists():
+        if time.monotonic() > deadline:
+            raise WorkdirError(
+                f"workdir={stored.parent}: process {jax.process_index()} does not see what process "
+                f"0 wrote there. Choose a --workdir that all hosts share."
+            )
+        time.sleep(0.5)
 
 
 def _record_start(path, config, changes) -> None:

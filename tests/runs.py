@@ -90,13 +90,7 @@ def stepper(experiment):
 def build(config, devices=4):
     """The experiment on the first `devices` devices."""
     whole = parallel.mesh
-    small = jax.make_mesh(
-        (devices,),
-        (parallel.AXIS,),
-        devices=jax.devices()[:devices],
-        axis_types=(jax.sharding.AxisType.Auto,),
-    )
-    parallel.mesh = lambda: small
+    parallel.mesh = functools.partial(whole, devices=jax.devices()[:devices])
     try:
         return experiment.build(config)
     finally:

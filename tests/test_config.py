@@ -32,6 +32,7 @@ OUT_OF_RANGE = {
     "augmentation.lighting": [-0.1, float("nan")],
     "train.epochs": [0, -1],
     "train.batch_size": [0, -64],
+    "train.accumulate_steps": [0, -1],
     "train.label_smoothing": [-0.1, 1.0, float("nan")],
     "train.dtype": ["float16", "int8"],
     "optimizer.learning_rate": [0.0, -0.1, float("nan")],
@@ -52,8 +53,10 @@ OUT_OF_RANGE = {
     "checkpoint.select": ["first"],
     "parallel.mode": ["jit"],
     "parallel.batch_norm": ["none"],
+    "parallel.batch_norm_group_size": [-1],
     "log.every_steps": [0],
     "log.seconds": [0.0, -1.0],
+    "profile.steps": [(3,), (0, 3), (4, 3), (1.0, 2), (1, 2, 3)],
 }
 CHECKED_ELSEWHERE = {
     "data.directory",
@@ -123,6 +126,16 @@ def test_drops_that_are_no_numbers_are_refused():
     assert "optimizer.drop_at" in message(with_value("optimizer.drop_at", (0.5, "x")))
 
 
+def test_groups_of_devices_go_with_their_size_and_with_shard_map():
+    for changes in ({"batch_norm": "groups"}, {"batch_norm_group_size": 2}):
+        config = runs.tiny(**{f"parallel__{key}": value for key, value in changes.items()})
+        assert "parallel.batch_norm_group_size" in message(config)
+    groups = {"parallel__batch_norm": "groups", "parallel__batch_norm_group_size": 2}
+    schema.check(runs.tiny(**groups))
+    text = message(runs.tiny(parallel__mode="pmap", **groups))
+    assert text.startswith("parallel.mode = 'pmap'") and "'shard_map'" in text
+
+
 def test_two_drops_at_the_same_place_are_refused():
     assert "optimizer.drop_at" in message(with_value("optimizer.drop_at", (0.5, 0.5)))
 
@@ -131,7 +144,7 @@ def test_an_unknown_key_lists_its_section():
     config = runs.tiny()
     config.train.epoch = 3
     assert message(config).startswith(
-        "unknown key train.epoch; allowed here are train.batch_size, "
+        "unknown key train.epoch; allowed here are train.accumulate_steps, "
     )
     config = runs.tiny()
     config.colour = 3
@@ -288,6 +301,8 @@ def test_every_key_is_read(monkeypatch, tmp_path):
     monkeypatch.setattr(main, "WORKDIR", type("", (), {"value": None}))
     monkeypatch.setattr(main, "MODE", type("", (), {"value": "train"}))
     monkeypatch.setattr(main, "RESUME", type("", (), {"value": "same"}))
+    for name in ("COORDINATOR", "PROCESSES", "PROCESS"):
+        monkeypatch.setattr(main, name, type("", (), {"value": None}))
     monkeypatch.chdir(tmp_path)
     assert main.main() == 0
     assert sorted(path.name[:5] for path in (tmp_path / "runs").iterdir()) == ["tiny-"]

@@ -29,7 +29,17 @@ LEVELS = {
         "weight_files",
         "weight_names",
     ],
-    1: ["models", "data", "optimizer", "parallel", "checkpoint", "lock", "workdir", "metric_log"],
+    1: [
+        "models",
+        "data",
+        "optimizer",
+        "hosts",
+        "parallel",
+        "checkpoint",
+        "lock",
+        "workdir",
+        "metric_log",
+    ],
     2: ["step", "transfer", "pretrained", "analysis"],
     3: ["experiment", "result", ""],  # the package itself imports when its function is called
     4: ["train", "command_line", "compile", "classifier", "predict", "export", "summary"],

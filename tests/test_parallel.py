@@ -58,6 +58,40 @@ def test_statistics_of_each_replica_differ_from_global_ones_and_agree_between_mo
     assert runs.distance(shard_map.params, reference.params) > 1e-3
 
 
+def test_groups_lie_between_all_devices_and_each_alone(reference):
+    def grouped(size):
+        experiment = runs.build(
+            runs.tiny(parallel__batch_norm="groups", parallel__batch_norm_group_size=size)
+        )
+        state, _ = runs.stepper(experiment)(first_state(), experiment.data.train.batch(0))
+        return jax.device_get(state)
+
+    runs.assert_same_bits(grouped(4), trained(4, "shard_map", steps=1))
+    runs.assert_same_bits(grouped(1), trained(4, "shard_map", "replica", steps=1))
+    assert runs.distance(grouped(2).batch_stats, grouped(1).batch_stats) > 1e-4
+    assert runs.distance(grouped(2).batch_stats, grouped(4).batch_stats) > 1e-4
+
+
+def test_groups_that_do_not_divide_the_devices_are_refused():
+    with pytest.raises(UserError, match="group_size = 3: must divide the 4 devices"):
+        parallel.mesh(3)
+
+
+@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+def test_micro_batches_are_the_same_examples_on_any_devices(mode):
+    states = []
+    for devices in (1, 4):
+        config = runs.tiny(train__accumulate_steps=4, parallel__mode=mode)
+        experiment = runs.build(config, devices)
+        step, state = runs.stepper(experiment), first_state()
+        for index in range(3):
+            state, _ = step(state, experiment.data.train.batch(index))
+        states.append(jax.device_get(state))
+    assert runs.distance(*(state.params for state in states)) < ROUNDING
+    assert runs.distance(*(state.batch_stats for state in states)) < ROUNDING
+    assert int(states[0].metrics["count"]) == int(states[1].metrics["count"]) == 3 * 256
+
+
 PRECISE = """
 import jax
 from tests import runs
@@ -119,6 +153,8 @@ def test_a_batch_that_does_not_divide_names_the_next_that_does():
     parallel.check_batch_size("train.batch_size", 8, parallel.mesh())
     with pytest.raises(UserError, match="train.batch_size = 9: .* the 4 devices, such as 12"):
         parallel.check_batch_size("train.batch_size", 9, parallel.mesh())
+    with pytest.raises(UserError, match="multiple of 8, .* train.accumulate_steps = 2, such as 16"):
+        parallel.check_batch_size("train.batch_size", 12, parallel.mesh(), parts=2)
 
 
 def test_the_compilation_cache_is_private_and_yields_to_the_environment(monkeypatch, tmp_path):

@@ -13,8 +13,10 @@ from tests import runs
 
 
 @functools.cache
-def experiment(batch_norm="global", seed=0):
-    return runs.build(runs.tiny(seed=seed, parallel__batch_norm=batch_norm))
+def experiment(batch_norm="global", seed=0, accumulate_steps=1):
+    changes = {"parallel__batch_norm_group_size": 2} if batch_norm == "groups" else {}
+    changes |= {"train__accumulate_steps": accumulate_steps}
+    return runs.build(runs.tiny(seed=seed, parallel__batch_norm=batch_norm, **changes))
 
 
 @functools.cache
@@ -31,8 +33,11 @@ def after(steps, *which):
     return mapped(*which)(state, experiment(*which).data.train.batch(steps - 1))
 
 
-def by_hand(task, parts, state, batch):
-    """The mean over equal parts of the batch of ((loss, new statistics), gradient)."""
+def by_hand(task, parts, state, batch, every=False):
+    """((loss, new statistics), gradient) of equal parts of the batch, or of every parts-th image.
+
+    Leaves have the parts as their first axis.
+    """
     model = task.model.clone(batch_norm_axis=None)
 
     def loss_of(params, part):
@@ -49,25 +54,29 @@ def by_hand(task, parts, state, batch):
         loss = -((1 - smooth) * hit + smooth * log_p.mean(-1)).mean()
         return loss, updates["batch_stats"]
 
+    def cut(leaf):
+        if every:
+            return leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1)
+        return leaf.reshape(parts, -1, *leaf.shape[1:])
+
     @jax.jit
-    def mean(batch):
+    def results(batch):
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         keys = jax.vmap(lambda place: jax.random.fold_in(step_key, place))(jnp.arange(256))
         images = task.preparation.training(batch["image"], keys)
         batch = {"image": images, "label": batch["label"], "key": jax.random.key_data(keys)}
-        batch = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
         value = jax.value_and_grad(loss_of, has_aux=True)
-        results = jax.lax.map(lambda part: value(state.params, part), batch)
-        return jax.tree.map(lambda leaf: leaf.mean(0), results)
+        return jax.lax.map(lambda part: value(state.params, part), jax.tree.map(cut, batch))
 
-    return mean(batch)
+    return results(batch)
 
 
-@pytest.mark.parametrize(("batch_norm", "parts"), [("global", 1), ("replica", 4)])
+@pytest.mark.parametrize(("batch_norm", "parts"), [("global", 1), ("replica", 4), ("groups", 2)])
 def test_a_step_on_four_devices_is_that_of_the_mean_loss(batch_norm, parts):
     (state, sums), (new, new_sums) = jax.device_get((after(1, batch_norm), after(2, batch_norm)))
     batch = jax.device_get(experiment(batch_norm).data.train.batch(1))
-    (loss, stats), gradient = by_hand(experiment(batch_norm).task, parts, state, batch)
+    results = by_hand(experiment(batch_norm).task, parts, state, batch)
+    (loss, stats), gradient = jax.tree.map(lambda leaf: leaf.mean(0), results)
     # Nesterov momentum 0.9, coupled decay 1e-4 of every parameter, and warm-up's second step.
     trace = lambda state: optax.tree_utils.tree_get(state.opt_state, "trace")  # noqa: E731
     decayed = jax.tree.map(lambda g, p: g + 1e-4 * p, gradient, state.params)
@@ -77,6 +86,27 @@ def test_a_step_on_four_devices_is_that_of_the_mean_loss(batch_norm, parts):
     assert runs.distance(new.params, moved) < 1e-6
     assert runs.distance(new.batch_stats, stats) < 1e-6
     assert new_sums["loss"] - sums["loss"] == pytest.approx(256 * float(loss), rel=1e-5)
+
+
+def test_micro_batches_are_every_nth_image_one_after_another():
+    which = ("global", 0, 4)
+    (state, sums), (new, new_sums) = jax.device_get((after(1, *which), after(2, *which)))
+    batch = jax.device_get(experiment(*which).data.train.batch(1))
+    (losses, stats), gradient = by_hand(experiment(*which).task, 4, state, batch, every=True)
+    decayed = jax.tree.map(lambda g, p: g.mean(0) + 1e-4 * p, gradient, state.params)
+    trace = lambda state: optax.tree_utils.tree_get(state.opt_state, "trace")  # noqa: E731
+    expected = jax.tree.map(lambda d, t: d + 0.9 * t, decayed, trace(state))
+    assert runs.distance(trace(new), expected) < 1e-5
+    assert new_sums["loss"] - sums["loss"] == pytest.approx(256 * float(losses.mean()), rel=1e-5)
+    assert int(new_sums["count"] - sums["count"]) == 256
+
+    def in_turn(old, updated):  # each moves the running statistics by a tenth
+        result = old
+        for one in updated:
+            result = 0.9 * result + (one - 0.9 * old)
+        return result
+
+    assert runs.distance(new.batch_stats, jax.tree.map(in_turn, state.batch_stats, stats)) < 1e-5
 
 
 def test_a_step_repeats_bitwise_and_does_not_change_its_arguments():

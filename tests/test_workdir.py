@@ -11,6 +11,8 @@ import time
 
 import ml_collections
 import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
 
 from densejax import lock, workdir
 from densejax.workdir import WorkdirError, difference, digest, open_run, write_json
@@ -264,3 +266,50 @@ def test_changed_versions_are_logged(tmp_path, monkeypatch, caplog):
     with open_run(tmp_path, make_config()):
         pass
     assert 'Versions differ from the last start: flax: "0.0+' in caplog.text
+
+
+class Bucket(MemoryFileSystem):
+    """An object store: files are written whole, with no append and no exclusive creation."""
+
+    protocol = ("gs", "gcs")
+    store, pseudo_dirs = {}, [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.partition("://")[2].strip("/") if "://" in path else path.rstrip("/")
+
+    def _open(self, path, mode="rb", **options):
+        assert mode in ("rb", "wb"), mode
+        return super()._open(path, mode, **options)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A path in it."""
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "gcs", Bucket)
+    cache = epath.backend._FileSystemSpecBackend._get_filesystem
+    cache.cache_clear()
+    monkeypatch.setattr(Bucket, "store", {})
+    yield epath.Path("gs://bucket/run")
+    cache.cache_clear()
+
+
+def test_a_run_directory_in_an_object_store(bucket):
+    with open_run(bucket, make_config()) as run:
+        assert run == bucket
+        with pytest.raises(WorkdirError, match="in use"), open_run(bucket, make_config()):
+            pass
+    with open_run(bucket, make_config(train__epochs=301)):
+        pass
+    with pytest.raises(WorkdirError, match="seed: 0 -> 1"), open_run(bucket, make_config(seed=1)):
+        pass
+    assert sorted(path.name for path in bucket.iterdir()) == ["config.json", "history.jsonl"]
+    assert workdir.changes(bucket) == ["train.epochs: 300 -> 301"]
+
+
+def test_a_directory_that_hosts_do_not_share_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir, "VISIBLE", 0.0)
+    monkeypatch.setattr(workdir.jax, "process_index", lambda: 1)
+    with pytest.raises(WorkdirError, match="process 1 does not see .* all hosts share"):
+        with open_run(tmp_path, make_config()):
+            pass

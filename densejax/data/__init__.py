@@ -106,6 +106,12 @@ def hold_out(size: int, validation_size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[validation_size:]), np.sort(order[:validation_size])
 
 
+def prepare(config: ConfigDict) -> None:
+    """Writes a set that is kept in memory to `data.directory`, if it is not there yet."""
+    if config.data.storage == "memory":
+        builders.prepare(config.data.name, config.data.directory, config.data.manual_dir)
+
+
 def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Data:
     """Opens a stream, or reads a set (preparing it first) and puts it on the devices.
 
