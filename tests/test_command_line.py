@@ -62,7 +62,7 @@ NEW = "--workdir={tmp}/run"
 CASES = {
     "wrong key": (
         [DIGITS, "--config.train.epoch=3"],
-        "train.epoch: unknown key; allowed are train.batch_size, train.dtype, train.epochs,",
+        "train.epoch: unknown key; allowed are train.accumulate_steps, train.batch_size,",
     ),
     "wrong section": ([DIGITS, "--config.trian.epochs=3"], "trian.epochs: unknown key; allowed"),
     "wrong field": ([DIGITS, "--config.model.width=3"], "model.width: unknown key; allowed"),
@@ -103,7 +103,7 @@ CASES = {
     "batch of 0": ([DIGITS, "--config.train.batch_size=0"], "train.batch_size = 0: allowed is"),
     "batch that does not divide": (
         [DIGITS, READY, "--config.train.batch_size=30"],
-        "train.batch_size = 30: must be a multiple of the 4 devices, such as 32",
+        "train.batch_size = 30: must be a multiple of 4, for the 4 devices, such as 32",
     ),
     "batch above the set": (
         [DIGITS, READY, "--config.train.batch_size=1440"],

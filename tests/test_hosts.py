@@ -122,7 +122,8 @@ def test_a_laptop_is_alone(monkeypatch):
     ],
 )
 def test_a_cluster_is_detected(monkeypatch, environment, platforms, method):
-    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)  # JAX sets it where no TPU is
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_ML_PLATFORM"):
+        monkeypatch.delenv(name, raising=False)  # JAX and libtpu set some where no TPU is
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     before = jax.config.jax_platforms

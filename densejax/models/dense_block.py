@@ -109,24 +109,24 @@ def evaluate(
 
 def _evaluate(epsilon, survivals, plan, x, layers, running):
     features, channels = _widen(x, layers), x.shape[-1]
-    for layer, stats, survival in zip(layers, running, survivals, strict=True):
+    for params, stats, survival in zip(layers, running, survivals, strict=True):
         norms = {name: Statistics(pair["mean"], pair["var"]) for name, pair in stats.items()}
-        features = _evaluate_layer(epsilon, plan, features, channels, layer, norms, survival)
-        channels += _growth(layer)
+        features = _evaluate_layer(epsilon, plan, features, channels, params, norms, survival)
+        channels += _growth(params)
     return features
 
 
-def _evaluate_layer(epsilon, plan, features, channels, layer, norms, survival):
+def _evaluate_layer(epsilon, plan, features, channels, params, norms, survival):
     """Features with a layer's new maps written behind; nothing else leaves the cache."""
-    first, last = layer["conv1"], layer["conv2" if "conv2" in layer else "conv1"]
+    first, last = params["conv1"], params[_last_conv(params)]
     last = jax.tree.map(lambda leaf: leaf * survival, last)
-    if "conv2" in layer:
-        first = fold(first, *affine(norms["norm2"], layer["norm2"], epsilon))
+    if "conv2" in params:
+        first = fold(first, *affine(norms["norm2"], params["norm2"], epsilon))
 
     def piece(_, features):
         x = features[..., :channels]
-        z = _relu(normalise(x, norms["norm1"], layer["norm1"], epsilon), x)
-        if "conv2" in layer:
+        z = _relu(normalise(x, norms["norm1"], params["norm1"], epsilon), x)
+        if "conv2" in params:
             z = _relu(pointwise(z, first), x)
         return (), conv3x3(z, last, plan.products)
 
@@ -165,166 +165,165 @@ def _train_backward(settings, saved, cotangents):
 _train.defvjp(_train_forward, _train_backward)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """One layer of a block in training, and its share of both passes."""
+
+    settings: Settings
+    plan: Plan
+    keys: jax.Array | None
+    index: int
+    params: LayerParams
+    channels: int  # that it reads
+
+    def normalise(self, number: int, x: jax.Array, stats: Statistics) -> jax.Array:
+        """ReLU of the first or second norm of x."""
+        return _relu(normalise(x, stats, self.params[f"norm{number}"], self.settings.epsilon), x)
+
+    def drop(self, y: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """Dropout after a bottleneck's 1x1 convolution; its own transpose."""
+        return dropout(y, self.settings.dropout_rate, self.settings.salts[self.index][0], keys)
+
+    def thin_out(self, y: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """Dropout and stochastic depth of the new maps; its own transpose."""
+        first, second, survival = self.settings.salts[self.index]
+        salt = second if "conv2" in self.params else first
+        y = dropout(y, self.settings.dropout_rate, salt, keys)
+        return survive(y, self.settings.survivals[self.index], survival, keys)
+
+    def bottleneck(self, features: jax.Array, stats: Statistics) -> jax.Array:
+        """The output h of the 1x1 convolution."""
+
+        def piece(cut, _):
+            z = self.normalise(1, cut(features, self.channels), stats)
+            return (), self.drop(pointwise(z, self.params["conv1"]), cut(self.keys))
+
+        newest = features[..., self.channels - 1 : self.channels]
+        h = _scratch(newest, self.params["conv1"]["kernel"].shape[-1])
+        return _in_pieces(self.plan, features, piece, (), h)[1]
+
+    def write(self, features: jax.Array, h: jax.Array | None, stats: Statistics) -> jax.Array:
+        """Features with the new maps behind, from the bottleneck's h or, without, themselves."""
+        number, conv = (1 if h is None else 2), self.params[_last_conv(self.params)]
+
+        def piece(cut, features):
+            x = features[..., : self.channels] if h is None else cut(h)
+            y = conv3x3(self.normalise(number, x, stats), conv, self.plan.products)
+            return (), self.thin_out(y, cut(self.keys))
+
+        return _in_pieces(self.plan, features, piece, (), features, self.channels)[1]
+
+    def through_last(self, h, stats, dy, scratch):
+        """(gradients of norm2 and conv2, that of norm2's result where its ReLU lets it through)."""
+
+        def piece(cut, _):
+            x, dy_here = cut(h), self.thin_out(cut(dy), cut(self.keys))
+            u = self.normalise(2, x, stats)
+            dv, dconv = conv3x3_backward(u, dy_here, self.params["conv2"], self.plan.products)
+            dv, sums = _through_relu(u, dv, x, stats.mean)
+            return (dconv, sums), dv
+
+        sums = _zeros(self.params["conv2"], self.params["norm2"])
+        (dconv, sums), dv = _in_pieces(self.plan, h, piece, sums, scratch)
+        rate = lax.rsqrt(stats.variance + self.settings.epsilon)
+        return {"norm2": {"scale": sums["scale"] * rate, "bias": sums["bias"]}, "conv2": dconv}, dv
+
+    def through_norm2(self, h, stats, dnorm):
+        """A function of pieces of h and of the gradient dv of norm2's result: that of h."""
+        rate = lax.rsqrt(stats.variance + self.settings.epsilon)
+        slope = self.params["norm2"]["scale"] * rate
+        sums = jnp.stack([dnorm["bias"], dnorm["scale"] * rate])
+        of_mean, of_variance = sum_over(sums, self.settings.axis) / _count(self.settings, h)
+
+        def backward(h, dv):
+            centred = wide(h) - stats.mean
+            return ((wide(dv) - of_mean - centred * of_variance) * slope).astype(h.dtype)
+
+        return backward
+
+    def through_first(self, features, stats, dy, gradient, of_statistics, through_norm2, h):
+        """Adds the layer's share to the gradients of the features before it and their statistics.
+
+        dy is the gradient of the new maps or, with a bottleneck, of norm2's result.
+        """
+
+        def piece(cut, gradient):
+            x, keys = cut(features, self.channels), cut(self.keys)
+            z = self.normalise(1, x, stats)
+            if h is None:
+                dy_here = self.thin_out(cut(dy), keys)
+                dz, dconv = conv3x3_backward(z, dy_here, self.params["conv1"], self.plan.products)
+            else:
+                dh = self.drop(through_norm2(cut(h), cut(dy)), keys)
+                dz, dconv = pointwise_backward(z, dh, self.params["conv1"])
+            dz, sums = _through_relu(z, dz, x, stats.mean)
+            share = (wide(dz) * slope).astype(x.dtype)
+            return (dconv, sums), gradient[..., : self.channels] + share
+
+        rate = lax.rsqrt(stats.variance + self.settings.epsilon)
+        slope = self.params["norm1"]["scale"] * rate
+        sums = _zeros(self.params["conv1"], self.params["norm1"])
+        (dconv, sums), gradient = _in_pieces(self.plan, features, piece, sums, gradient)
+        # The first norm's statistics are shared with all later layers.
+        of_mean = of_statistics.mean.at[: self.channels].add(-slope * sums["bias"])
+        shared = -0.5 * slope * rate**2 * sums["scale"]
+        of_variance = of_statistics.variance.at[: self.channels].add(shared)
+        norm = {"scale": sums["scale"] * rate, "bias": sums["bias"]}
+        return {"norm1": norm, "conv1": dconv}, gradient, Statistics(of_mean, of_variance)
+
+
+def _layers(settings, plan, layers, keys, channels):
+    """The layers of a block, the first of which reads so many channels."""
+    for index, params in enumerate(layers):
+        yield _Layer(settings, plan, keys, index, params, channels)
+        channels += _growth(params)
+
+
 def _forward(settings: Settings, plan: Plan, x, layers, keys):
     """(features, their statistics, bottlenecks' outputs or None, bottlenecks' statistics)."""
     features = _widen(x, layers)
     stats, outputs, bottlenecks = statistics(x, settings.axis), [], []
-    for index, layer in enumerate(layers):
-        first, last = len(stats.mean), len(stats.mean) + _growth(layer)
+    for layer in _layers(settings, plan, layers, keys, x.shape[-1]):
         h = inner = None
-        if "conv2" in layer:
-            h = _bottleneck(settings, plan, index, features, stats, layer, keys)
+        if "conv2" in layer.params:
+            h = layer.bottleneck(features, stats)
             inner = statistics(h, settings.axis)
-        features = _new_maps(settings, plan, index, features, h, inner or stats, layer, keys)
+        features = layer.write(features, h, inner or stats)
+        new = features[..., layer.channels : layer.channels + _growth(layer.params)]
+        stats = Statistics(
+            *map(jnp.concatenate, zip(stats, statistics(new, settings.axis), strict=True))
+        )
         outputs.append(h if settings.keep_bottlenecks else None)
         bottlenecks.append(inner)
-        new = statistics(features[..., first:last], settings.axis)
-        stats = Statistics(*map(jnp.concatenate, zip(stats, new, strict=True)))
     return features, stats, outputs, bottlenecks
-
-
-def _bottleneck(settings, plan, index, features, stats, layer, keys):
-    """The output of a layer's 1x1 convolution."""
-    channels = len(stats.mean)
-
-    def piece(cut, _):
-        x = cut(features, channels)
-        z = _relu(normalise(x, stats, layer["norm1"], settings.epsilon), x)
-        h = pointwise(z, layer["conv1"])
-        return (), dropout(h, settings.dropout_rate, settings.salts[index][0], cut(keys))
-
-    h = _scratch(features[..., channels - 1 : channels], layer["conv1"]["kernel"].shape[-1])
-    return _in_pieces(plan, features, piece, (), h)[1]
-
-
-def _new_maps(settings, plan, index, features, h, stats, layer, keys):
-    """Features with a layer's new maps, the output of its 3x3 convolution, written behind."""
-    channels, number = len(layer["norm1"]["scale"]), 1 if h is None else 2
-
-    def piece(cut, features):
-        u = features[..., :channels] if h is None else cut(h)
-        u = _relu(normalise(u, stats, layer[f"norm{number}"], settings.epsilon), u)
-        y = conv3x3(u, layer[f"conv{number}"], plan.products)
-        return (), _thin_out(settings, index, number, y, cut(keys))
-
-    return _in_pieces(plan, features, piece, (), features, channels)[1]
-
-
-def _thin_out(settings, index, number, y, keys):
-    """Dropout and stochastic depth of a layer's new maps; its own transpose."""
-    y = dropout(y, settings.dropout_rate, settings.salts[index][number - 1], keys)
-    return survive(y, settings.survivals[index], settings.salts[index][2], keys)
 
 
 def _backward(settings: Settings, plan: Plan, saved, gradient, of_statistics):
     """Gradients of the block's input and of its layers' parameters."""
     features, stats, outputs, bottlenecks, layers, keys = saved
-    channels, gradients, scratch = features.shape[-1], [], None
-    for index in reversed(range(len(layers))):
-        layer, inner, h = layers[index], bottlenecks[index], outputs[index]
-        new = slice(channels - _growth(layer), channels)
-        channels = new.start
-        dy = _through_statistics(settings, features, gradient, stats, of_statistics, new)
+    gradients, scratch, last = [], None, features.shape[-1]
+    first = last - sum(map(_growth, layers))
+
+    def through_statistics(channels):
+        return _through_statistics(settings, features, gradient, stats, of_statistics, channels)
+
+    for layer in reversed(list(_layers(settings, plan, layers, keys, first))):
+        dy, last = through_statistics(slice(layer.channels, last)), layer.channels
+        h, inner, of_layer = outputs[layer.index], bottlenecks[layer.index], {}
+        before = Statistics(*(leaf[: layer.channels] for leaf in stats))
         # Without the barrier XLA would keep what the forward pass made instead of making it again.
         features, h, dy = lax.optimization_barrier((features, h, dy))
-        before = Statistics(*(leaf[:channels] for leaf in stats))
-        of_layer = {}
+        through_norm2 = None
         if inner is not None:
-            if h is None:
-                h = _bottleneck(settings, plan, index, features, before, layer, keys)
-            if scratch is None:
-                scratch = _scratch(dy, h.shape[-1])
-            inner_gradients, dy = _through_last(
-                settings, plan, index, h, dy, inner, layer, keys, scratch
-            )
-            scratch = dy
-            of_layer |= inner_gradients
-        first, of_statistics, gradient = _through_first(
-            settings,
-            plan,
-            index,
-            features,
-            before,
-            h,
-            inner,
-            dy,
-            layer,
-            keys,
-            gradient,
-            of_statistics,
-            of_layer,
+            h = layer.bottleneck(features, before) if h is None else h
+            scratch = _scratch(dy, h.shape[-1]) if scratch is None else scratch
+            of_layer, dy = layer.through_last(h, inner, dy, scratch)
+            through_norm2, scratch = layer.through_norm2(h, inner, of_layer["norm2"]), dy
+        share, gradient, of_statistics = layer.through_first(
+            features, before, dy, gradient, of_statistics, through_norm2, h
         )
-        gradients.append(of_layer | first)
-    new = slice(0, channels)
-    dx = _through_statistics(settings, features, gradient, stats, of_statistics, new)
-    return dx, gradients[::-1]
-
-
-def _through_last(settings, plan, index, h, dy, inner, layer, keys, scratch):
-    """Gradients of a bottleneck's second norm and convolution, and of that norm's result."""
-
-    def piece(cut, _):
-        x = cut(h)
-        u = _relu(normalise(x, inner, layer["norm2"], settings.epsilon), x)
-        dv, dconv = conv3x3_backward(
-            u, _thin_out(settings, index, 2, cut(dy), cut(keys)), layer["conv2"], plan.products
-        )
-        dv, sums = _through_relu(u, dv, x, inner.mean)
-        return (dconv, sums), dv
-
-    zeros = _zeros(layer["conv2"], layer["norm2"])
-    (dconv, sums), dv = _in_pieces(plan, h, piece, zeros, scratch)
-    rate = lax.rsqrt(inner.variance + settings.epsilon)
-    return {"norm2": {"scale": sums["scale"] * rate, "bias": sums["bias"]}, "conv2": dconv}, dv
-
-
-def _through_first(
-    settings,
-    plan,
-    index,
-    features,
-    before,
-    h,
-    inner,
-    dy,
-    layer,
-    keys,
-    gradient,
-    of_statistics,
-    of_layer,
-):
-    """Adds a layer's share to the gradient of the features before it."""
-    channels = len(before.mean)
-    if inner is not None:
-        rate2 = lax.rsqrt(inner.variance + settings.epsilon)
-        slope2 = layer["norm2"]["scale"] * rate2
-        sums = jnp.stack([of_layer["norm2"]["bias"], of_layer["norm2"]["scale"] * rate2])
-        mean_share, variance_share = sum_over(sums, settings.axis) / _count(settings, h)
-    rate = lax.rsqrt(before.variance + settings.epsilon)
-    slope = layer["norm1"]["scale"] * rate
-
-    def piece(cut, gradient):
-        x, dv = cut(features, channels), cut(dy)
-        z = _relu(normalise(x, before, layer["norm1"], settings.epsilon), x)
-        if inner is None:
-            dv = _thin_out(settings, index, 1, dv, cut(keys))
-            dz, dconv = conv3x3_backward(z, dv, layer["conv1"], plan.products)
-        else:
-            centred = wide(cut(h)) - inner.mean
-            dh = ((wide(dv) - mean_share - centred * variance_share) * slope2).astype(x.dtype)
-            dh = dropout(dh, settings.dropout_rate, settings.salts[index][0], cut(keys))
-            dz, dconv = pointwise_backward(z, dh, layer["conv1"])
-        dz, sums = _through_relu(z, dz, x, before.mean)
-        return (dconv, sums), gradient[..., :channels] + (wide(dz) * slope).astype(x.dtype)
-
-    zeros = _zeros(layer["conv1"], layer["norm1"])
-    (dconv, sums), gradient = _in_pieces(plan, features, piece, zeros, gradient)
-    # The first norm's statistics are shared with all later layers.
-    of_mean, of_variance = of_statistics
-    of_mean = of_mean.at[:channels].add(-slope * sums["bias"])
-    of_variance = of_variance.at[:channels].add(-0.5 * slope * rate**2 * sums["scale"])
-    gradients = {"norm1": {"scale": sums["scale"] * rate, "bias": sums["bias"]}, "conv1": dconv}
-    return gradients, Statistics(of_mean, of_variance), gradient
+        gradients.append(of_layer | share)
+    return through_statistics(slice(0, first)), gradients[::-1]
 
 
 def _through_statistics(settings, features, gradient, stats, of_statistics, channels):
@@ -347,8 +346,12 @@ def _relu(x, like):
     return jnp.maximum(x, 0).astype(like.dtype)
 
 
-def _growth(layer):
-    return layer["conv2" if "conv2" in layer else "conv1"]["kernel"].shape[-1]
+def _last_conv(params):
+    return "conv2" if "conv2" in params else "conv1"
+
+
+def _growth(params):
+    return params[_last_conv(params)]["kernel"].shape[-1]
 
 
 def _count(settings, x):
