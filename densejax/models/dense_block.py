@@ -191,15 +191,14 @@ class _Layer:
         y = dropout(y, self.settings.dropout_rate, salt, keys)
         return survive(y, self.settings.survivals[self.index], survival, keys)
 
-    def bottleneck(self, features: jax.Array, stats: Statistics) -> jax.Array:
-        """The output h of the 1x1 convolution."""
+    def bottleneck(self, features: jax.Array, stats: Statistics, after: jax.Array) -> jax.Array:
+        """The output h of the 1x1 convolution; its memory is taken when `after` is there."""
 
         def piece(cut, _):
             z = self.normalise(1, cut(features, self.channels), stats)
             return (), self.drop(pointwise(z, self.params["conv1"]), cut(self.keys))
 
-        newest = features[..., self.channels - 1 : self.channels]
-        h = _scratch(newest, self.params["conv1"]["kernel"].shape[-1])
+        h = _scratch(after, self.params["conv1"]["kernel"].shape[-1])
         return _in_pieces(self.plan, features, piece, (), h)[1]
 
     def write(self, features: jax.Array, h: jax.Array | None, stats: Statistics) -> jax.Array:
@@ -286,7 +285,7 @@ def _forward(settings: Settings, plan: Plan, x, layers, keys):
     for layer in _layers(settings, plan, layers, keys, x.shape[-1]):
         h = inner = None
         if "conv2" in layer.params:
-            h = layer.bottleneck(features, stats)
+            h = layer.bottleneck(features, stats, features[..., layer.channels - 1 :])
             inner = statistics(h, settings.axis)
         features = layer.write(features, h, inner or stats)
         new = features[..., layer.channels : layer.channels + _growth(layer.params)]
@@ -315,7 +314,7 @@ def _backward(settings: Settings, plan: Plan, saved, gradient, of_statistics):
         features, h, dy = lax.optimization_barrier((features, h, dy))
         through_norm2 = None
         if inner is not None:
-            h = layer.bottleneck(features, before) if h is None else h
+            h = layer.bottleneck(features, before, dy) if h is None else h
             scratch = _scratch(dy, h.shape[-1]) if scratch is None else scratch
             of_layer, dy = layer.through_last(h, inner, dy, scratch)
             through_norm2, scratch = layer.through_norm2(h, inner, of_layer["norm2"]), dy
