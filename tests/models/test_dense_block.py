@@ -228,7 +228,9 @@ def of_replica(model, axes, given):
         (loss, (logits, stats)), (dparams, dx) = pull(model, True)(variables, images, keys)
         if given == "varying":  # gradients of replicated parameters are summed already
             dparams = lax.psum(dparams, axes)
-        return lax.psum(loss, axes), lax.pmean(stats, axes), dparams, logits, dx
+        # Statistics of a group are equal within it.
+        over = "group" if model.batch_norm_axis == "member" else axes
+        return lax.psum(loss, axes), lax.pmean(stats, over), dparams, logits, dx
 
     return run
 
@@ -281,7 +283,7 @@ def test_devices_differ_where_their_norms_do(double):
 def test_a_second_call_and_one_under_vmap_repeat_the_first(double, pieces):
     model = tiny(blocks=(1, 1), block="in_place", **RANDOM)
     inputs = [example(model, seed=seed) for seed in (0, 1)]
-    step = jax.jit(pull(model, True))
+    step = compiled(pull(model, True))
     alone = [step(*one) for one in inputs]
     runs.assert_same_bits(step(*inputs[0]), alone[0])
     both = jax.vmap(step)(*jax.tree.map(lambda *leaves: np.stack(leaves), *inputs))
@@ -344,9 +346,10 @@ def test_a_large_mean_leaves_variances_and_gradients_right():
         exact_gradients, (_, exact_updated) = jax.device_get(exact)
     variances = batch_variances(stats, updated)
     np.testing.assert_allclose(variances[0], x.astype(np.float64).var((0, 1, 2)), rtol=1e-3)
-    for ours, right in zip(variances, batch_variances(wide(stats), exact_updated), strict=True):
+    right = batch_variances(wide(stats), exact_updated)
+    for ours, exact, tolerance in zip(variances, right, (1e-3, 1e-3, 1e-2, 1e-2), strict=True):
         assert (ours > 0).all()
-        np.testing.assert_allclose(ours, right, rtol=2e-3)
+        np.testing.assert_allclose(ours, exact, rtol=tolerance)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     assert_close(gradients, exact_gradients, 1e-2)
 
@@ -367,10 +370,11 @@ def test_bfloat16_takes_statistics_in_float32():
     for leaf, value in (("mean", exact.mean((0, 1, 2))), ("var", exact.var((0, 1, 2)))):
         ours = (updated["layer2"]["norm1"][leaf] - 0.9 * stats["layer2"]["norm1"][leaf]) / 0.1
         np.testing.assert_allclose(ours, value[:8], rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(jax.tree.leaves(narrow), jax.tree.leaves(right), strict=True):
-        ours, theirs = np.float64(ours).ravel(), np.float64(theirs).ravel()
-        scale = max(np.linalg.norm(theirs), 1.0)
-        assert np.linalg.norm(ours - theirs) < 0.1 * scale
+    names = runs.named(right)
+    for name, ours in runs.named(narrow).items():
+        error = np.linalg.norm(np.float64(ours) - names[name])
+        # What is before a norm has a bias of no gradient.
+        assert error < 0.1 * max(np.linalg.norm(names[name]), 5.0), name
 
 
 def test_bfloat16_logits_are_near_those_of_float32():
