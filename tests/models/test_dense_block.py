@@ -188,13 +188,28 @@ def temp_bytes(block, depth):
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-def test_memory_grows_linearly_with_depth():
+@pytest.mark.parametrize(
+    "piece_bytes",
+    [
+        1,
+        pytest.param(
+            1e9,
+            marks=pytest.mark.xfail(
+                strict=True, reason="XLA:CPU copies the buffer at every layer of a whole batch"
+            ),
+        ),
+    ],
+    ids=["pieces", "whole"],
+)
+def test_memory_grows_linearly_with_depth(monkeypatch, piece_bytes):
     """Twice the layers take twice the memory that is added; concatenated, four times."""
+    monkeypatch.setitem(convolution.PLANS, "cpu", convolution.Plan(piece_bytes, True))
     growth = {}
     for block in BLOCKS:
         small, medium, large = (temp_bytes(block, depth) for depth in (4, 8, 16))
         growth[block] = (large - medium) / (medium - small)
-    assert growth["in_place"] < 2.2 and growth["concat"] > 3
+    assert growth["concat"] > 3
+    assert growth["in_place"] < 2.2
 
 
 # Many devices. Losses of replicas are summed; batches are cut in order.
