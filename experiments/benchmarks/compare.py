@@ -17,7 +17,7 @@ from networks import Work
 from turns import Process, Unavailable, alternate
 
 from densejax import formats, models
-from densejax.config import UserError, default
+from densejax.config import UserError
 
 HERE = pathlib.Path(__file__).parent
 LAYOUTS = ("nchw", "channels_last")
@@ -60,7 +60,7 @@ def specification(work: Work, mode: str, directory: str) -> dict[str, Any]:
     spec |= {"num_classes": work.num_classes, "fields": fields.to_dict()}
     if fields.family == "densenet":
         spec |= {"widths": network.widths(), "depths": network.block_depths()}
-    return spec | {"optimizer": default().optimizer.to_dict()}
+    return spec | {"optimizer": networks.recipe().to_dict()}
 
 
 def start(names: Sequence[str], spec: Mapping[str, Any], torch_python: str) -> dict[str, Process]:

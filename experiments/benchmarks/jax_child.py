@@ -20,7 +20,7 @@ from turns import Unavailable, serve
 import densejax
 from densejax import models, parallel, pretrained, transfer
 from densejax.classifier import Classifier
-from densejax.config import UserError, default
+from densejax.config import UserError
 from densejax.weight_names import LAYOUTS
 
 
@@ -162,7 +162,7 @@ def with_keras(work: Work, directory: pathlib.Path, is_training: bool) -> tuple[
     import keras
 
     variables, arrays = read(directory)
-    network, settings = keras_network(work, variables), default().optimizer
+    network, settings = keras_network(work, variables), networks.recipe()
     images, labels = jnp.asarray(arrays["input"]), jnp.asarray(arrays["label"])
     network.compile(
         keras.optimizers.SGD(

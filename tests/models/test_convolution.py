@@ -1,0 +1,107 @@
+"""Convolutions as matrix products, and their gradients by hand, against XLA's convolution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from densejax.models.convolution import (
+    PLANS,
+    Pointwise,
+    conv3x3,
+    conv3x3_backward,
+    per_platform,
+    pointwise,
+    pointwise_backward,
+)
+
+
+def draws(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def xla(x, params):
+    """XLA's convolution, in x's precision, zeros around."""
+    kernel = params["kernel"].astype(x.dtype)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    margins = [(size // 2, size // 2) for size in kernel.shape[:2]]
+    y = lax.conv_general_dilated(x, kernel, (1, 1), margins, dimension_numbers=numbers)
+    return y + params["bias"].astype(x.dtype) if "bias" in params else y
+
+
+FORMS = {
+    (1, 1): (pointwise, pointwise_backward),
+    (3, 3): (conv3x3, conv3x3_backward),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize(
+    "size, options",
+    [((1, 1), ()), ((3, 3), (True,)), ((3, 3), (False,))],
+    ids=["1x1", "3x3_products", "3x3_convolution"],
+)
+def test_forward_and_backward_are_xlas(size, options, bias):
+    forward, backward = FORMS[size]
+    with jax.enable_x64(True):
+        x, params = draws(2, 5, 4, 6), {"kernel": draws(*size, 6, 3, seed=1)}
+        params |= {"bias": draws(3, seed=2)} if bias else {}
+
+        @jax.jit
+        def both(x, params, dy):
+            expected, pull = jax.vjp(xla, x, params)
+            automatic = jax.vjp(lambda x, params: forward(x, params, *options), x, params)[1](dy)
+            ours = forward(x, params, *options), backward(x, dy, params, *options), automatic
+            return ours, (expected, pull(dy), pull(dy))
+
+        ours, theirs = both(x, params, draws(2, 5, 4, 3, seed=3))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-12, 1e-12), ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "size, options",
+    [((1, 1), ()), ((3, 3), (True,)), ((3, 3), (False,))],
+    ids=["1x1", "3x3_products", "3x3_convolution"],
+)
+def test_bfloat16_has_parameter_gradients_in_float32(size, options):
+    forward, backward = FORMS[size]
+    params = {"kernel": draws(*size, 6, 3, seed=1), "bias": draws(3, seed=2)}
+    params = {name: leaf.astype(np.float32) for name, leaf in params.items()}
+    x, dy = (jnp.asarray(draws(8, 5, 4, c, seed=c), jnp.bfloat16) for c in (6, 3))
+
+    @jax.jit
+    def both(x, params, dy):
+        ours = forward(x, params, *options), backward(x, dy, params, *options)
+        y, pull = jax.vjp(xla, x.astype(jnp.float32), params)
+        return ours, (y, pull(dy.astype(jnp.float32)))
+
+    (y, (dx, gradients)), theirs = both(x, params, dy)
+    assert y.dtype == dx.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+    for ours, exact in zip(*map(jax.tree.leaves, ((y, dx, gradients), theirs)), strict=True):
+        assert np.abs(np.asarray(ours, np.float32) - exact).max() < 0.02 * np.abs(exact).max()
+
+
+def test_a_pointwise_module_is_flaxs_convolution():
+    x = draws(2, 3, 4, 5).astype(np.float32)
+    ones = jax.nn.initializers.ones
+    module = Pointwise(3, use_bias=True, dtype=jnp.bfloat16, kernel_init=ones)
+    y, variables = module.init_with_output(jax.random.key(0), x)
+    shapes = {"kernel": (1, 1, 5, 3), "bias": (3,)}
+    assert {name: leaf.shape for name, leaf in variables["params"].items()} == shapes
+    assert {leaf.dtype for leaf in variables["params"].values()} == {jnp.dtype("float32")}
+    assert y.dtype == jnp.bfloat16
+    expected = np.broadcast_to(x.sum(-1, keepdims=True), y.shape)
+    np.testing.assert_allclose(np.asarray(y, np.float32), expected, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "platform, plan", [("cpu", "cpu"), ("tpu", "default"), ("cuda", "default"), ("rocm", "default")]
+)
+def test_a_platforms_plan_is_the_one_that_is_compiled(platform, plan):
+    marks = {PLANS["cpu"]: 111.0, PLANS["default"]: 222.0}  # equal plans would be one
+    step = jax.jit(lambda x: per_platform(lambda plan, x: x + marks[plan], x))
+    lowered = step.trace(jnp.float32(0)).lower(lowering_platforms=(platform,))
+    found = [name for name in PLANS if f"{marks[PLANS[name]]:e}" in lowered.as_text()]
+    assert found == [plan]
