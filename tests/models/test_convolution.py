@@ -8,7 +8,7 @@ from jax import lax
 
 from densejax.models.convolution import (
     PLANS,
-    Pointwise,
+    Convolution,
     conv3x3,
     conv3x3_backward,
     per_platform,
@@ -86,7 +86,7 @@ def test_bfloat16_has_parameter_gradients_in_float32(size, options):
 def test_a_pointwise_module_is_flaxs_convolution():
     x = draws(2, 3, 4, 5).astype(np.float32)
     ones = jax.nn.initializers.ones
-    module = Pointwise(3, use_bias=True, dtype=jnp.bfloat16, kernel_init=ones)
+    module = Convolution(3, (1, 1), 1, use_bias=True, dtype=jnp.bfloat16, kernel_init=ones)
     y, variables = module.init_with_output(jax.random.key(0), x)
     shapes = {"kernel": (1, 1, 5, 3), "bias": (3,)}
     assert {name: leaf.shape for name, leaf in variables["params"].items()} == shapes
