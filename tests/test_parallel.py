@@ -98,8 +98,11 @@ import jax
 from tests import runs
 
 reference = state = None
-for devices, mode in ((1, "shard_map"), (4, "shard_map"), (4, "pmap")):
-    config = runs.tiny(parallel__mode=mode, train__dtype="float64", model__dropout_rate=0.3)
+for devices, mode, block in (
+    (1, "shard_map", "concat"), (4, "shard_map", "in_place"), (4, "pmap", "in_place")
+):
+    config = runs.tiny(parallel__mode=mode, train__dtype="float64", model__dropout_rate=0.3,
+                       model__block=block)
     experiment = runs.build(config, devices)
     first = first if reference else jax.device_get(experiment.init())
     step, state = runs.stepper(experiment), first

@@ -355,7 +355,7 @@ def _growth(params):
 
 def _count(settings, x):
     """Pixels that a batch statistic is taken over, on all devices."""
-    return sum_over(jnp.full((), x.size // x.shape[-1], jnp.float32), settings.axis)
+    return sum_over(jnp.full((), x.size // x.shape[-1], wide(x).dtype), settings.axis)
 
 
 def _zeros(conv, norm):

@@ -80,7 +80,7 @@ def _max_pool_forward(x, rows, columns):
     first, *others = _windows(x, rows, columns)
     largest, place = first, jnp.zeros(first.shape, jnp.uint8)
     for number, value in enumerate(others, 1):
-        larger = value > largest
+        larger = (value > largest) | jnp.isnan(value)  # what is not a number is not hidden
         largest = jnp.where(larger, value, largest)
         place = jnp.where(larger, jnp.uint8(number), place)
     return largest, (place, jnp.zeros_like(x, shape=(*x.shape[1:3], 0)))

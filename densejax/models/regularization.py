@@ -48,7 +48,7 @@ def survive(x: jax.Array, probability: float, salt: int, keys: jax.Array | None)
     if keys is None:
         raise ValueError("stochastic depth in training needs `keys`, one for each example")
     bits = hash_bits(keys, salt, 1).reshape(-1, *(1,) * (x.ndim - 1))
-    keep = bits >= jnp.uint32(round((1 - probability) * 2**32))
+    keep = bits >= jnp.uint32(min(round((1 - probability) * 2**32), 2**32 - 1))
     return jnp.where(keep, x, jnp.zeros_like(x))
 
 
