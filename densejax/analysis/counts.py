@@ -35,11 +35,7 @@ def memory_access_cost(model: nn.Module, image_shape: tuple[int, int, int]) -> i
     Values that a network's convolutions read and write for one image, weights included: the sum of
     h w (c_in + c_out) + k^2 c_in c_out (at stride 2 inputs and outputs each count at their size).
     """
-    model = models.reference(model).clone(num_classes=0)
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x)[1])(variables, image).jaxpr
-    return _by_scope(jaxpr, _values).total()
+    return _by_scope(_trace(model.clone(num_classes=0), image_shape)[1], _values).total()
 
 
 def convolution_inputs(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
@@ -47,11 +43,15 @@ def convolution_inputs(model: nn.Module, image_shape: tuple[int, int, int]) -> i
 
     A feature map counts once for every layer that reads it.
     """
-    model = models.reference(model)
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x)[0])(variables, image).jaxpr
+    jaxpr = _trace(model, image_shape)[1]
     return _by_scope(jaxpr, lambda equation: equation.invars[0].aval.size).total()
+
+
+def _trace(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[Any, Any]:
+    """(abstract variables, jaxpr of the forward pass on one image) of a network's literal form."""
+    model, image = models.reference(model), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    return variables, jax.make_jaxpr(model.apply)(variables, image).jaxpr
 
 
 def _by_scope(
@@ -90,10 +90,8 @@ def _multiply_adds(equation) -> int:
 
 def of_network(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
     """(parameters, multiply-adds of one image) of a network on images [height, width, channels]."""
-    model = models.reference(model)
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    return parameters(variables), multiply_adds(lambda v, x: model.apply(v, x)[0], variables, image)
+    variables, jaxpr = _trace(model, image_shape)
+    return parameters(variables), _by_scope(jaxpr, _multiply_adds).total()
 
 
 @dataclasses.dataclass
@@ -114,8 +112,7 @@ def layers(model: nn.Module, image_shape: tuple[int, int, int], depth: int = 2) 
       image_shape: height, width, channels.
       depth: names are cut after so many parts; what lies deeper is added up.
     """
-    image, shapes = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), {}
-    model = models.reference(model)
+    shapes = {}
 
     def record(call, arguments, keywords, context):
         result = call(*arguments, **keywords)
@@ -124,9 +121,8 @@ def layers(model: nn.Module, image_shape: tuple[int, int, int], depth: int = 2) 
         return result
 
     with nn.intercept_methods(record):
-        variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    trace = jax.make_jaxpr(lambda v, x: model.apply(v, x)[0])(variables, image)
-    scopes = _by_scope(trace.jaxpr, _multiply_adds).items()
+        variables, jaxpr = _trace(model, image_shape)
+    scopes = _by_scope(jaxpr, _multiply_adds).items()
     amounts = [(tuple(scope.split("/"))[1:], "multiply_adds", n) for scope, n in scopes]
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
         module = tuple(key.key for key in path[:-1])

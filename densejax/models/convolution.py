@@ -83,8 +83,9 @@ def pointwise(x: jax.Array, params: Params) -> jax.Array:
 def pointwise_backward(x: jax.Array, dy: jax.Array, params: Params) -> tuple[jax.Array, Params]:
     """Gradients of x and of the parameters of `pointwise`."""
     kernel = params["kernel"][0, 0].astype(x.dtype)
-    gradients = {"kernel": _product_gradient(x, dy, params)[None, None]}
-    return (_rows(dy) @ kernel.T).reshape(x.shape), gradients | _bias_gradient(dy, params)
+    dkernel = _transposed_product(dy, x, params["kernel"].dtype).T[None, None]
+    dx = (_rows(dy) @ kernel.T).reshape(x.shape)
+    return dx, {"kernel": dkernel} | _bias_gradient(dy, params)
 
 
 def conv3x3(x: jax.Array, params: Params, products: bool) -> jax.Array:
@@ -92,13 +93,13 @@ def conv3x3(x: jax.Array, params: Params, products: bool) -> jax.Array:
     kernel = params["kernel"].astype(x.dtype)
     if not products:
         return _biased(_conv(x, kernel), params)
-    _, height, width, channels = x.shape
+    _, height, width, _ = x.shape
+    n = kernel.shape[-1]
     # All nine taps in one product with few columns; then their results, shifted, are added up.
     taps = (_rows(x) @ _taps(kernel)).reshape(*x.shape[:-1], -1)
     taps = jnp.pad(taps, ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifted = [
         taps[:, i : i + height, j : j + width, (3 * i + j) * n : (3 * i + j + 1) * n]
-        for n in kernel.shape[3:]
         for i in range(3)
         for j in range(3)
     ]
@@ -148,10 +149,6 @@ def _biased(y, params):
 
 def _bias_gradient(dy, params):
     return {"bias": dy.sum((0, 1, 2), dtype=params["bias"].dtype)} if "bias" in params else {}
-
-
-def _product_gradient(x, dy, params):
-    return _transposed_product(dy, x, params["kernel"].dtype).T
 
 
 def _transposed_product(narrow, broad, dtype):

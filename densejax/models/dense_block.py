@@ -287,7 +287,7 @@ def _forward(settings: Settings, plan: Plan, x, layers, keys):
         if "conv2" in layer.params:
             h = layer.bottleneck(features, stats, features[..., layer.channels - 1 :])
             inner = statistics(h, settings.axis)
-        features = layer.write(features, h, inner or stats)
+        features = layer.write(features, h, stats if inner is None else inner)
         new = features[..., layer.channels : layer.channels + _growth(layer.params)]
         stats = Statistics(
             *map(jnp.concatenate, zip(stats, statistics(new, settings.axis), strict=True))

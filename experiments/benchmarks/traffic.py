@@ -38,7 +38,7 @@ def recomputed(work: Work, name: str) -> int:
     network = work.network()
     if wanted is None or (wanted == "conv1" and not network.bottleneck):
         return 0
-    rows = counts.layers(network.clone(block="concat"), work.image_shape, depth=3)
+    rows = counts.layers(network, work.image_shape, depth=3)
     inside = [row for row in rows if row.name.startswith("block")]
     return sum(row.multiply_adds for row in inside if row.name.split("/")[2].startswith(wanted))
 
