@@ -15,7 +15,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations)=(?:\{([^}]*)\}|(%?[\w.\-]+))")
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{([\d,]*)\}|ensions":\[([\d,"]*)\])')
-_COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 _CALLS = ("while", "call", "conditional", "async")
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
          "partition-id", "replica-id", "opt-barrier")  # fmt: skip
@@ -53,6 +53,7 @@ def read(text: str) -> Counts:
       kernels, convolutions, custom_calls: how often one runs.
       unknown_loops: loops whose number of turns is not known; they count once.
       all-reduce, ...: bytes of the collectives' operands.
+      collectives: how often one runs.
     """
     program, entry = {}, None
     for line in text.splitlines():
@@ -79,8 +80,9 @@ def read(text: str) -> Counts:
                 continue
             total.update(_arithmetic(program, line, lines) | {"kernels": 1})
             total.update(_traffic(program, line, lines))
-            if kind in _COLLECTIVES:
+            if kind in COLLECTIVES:
                 total[kind] += sum(a.bytes for name in line.operands for a in lines[name].arrays)
+                total["collectives"] += 1
         return total
 
     return +run(entry)

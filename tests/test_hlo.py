@@ -194,3 +194,4 @@ def test_collectives(kind, function, operand):
     mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=out)
     found = counts(mapped, shape(4 * 64))
     assert {name: found[name] for name in found if "-" in name} == {kind: operand}
+    assert found["collectives"] == 1

@@ -5,14 +5,23 @@ Devices are described by `densejax/targets/*.json`; another one is another file.
 
 import dataclasses
 import functools
+import importlib.util
 import json
+import math
+import os
+from collections.abc import Sequence
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from etils import epath
+from jax.experimental import topologies
 
 from densejax.analysis import counts
 from densejax.config import UserError
+
+
+COMPILERS = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}  # extra: the package that compiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +33,15 @@ class Target:
       bfloat16_flops_per_second: of matrix products, without sparsity.
       memory_bytes_per_second: to and from the main memory.
       memory_bytes: size of the main memory.
-      interconnect_bytes_per_second: to its neighbours, both directions together.
+      interconnect_bytes_per_second: over all its links, both directions together.
       source: where that is published.
-      compiler: arguments of `jax.experimental.topologies.get_topology_desc`; "target_config" is
-        the text of an XLA GpuTargetConfig.
+      smallest: shape of the smallest slice that there is to compile for, such as "2x2".
+      ring_size: devices along an axis of a slice that close a ring; fewer are a line.
+      collective_seconds: what every collective takes however little it sends.
+      hop_seconds: what each of its hops to a neighbour adds.
+      latency_source: where these two are from: they are assumed, not published.
+      compiler: arguments of `jax.experimental.topologies.get_topology_desc`, "{shape}" where a
+        slice's shape comes; "target_config" is the text of an XLA GpuTargetConfig.
     """
 
     device: str
@@ -36,7 +50,37 @@ class Target:
     memory_bytes: float
     interconnect_bytes_per_second: float
     source: str
+    smallest: str
+    ring_size: int
+    collective_seconds: float
+    hop_seconds: float
+    latency_source: str
     compiler: dict[str, str]
+
+    def devices(self, shape: str = "") -> list[jax.Device]:
+        """The devices of a slice, "16x16", or of a box, "8", to compile for.
+
+        They need not be there, and what is there is left alone: call it before JAX has started.
+
+        Raises:
+          UserError: the compiler is not installed, or knows no such slice.
+        """
+        shape = shape or self.smallest
+        jax.config.update("jax_platforms", "cpu")  # a target's own devices are not wanted
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor is the machine that a TPU stands in
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing here locks a TPU
+        compiler = {key: text.replace("{shape}", shape) for key, text in self.compiler.items()}
+        extra = compiler["platform"]
+        try:
+            return list(topologies.get_topology_desc(**compiler).devices)
+        except Exception as error:  # as many kinds as there are plugins
+            if importlib.util.find_spec(COMPILERS[extra]) is None:
+                raise UserError(
+                    f"{self.device}: its compiler is missing; pip install 'densejax[{extra}]'"
+                ) from error
+            why = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+            raise UserError(f"{self.device}: no {shape}, such as {self.smallest}: {why}") from error
 
 
 @functools.cache
@@ -56,6 +100,28 @@ def target(name: str) -> Target:
     if name not in targets():
         raise UserError(f"target = {name!r}: allowed are {', '.join(targets())}")
     return targets()[name]
+
+
+def communication(target: Target, shape: Sequence[int], size: float, count: int) -> float:
+    """Seconds that the all-reduces of a step take at least, one after another.
+
+    Ring all-reduce: of N devices each sends 2 (N - 1) / N of the bytes, over all of its links at
+    once (half of them where an axis is too short to close a ring), and 2 (d - 1) hops along each
+    axis of d devices pass before the last has its result.
+
+    Args:
+      target: the device.
+      shape: of the slice, such as (16, 16).
+      size: bytes of one device that are reduced, in all.
+      count: all-reduces.
+    """
+    devices = math.prod(shape)
+    if devices == 1:
+        return 0.0
+    sends = target.interconnect_bytes_per_second / (2 if min(shape) >= target.ring_size else 4)
+    hops = sum(2 * (side - 1) for side in shape)
+    latency = target.collective_seconds + hops * target.hop_seconds
+    return 2 * (devices - 1) / devices * size / sends + count * latency
 
 
 @dataclasses.dataclass(frozen=True)
