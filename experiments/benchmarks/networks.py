@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from densejax import config as schema
 from densejax import experiment, models, optimizer, parallel, step, transfer
-from densejax.analysis import roofline
+from densejax.analysis import targets
 from densejax.config import UserError
 from densejax.data.augment import Preparation
 from densejax.models.densenet import BLOCKS, RECOMPUTE, DenseNet
@@ -81,7 +81,7 @@ def mesh(target: str) -> Mesh:
         jax.config.update("jax_platforms", "cpu")
         devices = jax.devices()
     else:
-        devices = roofline.target(target).devices()
+        devices = targets.target(target).devices()
     return Mesh(np.array(devices[:1]), (parallel.AXIS,), axis_types=(AxisType.Auto,))
 
 

@@ -21,7 +21,7 @@ import networks
 from networks import Work
 
 from densejax import formats, hlo
-from densejax.analysis import counts, roofline
+from densejax.analysis import counts, roofline, targets
 from densejax.config import UserError
 
 LIMIT = 0.1  # share by which FLOPs may differ from what they should be
@@ -58,7 +58,7 @@ def analyse(work: Work, name: str, target: str) -> dict[str, Any]:
         "compile_seconds": seconds,
     }
     if target != "cpu":
-        device, floor = roofline.target(target), floor_of(work)
+        device, floor = targets.target(target), floor_of(work)
         row["seconds_for_bytes"] = found["bytes"] / device.memory_bytes_per_second
         row["floor_bytes"] = floor.bytes
         row["floor_seconds"], row["floor_limit"] = floor.bound(device)
