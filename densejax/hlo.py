@@ -144,10 +144,18 @@ def _arithmetic(program, line: _Instruction, lines) -> Counts:
             output = lines[line.operands[0]].arrays[0].shape
         elif target.endswith("BackwardFilter"):
             output, kernel = kernel, output
-        width = kernel[re.search(r"dim_labels=\w+_(\w+)->", attributes)[1].index("o")]
+        left, right = re.search(r"dim_labels=(\w+)_(\w+)->", attributes).groups()
+        image, taps = lines[line.operands[0]].arrays[0].shape, kernel[right.index("i")]
+        pads = re.search(r"pad=([\d_x-]+)", attributes)
+        pads = pads[1].split("x") if pads else []
+        for axis in filter(str.isdigit, right):
+            size = kernel[right.index(axis)]
+            pad = int(pads[int(axis)].split("_")[0]) if pads else 0
+            # A TPU's compiler may swap image and kernel; what slides then is mostly on padding.
+            taps *= min(size, image[left.index(axis)]) if pad > size // 2 else size
         holes = re.search(r"lhs_dilate=([\dx]+)", attributes)
         holes = math.prod(map(int, holes[1].split("x"))) if holes else 1
-        total["flops"] = 2 * math.prod(output) * math.prod(kernel) // (width * holes)
+        total["flops"] = 2 * math.prod(output) * taps // holes
         total["convolutions"] = int("window={size" in attributes)
     elif line.opcode == "dot" or target.startswith("__cublas$"):
         axes = re.findall(r"\d+", "".join(_CONTRACTED.search(attributes).groups("")))
