@@ -18,21 +18,33 @@ import pathlib
 import subprocess
 import sys
 
-from densejax import formats
-
-TOPOLOGIES = ("h100:1", "h100:8", "v5e:16x16", "v5e:2x2", "v5p:4x4x4", "v6e:16x16", "v5e:4x4")
+IMAGENET = "--config=configs/imagenet.py"
 NETWORKS = {  # name: (images of each device, flags)
-    "densenet121": (64, ("--config=configs/imagenet.py",)),
-    "densenet121_replica": (
-        64,
-        ("--config=configs/imagenet.py", "--config.parallel.batch_norm=replica"),
-    ),
+    "densenet121": (64, (IMAGENET,)),
+    "densenet121_replica": (64, (IMAGENET, "--config.parallel.batch_norm=replica")),
     "densenet_bc_100_12": (128, ("--config=configs/cifar10.py",)),
 }
-# Quick ones first; BatchNorm of each device alone where the difference is largest.
-CELLS = [(name, place) for place in TOPOLOGIES[:2] for name in NETWORKS]
-CELLS += [(name, place) for name in list(NETWORKS)[::2] for place in TOPOLOGIES[2:]]
-CELLS += [("densenet121_replica", "v5e:16x16")]
+PLACES = ("h100:8", "h100:1", "v5e:16x16", "v6e:16x16", "v5p:4x4x4", "v5e:4x4", "v5e:2x2")
+CELLS = [(name, place) for name in ("densenet121", "densenet_bc_100_12") for place in PLACES]
+CELLS += [("densenet121_replica", place) for place in ("h100:8", "v5e:16x16")]
+CELLS.sort(key=lambda cell: not cell[1].startswith("h100"))  # a TPU's take many times as long
+
+
+COLUMNS = {  # title: (key, unit); all but the global batch are of one device
+    "devices": ("devices", 1),
+    "global batch": ("global_batch", 1),
+    "arguments MB": ("argument_bytes", 1e6),
+    "temporaries MB": ("temp_bytes", 1e6),
+    "memory MB": ("hbm_bytes", 1e6),
+    "GFLOP": ("flops", 1e9),
+    "moved GB": ("bytes_accessed", 1e9),
+    "parameters MB": ("parameter_bytes", 1e6),
+    "all-reduced MB": ("sent", 1e6),
+    "all-reduces": ("collectives", 1),
+    "roofline ms": ("step_seconds", 1e-3),
+    "all-reduces ms": ("communication_seconds", 1e-3),
+    "efficiency %": ("efficiency", 1e-2),
+}
 
 
 def compile_cell(name: str, place: str, python: str, path: pathlib.Path) -> None:
@@ -54,26 +66,16 @@ def compile_cell(name: str, place: str, python: str, path: pathlib.Path) -> None
 
 def report(folder: pathlib.Path) -> str:
     """The table of all cells that are there, in markdown."""
-    titles = "network, topology, devices, global batch, arguments MB, temporaries MB, memory MB, "
-    titles += "GFLOP, GB moved, all-reduce MB, parameters MB, all-reduces, roofline ms, limit, "
-    titles += "all-reduces ms, efficiency"
-    lines = [titles.split(", "), ["---"] * len(titles.split(", "))]
-    for name in NETWORKS:
-        for place in sorted({place for _, place in CELLS}):
-            path = folder / f"{name}-{place.replace(':', '-')}.json"
-            if not path.exists():
-                continue
-            cell = json.loads(path.read_text())
-            sizes = [cell[key] for key in ("argument_bytes", "temp_bytes", "hbm_bytes")]
-            sent = sum(cell["collective_bytes"].values())
-            flops = f"{cell['flops'] / 1e9:,.0f}" + " (void)" * cell["program_flops_are_void"]
-            line = [name, place, str(cell["devices"]), f"{cell['global_batch']:,}"]
-            line += [f"{size / 1e6:,.0f}" for size in sizes]
-            line += [flops, f"{cell['bytes_accessed'] / 1e9:.1f}", f"{sent / 1e6:.2f}"]
-            line += [f"{cell['parameter_bytes'] / 1e6:.2f}", str(cell["collectives"])]
-            line += [f"{1e3 * cell['step_seconds']:.2f}", cell["step_limit"]]
-            line += [f"{1e3 * cell['communication_seconds']:.2f}"]
-            lines.append([*line, formats.percent(cell["efficiency"])])
+    lines = [["network", "topology", *COLUMNS], ["---"] * (2 + len(COLUMNS))]
+    for name, place in sorted(CELLS, key=lambda cell: [*NETWORKS].index(cell[0])):
+        if (path := folder / f"{name}-{place.replace(':', '-')}.json").exists():
+            cell = {"collective_bytes": {}} | json.loads(path.read_text())
+            cell["sent"] = sum(cell["collective_bytes"].values())
+            void = " (FLOPs void)" if cell.get("program_flops_are_void") else ""
+            fits = "" if cell["fits"] else " DOES NOT FIT"
+            figures = [(cell.get(key, math.nan), unit) for key, unit in COLUMNS.values()]
+            figures = [f"{number / unit:,.4g}" for number, unit in figures]
+            lines.append([name + void + fits, place, *figures])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
