@@ -92,7 +92,8 @@ def main() -> None:
         python = options.cuda_python if place.startswith("h100") else options.tpu_python
         path = options.output / f"{name}-{place.replace(':', '-')}.json"
         compile_cell(name, place, python, path)
-    (options.output / "table.md").write_text(text := report(options.output))
+    text = report(options.output)
+    (options.output / "table.md").write_text(f"{__doc__}\n{text}")
     print(text)
 
 

@@ -168,6 +168,6 @@ def test_accelerators_reduce_the_same_and_take_their_own_branch(topology, tmp_pa
         pytest.skip(f"needs the extra {extra!r}: pip install 'densejax[{extra}]'")
     found = compiled(tmp_path, topology, "--config.train.dtype=bfloat16")
     assert found["collective_bytes"] == {"all-reduce": size_of(state.params) + REDUCED}
-    assert found["convolutions"] >= 3 * 3  # of a CPU's branch, 3x3 convolutions are products
+    assert found["convolutions"] >= 2 * 3  # in a CPU's branch, these 3x3 ones are products
     assert not found["program_flops_are_void"]
     assert 0 < found["efficiency"] < 1 and found["fits"]
