@@ -77,9 +77,7 @@ class Work:
     def config(self) -> ConfigDict:
         """The whole configuration, read as the command reads it."""
         values, arguments = flags.FlagValues(), ["run", *self.arguments]
-        holder = config_flags.DEFINE_config_file(
-            "config", flag_values=values, sys_argv=arguments
-        )
+        holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
         values(arguments)
         return holder.value
 
@@ -170,8 +168,6 @@ class Worker:
 
     def work(self) -> int:
         """Returns the exit code: 1 where a run failed."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
         while not self.stopped and (left := self.left()):
             if not any(self.attempt(work) for work in left):
                 self.show()
@@ -231,7 +227,7 @@ class Worker:
         """The table of all runs on a terminal, elsewhere a line for each that has changed."""
         states = {w.run.name: w.state() for w in self.works}
         states |= dict.fromkeys(self.failed, "failed")
-        done = sum(state.endswith(" %") for state in states.values())
+        done = sum(w.result() is not None for w in self.works)
         title = f"{SWEEP.value}: {done} of {len(states)} runs are finished"
         if sys.stdout.isatty():
             print(f"\x1b[H\x1b[J{formats.table(list(states.items()))}\n{title}", flush=True)
@@ -322,7 +318,10 @@ def main() -> int:
     if DRY_RUN.value:
         dry_run(all_works)
         return 0
-    return Worker(all_works).work()
+    worker = Worker(all_works)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, worker.stop)
+    return worker.work()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -160,6 +161,7 @@ class Base:
         """
         target = self.of(Network("", {}))[what]
 
+        @functools.cache
         def mismatch(widths):
             return self.of(make(widths))[what] / target - 1
 
@@ -168,20 +170,27 @@ class Base:
             seen.add(widths)
             scale /= math.sqrt(1 + mismatch(widths))
             widths = tuple(max(1, round(scale * ratio)) for ratio in ratios)
-        steps = itertools.product((0, 1, -1), repeat=len(ratios))
-        best = None
-        for step in sorted(steps, key=lambda step: sum(map(abs, step))):
-            near = tuple(max(1, width + by) for width, by in zip(widths, step, strict=True))
-            found = mismatch(near)
-            best = min(best or (math.inf,), (abs(found), found, near))
-            if best[0] < TOLERANCE / 4:
-                break
-        if best[0] > TOLERANCE:
+
+        def moved(step):
+            return tuple(max(1, width + by) for width, by in zip(widths, step, strict=True))
+
+        units = [tuple(int(i == j) for j in range(len(ratios))) for i in range(len(ratios))]
+        slopes = [mismatch(moved(unit)) - mismatch(widths) for unit in units]
+
+        def promise(step):  # few changes that should do, then those that come nearest
+            left = abs(mismatch(widths) + sum(map(operator.mul, slopes, step)))
+            return (0, sum(map(abs, step))) if left < TOLERANCE / 4 else (1, left)
+
+        steps = sorted(itertools.product(range(-2, 3), repeat=len(ratios)), key=promise)[:12]
+        near = [moved(step) for step in steps]
+        good = (widths for widths in near if abs(mismatch(widths)) < TOLERANCE / 4)
+        best = next(good, None) or min(near, key=lambda widths: abs(mismatch(widths)))
+        if abs(mismatch(best)) > TOLERANCE:
             raise UserError(
-                f"{make(widths)}: no widths near these come within {TOLERANCE:.0%} of {target} "
-                f"{what}; take a larger network"
+                f"{make(best)}: no widths near these come within {TOLERANCE:.0%} of the card's "
+                f"{target} {what}; take a larger network"
             )
-        return make(best[2]), best[1]
+        return make(best), mismatch(best)
 
 
 def growth_rate(base: Base) -> Iterator[Run]:
@@ -192,8 +201,9 @@ def growth_rate(base: Base) -> Iterator[Run]:
 
 def depth_width(base: Base) -> Iterator[Run]:
     """Deep and narrow, or shallow and wide, at equal parameters; a ResNet and a VoVNet beside."""
-    for factor in (1 / 3, 2 / 3, 1, 2, 4):
-        blocks = tuple(max(1, round(factor * n)) for n in base.blocks)
+    factors = (1 / 3, 2 / 3, 1, 2, 4)
+    depths = [tuple(max(1, round(factor * n)) for n in base.blocks) for factor in factors]
+    for blocks in dict.fromkeys(depths):  # few layers: two factors may mean the same
         network, mismatch = base.equal("dense", blocks=blocks)
         axes = {"kind": "dense", "layers": sum(blocks)}
         yield network.run(f"dense_layers{sum(blocks)}", axes, mismatch)
@@ -214,7 +224,9 @@ def degradation(base: Base) -> Iterator[Run]:
     shallow = Base(_changed(base.config, base.network("dense", base.growth_rates, (3,) * stages)))
     widths = shallow.equal("residual")[0].fields["widths"]
     for n, kind in itertools.product((3, 5, 9), KINDS[:3]):
-        network = base.network(kind, base.growth_rates if kind == "dense" else widths, (n,) * stages)
+        network = base.network(
+            kind, base.growth_rates if kind == "dense" else widths, (n,) * stages
+        )
         depth = 2 * stages * n + 2
         yield network.run(f"{kind}{depth}", {"kind": kind, "depth": depth})
 

@@ -108,9 +108,7 @@ def train_size(config: ConfigDict, info: SetInfo) -> int:
     return size
 
 
-def hold_out(
-    size: int, validation_size: int, train_size: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(size: int, validation_size: int, train_size: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(indices that train, indices held out) of `size` examples, the same whatever the seed.
 
     All that are not held out train, or the first `train_size` of them in the order drawn.
@@ -178,9 +176,7 @@ def _streams(config: ConfigDict, split: NamedSharding, measured: set[str]) -> Da
         ) from error
     section, evaluate, batch_size = config.data, config.evaluate, config.train.batch_size
     _, splits = encoded.open_splits(section.name, section.directory, section.manual_dir)
-    trains, held_out = hold_out(
-        len(splits["train"]), section.validation_size, section.train_size
-    )
+    trains, held_out = hold_out(len(splits["train"]), section.validation_size, section.train_size)
     train = stream.Pieces(
         splits["train"],
         trains,
