@@ -29,7 +29,7 @@ from sweeps import SWEEPS, Run, runs
 
 from densejax import command_line, experiment, formats, lock, workdir
 from densejax.analysis import counts
-from densejax.config import UserError, flatten
+from densejax.config import UserError
 from densejax.step import train_step
 
 SWEEP = flags.DEFINE_enum("sweep", None, list(SWEEPS), "What is varied.", required=True)
@@ -140,7 +140,7 @@ def _key(word: str) -> str:
 
 
 def best_rates(path: epath.Path) -> dict[str, float]:
-    """Of each kind of network the learning rate with the best mean over seeds on held-out images."""
+    """Of each kind of network the rate with the best mean over seeds on held-out images."""
     found = collections.defaultdict(list)
     for file in sorted(path.glob("*/summary.json")):
         axes = json.loads((file.parent / "sweep.json").read_text())["axes"]
