@@ -22,6 +22,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
@@ -40,6 +41,7 @@ LEARNING_RATES = flags.DEFINE_string(
     "learning_rates", None, "ROOT/learning_rate: each kind's peak is the best of that sweep."
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs and the hours they would take.")
+LATENCY = flags.DEFINE_bool("latency", False, "Time classification; let nothing else run beside.")
 LIST = flags.DEFINE_enum("list", None, ["shell", "slurm"], "Print commands, or an array script.")
 POLL = 2.0  # seconds between two looks at runs that others have claimed, and at the table
 SLURM = """#!/usr/bin/env bash
@@ -67,6 +69,11 @@ class Work:
     run: Run
     path: epath.Path
     arguments: tuple[str, ...]
+
+    @property
+    def sweep(self) -> str:
+        """The name of the sweep."""
+        return self.path.parent.name
 
     @property
     def command(self) -> list[str]:
@@ -201,7 +208,7 @@ class Worker:
 
     def train(self, work: Work) -> None:
         """Trains, or resumes, a claimed run in a process of its own; notes what went wrong."""
-        facts = {"sweep": SWEEP.value, "run": work.run.name, "axes": work.run.axes}
+        facts = {"sweep": work.sweep, "run": work.run.name, "axes": work.run.axes}
         facts |= {"seed": work.run.axes["seed"], "mismatch": work.run.mismatch}
         facts["command"] = shlex.join(work.command)
         workdir.write_json(work.path / "sweep.json", facts)
@@ -228,7 +235,7 @@ class Worker:
         states = {w.run.name: w.state() for w in self.works}
         states |= dict.fromkeys(self.failed, "failed")
         done = sum(w.result() is not None for w in self.works)
-        title = f"{SWEEP.value}: {done} of {len(states)} runs are finished"
+        title = f"{self.works[0].sweep}: {done} of {len(states)} runs are finished"
         if sys.stdout.isatty():
             print(f"\x1b[H\x1b[J{formats.table(list(states.items()))}\n{title}", flush=True)
             return
@@ -295,6 +302,49 @@ def step_seconds(config: ConfigDict) -> tuple[int, int, float, float]:
     return *found, start - begin, (time.perf_counter() - start) / number
 
 
+def latency(all_works: list[Work]) -> None:
+    """Writes ROOT/SWEEP/latency.json: seconds of classifying 1 and 64 images, by point.
+
+    Medians of ten rounds in which all networks take turns: what slows the machine slows them all.
+    """
+    programs = {}
+    for work in all_works:
+        point = work.run.name.rpartition("_seed")[0]
+        if (point, 1) in programs:
+            continue
+        info, model, *_ = experiment.describe(work.config)
+        size = work.config.data.image_size
+        shape = (size, size, info.image_shape[-1]) if size else info.image_shape
+        variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *shape)))
+        variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), variables)
+        for batch_size in (1, 64):
+            images = jnp.zeros((batch_size, *shape), work.config.train.dtype)
+            program = jax.jit(lambda v, x, model=model: model.apply(v, x)[0])
+            programs[point, batch_size] = (
+                program.lower(variables, images).compile(),
+                variables,
+                images,
+            )
+    seconds = collections.defaultdict(list)
+    for _ in range(11):
+        for key, (program, *arguments) in programs.items():
+            start = time.perf_counter()
+            for _ in range(10):
+                jax.block_until_ready(program(*arguments))
+            seconds[key].append((time.perf_counter() - start) / 10)
+    found = {"device": jax.devices()[0].device_kind, "seconds": collections.defaultdict(dict)}
+    for (point, batch_size), values in seconds.items():
+        found["seconds"][point][batch_size] = statistics.median(values[1:])
+    folder = all_works[0].path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    workdir.write_json(folder / "latency.json", found)
+    rows = [
+        (point, *(f"{1000 * values[size]:.3f}" for size in (1, 64)))
+        for point, values in found["seconds"].items()
+    ]
+    print(formats.table([("run", "ms for 1 image", "ms for 64"), *rows], right=2))
+
+
 def commands(all_works: list[Work], form: str) -> str:
     """The runs that are left as shell lines, or as a SLURM array script."""
     words = [word for word in sys.argv if not word.lstrip("-").startswith(("list=", "only="))]
@@ -303,13 +353,15 @@ def commands(all_works: list[Work], form: str) -> str:
     if form == "shell":
         return "\n".join(f"{command} --only={name}" for name in names)
     return SLURM.format(
-        sweep=SWEEP.value, last=len(names) - 1, names=shlex.join(names), command=command
+        sweep=all_works[0].sweep, last=len(names) - 1, names=shlex.join(names), command=command
     )
 
 
 def main() -> int:
     """Does what the flags say; returns the exit code."""
-    if not DRY_RUN.value:  # this process only counts and waits: the devices are its children's
+    if not (
+        DRY_RUN.value or LATENCY.value
+    ):  # this process only counts and waits: the devices are its children's
         jax.config.update("jax_platforms", "cpu")
     all_works = works()
     if LIST.value:
@@ -317,6 +369,9 @@ def main() -> int:
         return 0
     if DRY_RUN.value:
         dry_run(all_works)
+        return 0
+    if LATENCY.value:
+        latency(all_works)
         return 0
     worker = Worker(all_works)
     for number in (signal.SIGINT, signal.SIGTERM):
