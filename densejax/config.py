@@ -64,9 +64,7 @@ def default() -> config_dict.ConfigDict:
     evaluate.every_epochs = 1  # 0: only at the end
     evaluate.split = "test"  # read during training; "validation" where images are held out
     evaluate.final_split = "test"  # what the run's result is measured on; "validation" to tune
-    evaluate.train_images = (
-        0  # training images, not augmented, that the result tells apart; 0: none
-    )
+    evaluate.train_images = 0  # training images, not augmented, that are measured at the end too
     evaluate.resize_size = 256  # "stream": pixels, the shorter side before the middle is taken
     evaluate.crop_size = 0  # pixels; above 0: the logits' mean over ten crops of this size
     evaluate.batch_size = 512  # images per step over all devices; a multiple of their number

@@ -23,12 +23,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
-from sweeps import SWEEPS, Run, runs
+from sweeps import SWEEPS, Run, image_shape, runs
 
-from densejax import command_line, experiment, formats, lock, workdir
+from densejax import command_line, experiment, formats, lock, parallel, workdir
 from densejax.analysis import counts
 from densejax.config import UserError
 from densejax.step import train_step
@@ -76,6 +77,11 @@ class Work:
         return self.path.parent.name
 
     @property
+    def point(self) -> str:
+        """The name of the run without its seed."""
+        return self.run.name.rpartition("_seed")[0]
+
+    @property
     def command(self) -> list[str]:
         """What trains, or resumes, the run."""
         return [sys.executable, "-m", "densejax.main", *self.arguments, f"--workdir={self.path}"]
@@ -115,6 +121,8 @@ class Work:
 
 def works() -> list[Work]:
     """The runs that the flags ask for, in the order in which they are tried."""
+    if "://" in ROOT.value:
+        raise UserError(f"--root={ROOT.value}: give a folder, of a disk that all workers share")
     given = sys.argv[1:]
     card = flags.FLAGS["config"].config_filename
     overrides = [word for word in given if word.lstrip("-").startswith("config.")]
@@ -181,6 +189,9 @@ class Worker:
                 time.sleep(POLL)
         self.show()
         print(table_of_results(self.works))
+        self.failed = {
+            w.run.name: self.failed[w.run.name] for w in self.works if self.has_failed(w)
+        }
         for name, reason in self.failed.items():
             print(f"failed: {name}: {reason}", file=sys.stderr)
         if self.stopped:
@@ -190,6 +201,10 @@ class Worker:
     def left(self) -> list[Work]:
         """What is neither finished nor has failed here; others may be working on it."""
         return [w for w in self.works if w.run.name not in self.failed and not w.result()]
+
+    def has_failed(self, work: Work) -> bool:
+        """Whether a run failed here and nobody has finished it since."""
+        return work.run.name in self.failed and not work.result()
 
     def attempt(self, work: Work) -> bool:
         """Trains a run unless somebody else does; whether it did."""
@@ -251,7 +266,7 @@ def table_of_results(all_works: list[Work]) -> str:
     points = collections.defaultdict(list)
     for work in all_works:
         if work.result():
-            points[work.run.name.rpartition("_seed")[0]].append(work.accuracy())
+            points[work.point].append(work.accuracy())
     rows = [("run", "seeds", "accuracy", "deviation")]
     for name, values in points.items():
         spread = formats.percent(statistics.stdev(values)) if len(values) > 1 else "-"
@@ -265,6 +280,7 @@ def dry_run(all_works: list[Work]) -> None:
 
     Seconds come from a few steps on this machine's devices, once for each network.
     """
+    parallel.start()  # what it compiles is kept for the runs
     measured, rows, hours = {}, [], 0.0
     for work in all_works:
         config = work.config
@@ -289,16 +305,14 @@ def step_seconds(config: ConfigDict) -> tuple[int, int, float, float]:
     """(parameters, multiply-adds, seconds until a first step, seconds of a step), measured."""
     begin = time.perf_counter()
     built = experiment.build(config)
-    size = config.data.image_size
-    shape = (size, size, built.task.image_shape[-1]) if size else built.task.image_shape
-    found = counts.of_network(built.task.model, shape)
+    found = counts.of_network(built.task.model, image_shape(config, built.task.image_shape))
     step, state, number = built.map(train_step, donate=True), built.start(), 0
     with contextlib.closing(built.data):
-        state, sums = jax.block_until_ready(step(state, built.data.train.batch(0)))
+        state, _ = jax.block_until_ready(step(state, built.data.train.batch(0)))
         start = time.perf_counter()
         while time.perf_counter() - start < 3.0:
             number += 1
-            state, sums = jax.block_until_ready(step(state, built.data.train.batch(number)))
+            state, _ = jax.block_until_ready(step(state, built.data.train.batch(number)))
     return *found, start - begin, (time.perf_counter() - start) / number
 
 
@@ -307,24 +321,23 @@ def latency(all_works: list[Work]) -> None:
 
     Medians of ten rounds in which all networks take turns: what slows the machine slows them all.
     """
-    programs = {}
-    for work in all_works:
-        point = work.run.name.rpartition("_seed")[0]
-        if (point, 1) in programs:
-            continue
+    programs, random = {}, np.random.default_rng(0)
+
+    def weights(leaf):  # of a plausible size; a norm's are ones
+        drawn = random.normal(0, 0.05, leaf.shape) if leaf.ndim > 1 else np.ones(leaf.shape)
+        return jnp.asarray(drawn, leaf.dtype)
+
+    for point, work in {work.point: work for work in all_works}.items():
         info, model, *_ = experiment.describe(work.config)
-        size = work.config.data.image_size
-        shape = (size, size, info.image_shape[-1]) if size else info.image_shape
-        variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *shape)))
-        variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), variables)
-        for batch_size in (1, 64):
-            images = jnp.zeros((batch_size, *shape), work.config.train.dtype)
-            program = jax.jit(lambda v, x, model=model: model.apply(v, x)[0])
-            programs[point, batch_size] = (
-                program.lower(variables, images).compile(),
-                variables,
-                images,
-            )
+        images = jnp.ones(
+            (64, *image_shape(work.config, info.image_shape)), work.config.train.dtype
+        )
+        variables = jax.eval_shape(model.init, jax.random.key(0), images[:1])
+        variables = jax.tree.map(weights, variables)
+        program = jax.jit(lambda variables, images, model=model: model.apply(variables, images)[0])
+        for size in (1, 64):
+            compiled = program.lower(variables, images[:size]).compile()
+            programs[point, size] = compiled, variables, images[:size]
     seconds = collections.defaultdict(list)
     for _ in range(11):
         for key, (program, *arguments) in programs.items():
@@ -339,7 +352,7 @@ def latency(all_works: list[Work]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     workdir.write_json(folder / "latency.json", found)
     rows = [
-        (point, *(f"{1000 * values[size]:.3f}" for size in (1, 64)))
+        (point, *(f"{1000 * value:.3f}" for value in values.values()))
         for point, values in found["seconds"].items()
     ]
     print(formats.table([("run", "ms for 1 image", "ms for 64"), *rows], right=2))
@@ -350,8 +363,10 @@ def commands(all_works: list[Work], form: str) -> str:
     words = [word for word in sys.argv if not word.lstrip("-").startswith(("list=", "only="))]
     command = shlex.join([sys.executable, *words])
     names = [work.run.name for work in all_works if not work.result()]
+    if not names:
+        raise UserError(f"--list={form}: every run is finished")
     if form == "shell":
-        return "\n".join(f"{command} --only={name}" for name in names)
+        return "".join(f"{command} --only={name}\n" for name in names)
     return SLURM.format(
         sweep=all_works[0].sweep, last=len(names) - 1, names=shlex.join(names), command=command
     )

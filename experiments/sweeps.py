@@ -58,6 +58,12 @@ class Network:
         return Run(name, axes, overrides, self.model, mismatch)
 
 
+def image_shape(config: ConfigDict, stored: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(height, width, channels) that a card's network reads of images that are `stored` so."""
+    size = config.data.image_size
+    return (size, size, stored[-1]) if size else stored
+
+
 class Base:
     """A card's configuration, and what the sweeps ask of its DenseNet.
 
@@ -73,8 +79,7 @@ class Base:
                 f"model.family = {config.model.family!r}: a sweep starts from a DenseNet"
             )
         self.config, self.num_classes = config, info.num_classes
-        size = config.data.image_size
-        self.image_shape = (size, size, info.image_shape[-1]) if size else info.image_shape
+        self.image_shape = image_shape(config, info.image_shape)
         self.train_images = self.steps // config.train.epochs * config.train.batch_size
         self.layers, self.growth_rates = model.block_depths(), model.growth_rates()
         # Convolutions of each block: what all kinds of networks have the same number of.
@@ -307,7 +312,7 @@ def learning_rate(base: Base) -> Iterator[Run]:
     changes = {"evaluate__split": "validation", "evaluate__final_split": "validation"}
     if not config.data.validation_size:
         changes["data__validation_size"] = base.train_images // 12
-    for kind, factor in itertools.product(KINDS, (0.125, 0.25, 0.5, 1, 2)):
+    for kind, factor in itertools.product(KINDS, (0.25, 0.5, 1, 2)):
         network, mismatch = base.equal(kind)
         rate = peak * factor
         yield network.run(
