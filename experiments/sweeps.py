@@ -166,13 +166,14 @@ class Base:
         """
         target = self.of(Network("", {}))[what]
 
-        @functools.cache
         def mismatch(widths):
             return self.of(make(widths))[what] / target - 1
 
         scale, widths, seen = 1.0, tuple(ratios), set()
         while widths not in seen:  # a count grows about as the square of the widths
             seen.add(widths)
+            if abs(mismatch(widths)) < TOLERANCE / 2:
+                return make(widths), mismatch(widths)
             scale /= math.sqrt(1 + mismatch(widths))
             widths = tuple(max(1, round(scale * ratio)) for ratio in ratios)
 
@@ -186,9 +187,9 @@ class Base:
             left = abs(mismatch(widths) + sum(map(operator.mul, slopes, step)))
             return (0, sum(map(abs, step))) if left < TOLERANCE / 4 else (1, left)
 
-        steps = sorted(itertools.product(range(-2, 3), repeat=len(ratios)), key=promise)[:12]
+        steps = sorted(itertools.product(range(-2, 3), repeat=len(ratios)), key=promise)[:8]
         near = [moved(step) for step in steps]
-        good = (widths for widths in near if abs(mismatch(widths)) < TOLERANCE / 4)
+        good = (widths for widths in near if abs(mismatch(widths)) < TOLERANCE / 2)
         best = next(good, None) or min(near, key=lambda widths: abs(mismatch(widths)))
         if abs(mismatch(best)) > TOLERANCE:
             raise UserError(
