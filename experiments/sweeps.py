@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from densejax import experiment, models
+from densejax import data, experiment, models
 from densejax.analysis import counts
 from densejax.config import UserError
 
@@ -80,7 +80,7 @@ class Base:
             )
         self.config, self.num_classes = config, info.num_classes
         self.image_shape = image_shape(config, info.image_shape)
-        self.train_images = self.steps // config.train.epochs * config.train.batch_size
+        self.train_images = data.train_size(config, info)
         self.layers, self.growth_rates = model.block_depths(), model.growth_rates()
         # Convolutions of each block: what all kinds of networks have the same number of.
         self.convolutions = tuple(n * (2 if model.bottleneck else 1) for n in self.layers)
@@ -169,13 +169,15 @@ class Base:
         def mismatch(widths):
             return self.of(make(widths))[what] / target - 1
 
-        scale, widths, seen = 1.0, tuple(ratios), set()
-        while widths not in seen:  # a count grows about as the square of the widths
+        def scaled(by):
+            return tuple(max(1, round(by * ratio)) for ratio in ratios)
+
+        scale, seen = sum(self.growth_rates) / sum(ratios), set()
+        while (widths := scaled(scale)) not in seen:
             seen.add(widths)
             if abs(mismatch(widths)) < TOLERANCE / 2:
                 return make(widths), mismatch(widths)
-            scale /= math.sqrt(1 + mismatch(widths))
-            widths = tuple(max(1, round(scale * ratio)) for ratio in ratios)
+            scale /= math.sqrt(1 + mismatch(widths))  # it grows about as the square of the widths
 
         def moved(step):
             return tuple(max(1, width + by) for width, by in zip(widths, step, strict=True))
@@ -306,13 +308,14 @@ def dropout(base: Base) -> Iterator[Run]:
 def learning_rate(base: Base) -> Iterator[Run]:
     """The peak for each kind of network at equal parameters, measured on held-out images.
 
-    A twelfth of the training images is held out where the card holds out none; test images are
-    not read.
+    A twelfth of an epoch's images is held out where the card holds out none; test images are not
+    read.
     """
     config, peak = base.config, base.config.optimizer.learning_rate
     changes = {"evaluate__split": "validation", "evaluate__final_split": "validation"}
     if not config.data.validation_size:
-        changes["data__validation_size"] = base.train_images // 12
+        epoch = base.steps // config.train.epochs * config.train.batch_size
+        changes["data__validation_size"] = epoch // 12
     for kind, factor in itertools.product(KINDS, (0.25, 0.5, 1, 2)):
         network, mismatch = base.equal(kind)
         rate = peak * factor
