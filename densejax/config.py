@@ -28,6 +28,8 @@ def default() -> config_dict.ConfigDict:
     data.corrupt_images = "fail"  # "stream": or "skip": trains on the next one, never tests
     data.train_split = "train"  # e.g. "train+extra" for SVHN
     data.validation_size = 0  # training images held out, drawn once whatever the seed
+    data.train_size = 0  # images that train: the first of an order drawn once whatever the seed,
+    # classes as they fall, so that a larger set holds every smaller one; 0: all
     data.normalization = "statistics"  # "statistics": the set's mean and std; "scale": / 255
     data.image_size = 0  # pixels, height and width that images are resized to; 0: as stored
 
@@ -62,6 +64,7 @@ def default() -> config_dict.ConfigDict:
     evaluate.every_epochs = 1  # 0: only at the end
     evaluate.split = "test"  # read during training; "validation" where images are held out
     evaluate.final_split = "test"  # what the run's result is measured on; "validation" to tune
+    evaluate.train_images = 0  # training images, not augmented, that are measured at the end too
     evaluate.resize_size = 256  # "stream": pixels, the shorter side before the middle is taken
     evaluate.crop_size = 0  # pixels; above 0: the logits' mean over ten crops of this size
     evaluate.batch_size = 512  # images per step over all devices; a multiple of their number
@@ -103,6 +106,7 @@ _CHECKS = {
     "data.workers": _NOT_NEGATIVE,
     "data.corrupt_images": _one_of("fail", "skip"),
     "data.validation_size": _NOT_NEGATIVE,
+    "data.train_size": _NOT_NEGATIVE,
     "data.normalization": _one_of("statistics", "scale"),
     "data.image_size": _NOT_NEGATIVE,
     "augmentation.shift": _NOT_NEGATIVE,
@@ -129,6 +133,7 @@ _CHECKS = {
     "evaluate.every_epochs": _NOT_NEGATIVE,
     "evaluate.split": _one_of("test", "validation"),
     "evaluate.final_split": _one_of("test", "validation"),
+    "evaluate.train_images": _NOT_NEGATIVE,
     "evaluate.resize_size": _POSITIVE,
     "evaluate.crop_size": _NOT_NEGATIVE,
     "evaluate.batch_size": _POSITIVE,
@@ -184,6 +189,7 @@ def check(config: config_dict.ConfigDict) -> None:
         ("data.corrupt_images", "data.storage", "stream"),
         ("augmentation.crop_area", "data.storage", "stream"),
         ("evaluate.resize_size", "data.storage", "stream"),
+        ("evaluate.train_images", "data.storage", "memory"),
     ):
         if values[choice] != name and values[key] != schema[key]:
             raise UserError(f"{key} = {values[key]!r}: only {choice} = {name!r} reads it")

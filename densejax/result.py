@@ -48,12 +48,16 @@ def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str,
 def measure(
     experiment: Experiment, state: TrainState, known: dict[str, dict[str, float]] | None = None
 ) -> dict[str, Any]:
-    """The result of a state on `evaluate.final_split`, unless it is `known` already."""
-    split = experiment.config.evaluate.final_split
-    values = (known or {}).get(split) or experiment.evaluate(state, split)
-    result = {f"{split}_{name}": value for name, value in values.items()}
-    result[f"{split}_error"] = 1 - values["accuracy"]
-    result[f"{split}_examples"] = experiment.data.evaluation[split].size
+    """The result of a state on `evaluate.final_split`, unless it is `known` already.
+
+    And on training images where `evaluate.train_images` asks for it.
+    """
+    evaluation, result = experiment.data.evaluation, {}
+    for split in (experiment.config.evaluate.final_split, *({"train"} & set(evaluation))):
+        values = (known or {}).get(split) or experiment.evaluate(state, split)
+        result |= {f"{split}_{name}": value for name, value in values.items()}
+        result[f"{split}_error"] = 1 - values["accuracy"]
+        result[f"{split}_examples"] = evaluation[split].size
     return result | {"steps": int(state.step)}
 
 

@@ -24,6 +24,7 @@ OUT_OF_RANGE = {
     "data.workers": [-1],
     "data.corrupt_images": ["ignore"],
     "data.validation_size": [-1],
+    "data.train_size": [-1],
     "data.normalization": ["none"],
     "data.image_size": [-1],
     "augmentation.shift": [-1],
@@ -45,6 +46,7 @@ OUT_OF_RANGE = {
     "evaluate.every_epochs": [-1],
     "evaluate.split": ["train"],
     "evaluate.final_split": ["extra"],
+    "evaluate.train_images": [-1],
     "evaluate.resize_size": [0],
     "evaluate.crop_size": [-1],
     "evaluate.batch_size": [0],
@@ -204,6 +206,12 @@ def test_some_keys_belong_to_streams(key, value):
     schema.check(runs.tiny(**STREAM, **change))
     says = f"{key} = {value!r}: only data.storage = 'stream' reads it"
     assert message(runs.tiny(**change)) == says
+
+
+def test_streams_measure_no_training_images():
+    schema.check(runs.tiny(evaluate__train_images=100))
+    says = "evaluate.train_images = 100: only data.storage = 'memory' reads it"
+    assert message(runs.tiny(**STREAM, evaluate__train_images=100)) == says
 
 
 @pytest.mark.parametrize(
