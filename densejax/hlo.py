@@ -15,7 +15,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations)=(?:\{([^}]*)\}|(%?[\w.\-]+))")
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{([\d,]*)\}|ensions":\[([\d,"]*)\])')
-_COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 _CALLS = ("while", "call", "conditional", "async")
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
          "partition-id", "replica-id", "opt-barrier")  # fmt: skip
@@ -53,6 +53,7 @@ def read(text: str) -> Counts:
       kernels, convolutions, custom_calls: how often one runs.
       unknown_loops: loops whose number of turns is not known; they count once.
       all-reduce, ...: bytes of the collectives' operands.
+      collectives: how often one runs.
     """
     program, entry = {}, None
     for line in text.splitlines():
@@ -79,8 +80,9 @@ def read(text: str) -> Counts:
                 continue
             total.update(_arithmetic(program, line, lines) | {"kernels": 1})
             total.update(_traffic(program, line, lines))
-            if kind in _COLLECTIVES:
+            if kind in COLLECTIVES:
                 total[kind] += sum(a.bytes for name in line.operands for a in lines[name].arrays)
+                total["collectives"] += 1
         return total
 
     return +run(entry)
@@ -142,10 +144,18 @@ def _arithmetic(program, line: _Instruction, lines) -> Counts:
             output = lines[line.operands[0]].arrays[0].shape
         elif target.endswith("BackwardFilter"):
             output, kernel = kernel, output
-        width = kernel[re.search(r"dim_labels=\w+_(\w+)->", attributes)[1].index("o")]
+        left, right = re.search(r"dim_labels=(\w+)_(\w+)->", attributes).groups()
+        image, taps = lines[line.operands[0]].arrays[0].shape, kernel[right.index("i")]
+        pads = re.search(r"pad=([\d_x-]+)", attributes)
+        pads = pads[1].split("x") if pads else []
+        for axis in filter(str.isdigit, right):
+            size = kernel[right.index(axis)]
+            pad = int(pads[int(axis)].split("_")[0]) if pads else 0
+            # A TPU's compiler may swap image and kernel; what slides then is mostly on padding.
+            taps *= min(size, image[left.index(axis)]) if pad > size // 2 else size
         holes = re.search(r"lhs_dilate=([\dx]+)", attributes)
         holes = math.prod(map(int, holes[1].split("x"))) if holes else 1
-        total["flops"] = 2 * math.prod(output) * math.prod(kernel) // (width * holes)
+        total["flops"] = 2 * math.prod(output) * taps // holes
         total["convolutions"] = int("window={size" in attributes)
     elif line.opcode == "dot" or target.startswith("__cublas$"):
         axes = re.findall(r"\d+", "".join(_CONTRACTED.search(attributes).groups("")))

@@ -177,6 +177,24 @@ def test_convolutions_of_a_gpu_are_custom_calls():
     assert found["bytes"] == 3 * 4 * sum(sizes.values())
 
 
+SWAPPED = """
+ENTRY %main (k: bf16[48,24,1,1], x: bf16[128,32,32,24]) -> bf16[128,32,32,48] {
+  %k = bf16[48,24,1,1]{1,0,3,2} parameter(0)
+  %x = bf16[128,32,32,24]{3,0,2,1} parameter(1)
+  ROOT %y = bf16[128,32,32,48]{3,0,2,1} convolution(%k, %x), window={size=32x32 \
+pad=31_31x31_31 rhs_reversal=1x1}, dim_labels=bf01_o01i->f01b
+}
+"""
+
+
+def test_a_convolution_whose_operands_are_swapped_is_the_same_work():
+    found = hlo.read(SWAPPED)
+    assert found["flops"] == 2 * 128 * 32 * 32 * 24 * 48
+    small = SWAPPED.replace("size=32x32 pad=31_31x31_31", "size=3x3 pad=1_1x1_1")
+    small = small.replace("[128,32,32,24]", "[128,3,3,24]")  # a kernel on one pixel, padded
+    assert hlo.read(small)["flops"] == 9 * found["flops"]
+
+
 @pytest.mark.parametrize(
     "kind, function, operand",
     [
@@ -194,3 +212,4 @@ def test_collectives(kind, function, operand):
     mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=out)
     found = counts(mapped, shape(4 * 64))
     assert {name: found[name] for name in found if "-" in name} == {kind: operand}
+    assert found["collectives"] == 1
