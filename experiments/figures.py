@@ -4,6 +4,7 @@ Errors are in percent. Marks are means and bars sample standard deviations over 
 """
 
 import itertools
+import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -12,10 +13,26 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from densejax import formats
-from densejax.analysis import plots
+from densejax import classifier, formats
+from densejax.analysis import plots, reuse
 
-MOST = 8  # lines in a panel that tell apart; more go into a panel for each kind of network
+COUNTS = ("parameters", "multiply_adds")
+MOST = 9  # lines that a panel has room for; more go into a panel for each kind of network
+
+
+def say(value: Any) -> str:
+    """A value of an axis for people."""
+    return value.replace("_", "-") if isinstance(value, str) else str(value)
+
+
+def numeric(groups: Sequence[Any]) -> list[str]:
+    """The axes along which at least three numbers lie."""
+    found = []
+    for axis in groups[0].axes:
+        values = {group.axes.get(axis) for group in groups}
+        if len(values) > 2 and {type(value) for value in values} <= {int, float}:
+            found.append(axis)
+    return found
 
 
 def mark(axes: Axes, x: Sequence[float], groups: Sequence[Any], quantity: str, **style) -> None:
@@ -36,7 +53,9 @@ def curves(groups: Sequence[Any]) -> Figure:
                 errors.append(100 * (1 - record["train_accuracy"]))
         means = [statistics.fmean(errors) for errors in by_epoch.values()]
         style = plots.style(number)
-        axes.plot(by_epoch, means, label=group.label(), **style | {"marker": "", "linewidth": 1.1})
+        axes.plot(
+            list(by_epoch), means, label=group.label(), **style | {"marker": "", "linewidth": 1.1}
+        )
         end = group.config["train"]["epochs"]
         mark(axes, [end], [group], "error", **style | {"linestyle": "", "clip_on": False})
     plots.logarithmic(axes.yaxis, "{:g}".format)
@@ -45,22 +64,19 @@ def curves(groups: Sequence[Any]) -> Figure:
     return figure
 
 
-def against(groups: Sequence[Any], quantity: str) -> Figure:
-    """Error over a count of the network, a mark for each group, by kind of network."""
+def against(groups: Sequence[Any], quantity: str, numbers: str = "") -> Figure:
+    """Error over a count, a mark for each group, by kind; `numbers`: the axis beside the marks."""
     figure, (axes,) = plots.figure()
     for number, kind in enumerate(sorted({group.kind for group in groups})):
-        mine = sorted((g for g in groups if g.kind == kind), key=lambda g: g.mean(quantity))
+        mine = [group for group in groups if group.kind == kind]
         x = [group.mean(quantity) for group in mine]
         mark(axes, x, mine, "error", label=kind, **plots.style(number) | {"linestyle": ""})
-        for place, group in zip(x, mine if len(groups) < 12 else (), strict=False):
-            point = place, 100 * group.mean("error")
-            axes.annotate(
-                group.label("kind"), point, (5, 4), textcoords="offset points", fontsize=7
-            )
+        for place, group in zip(x, mine if numbers else (), strict=False):
+            point, text = (place, 100 * group.mean("error")), say(group.axes[numbers])
+            axes.annotate(text, point, (5, 4), textcoords="offset points", fontsize=8)
+    axes.margins(0.1)
     plots.logarithmic(axes.xaxis, formats.si)
-    plots.logarithmic(axes.yaxis, "{:g}".format)
-    axes.margins(0.12)
-    axes.set(xlabel=quantity.replace("_", "-"), ylabel="error (%)")
+    axes.set(xlabel=quantity.replace("_", "-"), ylabel="test error (%)")
     plots.legend(axes)
     return figure
 
@@ -98,7 +114,7 @@ def gaps(groups: Sequence[Any]) -> Figure:
     axes.set_yticks(rows, [group.label() for group in groups])
     axes.set(xlabel="error (%)", ylim=(len(groups) - 0.5, -0.5))
     axes.set_xlim(left=0)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, 0), ncols=2)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1), ncols=2)
     return figure
 
 
@@ -106,16 +122,15 @@ def of_sweep(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:
     """(file name, caption, figure) of all that can be drawn of a sweep's groups."""
     by_kind = itertools.groupby(sorted(groups, key=lambda g: g.kind), key=lambda g: g.kind)
     panels = {"": groups} if len(groups) <= MOST else {kind: list(g) for kind, g in by_kind}
-    for axis, first in groups[0].axes.items():
-        values = {group.axes.get(axis) for group in groups if not isinstance(first, bool | str)}
-        if len(values) > 2 and all(isinstance(value, int | float) for value in values):
-            name = axis.replace("_", " ")
-            text = f"Error along {name}: test solid, training images without augmentation dashed."
-            yield f"by_{axis}", text, along(groups, axis)
-    counts = ("parameters", "multiply_adds")
-    if len({tuple(map(g.mean, counts)) for g in groups}) == len(groups) > 1:
-        for count in counts:
-            yield count, f"Test error against {count.replace('_', '-')}.", against(groups, count)
+    axes = numeric(groups)
+    for axis in axes:
+        text = f"Error along {axis.replace('_', ' ')}: test images solid, training images, not "
+        yield f"by_{axis}", text + "augmented, dashed.", along(groups, axis)
+    if len({tuple(map(group.mean, COUNTS)) for group in groups}) == len(groups) > 1:
+        for count in COUNTS:
+            text = f"Test error against {count.replace('_', '-')}"
+            text += f"; numbers: {axes[0].replace('_', ' ')}." if axes else "."
+            yield count, text, against(groups, count, *axes[:1])
     if not any(math.isnan(group.mean("gap")) for group in groups):
         text = "Train/test gap: errors on training images, not augmented, and on test images."
         yield "gap", text, gaps(groups)
@@ -123,3 +138,30 @@ def of_sweep(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:
         text = f"Learning curves{kind and ', ' + kind}: training error as it learns, on augmented "
         text += "images; the mark at the end is the test error of the result."
         yield f"curves{kind and '_' + kind.replace(' ', '_')}", text, curves(mine)
+
+
+def of_all(groups: dict[str, list[Any]]) -> Iterator[tuple[str, str, Figure]]:
+    """As `of_sweep`, of all sweeps whose points are networks under the one most common recipe."""
+    recipes = {}
+    for group in itertools.chain.from_iterable(groups.values()):
+        recipe = [
+            group.config[section] for section in ("data", "augmentation", "train", "evaluate")
+        ]
+        networks = recipes.setdefault(json.dumps(recipe), {})
+        networks.setdefault((group.kind, *map(group.mean, COUNTS)), group)
+    mine = list(max(recipes.values(), key=len, default={}).values())
+    if len({group.kind for group in mine}) > 1:
+        for count in COUNTS:
+            text = f"Test error against {count.replace('_', '-')}, all networks of one recipe."
+            yield count, text, against(mine, count)
+
+
+def heat_maps(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:
+    """As `of_sweep`: what the layers of each group's first network read, if its weights are here."""
+    for group in groups:
+        run = group.runs[0]
+        if group.config["model"]["family"] != "resnet" and (run.path / "checkpoints").exists():
+            network = classifier.load(run.path)
+            maps = reuse.heat_maps(network.model, network.variables["params"])
+            caption = f"{group.label()}, seed {run.sweep['seed']}"
+            yield f"reuse_{run.sweep['run']}", caption, plots.heat_maps(maps)

@@ -49,7 +49,7 @@ def draw_counts():
             axes.plot(list(by_depth), column, label=label, **plots.style(number))
     for axes, quantity in zip(panels, ("parameters", "multiply-adds of an image"), strict=True):
         plots.logarithmic(axes.xaxis, formats.si)
-        plots.logarithmic(axes.yaxis, formats.si, few=True)
+        plots.logarithmic(axes.yaxis, formats.si)
         axes.set(xlabel="depth L", ylabel=quantity)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
@@ -90,7 +90,7 @@ def draw_feature_maps():
     edges.set(xlabel="dense layers L", ylabel="connections")
     for axes in (maps, edges):
         plots.logarithmic(axes.xaxis, formats.si)
-        plots.logarithmic(axes.yaxis, formats.si, few=True)
+        plots.logarithmic(axes.yaxis, formats.si)
         axes.legend()
     return figure
 

@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 INK = "#3b4149"  # text and lines; on a page the colour of its text
 COLORS = ("#0072b2", "#d55e00", "#008f68", "#c4628f", "#9a7400", "#6f6fd6", "#7f7f7f", "#3f8fbf")
@@ -67,14 +67,13 @@ def style(number: int) -> dict[str, Any]:
     return {"color": color, "marker": marker, "linestyle": DASHES[number % len(DASHES)]}
 
 
-def logarithmic(axis: Any, form: Callable[[float], str], few: bool = False) -> None:
-    """Makes `axes.xaxis` or `axes.yaxis` logarithmic; labels are `form(value)`.
-
-    Of every decade 1, 2 and 5 are labelled, or 1 alone.
-    """
+def logarithmic(axis: Any, form: Callable[[float], str]) -> None:
+    """Makes `axes.xaxis` or `axes.yaxis`, with all data in it, logarithmic; labels: `form(value)`."""
     setting = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
     setting("log")
-    axis.set_major_locator(LogLocator(subs=(1,) if few else (1, 2, 5)))
+    low, high = axis.get_view_interval()
+    decades = LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,))
+    axis.set_major_locator(MaxNLocator(4) if high < 5 * low else decades)
     axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
     axis.set_minor_locator(NullLocator())
 
