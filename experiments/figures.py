@@ -76,7 +76,7 @@ def against(groups: Sequence[Any], quantity: str, numbers: str = "") -> Figure:
             axes.annotate(text, point, (5, 4), textcoords="offset points", fontsize=8)
     axes.margins(0.1)
     plots.logarithmic(axes.xaxis, formats.si)
-    axes.set(xlabel=quantity.replace("_", "-"), ylabel="test error (%)")
+    axes.set(xlabel=quantity.replace("_", "-"), ylabel="error (%)")
     plots.legend(axes)
     return figure
 
@@ -91,7 +91,7 @@ def along(groups: Sequence[Any], axis: str) -> Figure:
     for number, line in enumerate(lines.values()):
         x = [group.axes[axis] for group in line]
         style = plots.style(number)
-        label = line[0].label(axis) or "test"
+        label = line[0].label(axis)
         mark(axes, x, line, "error", label=label, **style | {"linestyle": "-"})
         dashed = {"linestyle": "--", "markerfacecolor": "none"}
         mark(axes, x, line, "train_error", **style | dashed)
@@ -99,7 +99,8 @@ def along(groups: Sequence[Any], axis: str) -> Figure:
         plots.logarithmic(axes.xaxis, formats.si)
     axes.set_ylim(bottom=0)
     axes.set(xlabel=axis.replace("_", " "), ylabel="error (%)")
-    plots.legend(axes)
+    if len(lines) > 1:
+        plots.legend(axes)
     return figure
 
 
@@ -110,7 +111,7 @@ def gaps(groups: Sequence[Any]) -> Figure:
     train, test = ([100 * g.mean(name) for g in groups] for name in ("train_error", "error"))
     axes.hlines(rows, train, test, color=plots.INK, linewidth=1)
     axes.plot(train, rows, label="training", **plots.style(1) | {"linestyle": ""})
-    axes.plot(test, rows, label="test", **plots.style(0) | {"linestyle": ""})
+    axes.plot(test, rows, label="result", **plots.style(0) | {"linestyle": ""})
     axes.set_yticks(rows, [group.label() for group in groups])
     axes.set(xlabel="error (%)", ylim=(len(groups) - 0.5, -0.5))
     axes.set_xlim(left=0)
@@ -122,21 +123,21 @@ def of_sweep(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:
     """(file name, caption, figure) of all that can be drawn of a sweep's groups."""
     by_kind = itertools.groupby(sorted(groups, key=lambda g: g.kind), key=lambda g: g.kind)
     panels = {"": groups} if len(groups) <= MOST else {kind: list(g) for kind, g in by_kind}
-    axes = numeric(groups)
+    axes, split = numeric(groups), groups[0].config["evaluate"]["final_split"]
     for axis in axes:
-        text = f"Error along {axis.replace('_', ' ')}: test images solid, training images, not "
+        text = f"Error along {axis.replace('_', ' ')}: {split} images solid, training images, not "
         yield f"by_{axis}", text + "augmented, dashed.", along(groups, axis)
     if len({tuple(map(group.mean, COUNTS)) for group in groups}) == len(groups) > 1:
         for count in COUNTS:
-            text = f"Test error against {count.replace('_', '-')}"
+            text = f"{split.capitalize()} error against {count.replace('_', '-')}"
             text += f"; numbers: {axes[0].replace('_', ' ')}." if axes else "."
             yield count, text, against(groups, count, *axes[:1])
     if not any(math.isnan(group.mean("gap")) for group in groups):
-        text = "Train/test gap: errors on training images, not augmented, and on test images."
+        text = f"Train/test gap: errors on training images, not augmented, and {split} images."
         yield "gap", text, gaps(groups)
     for kind, mine in panels.items():
         text = f"Learning curves{kind and ', ' + kind}: training error as it learns, on augmented "
-        text += "images; the mark at the end is the test error of the result."
+        text += f"images; the mark at the end is the {split} error of the result."
         yield f"curves{kind and '_' + kind.replace(' ', '_')}", text, curves(mine)
 
 
@@ -152,12 +153,12 @@ def of_all(groups: dict[str, list[Any]]) -> Iterator[tuple[str, str, Figure]]:
     mine = list(max(recipes.values(), key=len, default={}).values())
     if len({group.kind for group in mine}) > 1:
         for count in COUNTS:
-            text = f"Test error against {count.replace('_', '-')}, all networks of one recipe."
+            text = f"Error against {count.replace('_', '-')}, all networks of one recipe."
             yield count, text, against(mine, count)
 
 
 def heat_maps(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:
-    """As `of_sweep`: what the layers of each group's first network read, if its weights are here."""
+    """As `of_sweep`: what the layers of each group's first network read, if it is here."""
     for group in groups:
         run = group.runs[0]
         if group.config["model"]["family"] != "resnet" and (run.path / "checkpoints").exists():

@@ -53,10 +53,10 @@ def table(groups: Sequence[Any]) -> str:
 
     columns: dict[str, Callable[[Any], str]] = {
         **{name.replace("_", " "): axis(name) for name in groups[0].axes},
-        "network": lambda group: cell(group.kind),
+        **({} if "kind" in groups[0].axes else {"network": lambda group: cell(group.kind)}),
         "n": lambda group: cell(len(group.runs)),
         "accuracy (%)": points("accuracy"),
-        "training accuracy (%)": points("train_accuracy"),
+        "training (%)": points("train_accuracy"),
         "gap (points)": points("gap"),
         "parameters": number("parameters", formats.count),
         "multiply-adds": number("multiply_adds", formats.si),

@@ -68,7 +68,7 @@ def style(number: int) -> dict[str, Any]:
 
 
 def logarithmic(axis: Any, form: Callable[[float], str]) -> None:
-    """Makes `axes.xaxis` or `axes.yaxis`, with all data in it, logarithmic; labels: `form(value)`."""
+    """Makes `axes.xaxis` or `.yaxis`, with all data in it, logarithmic; labels: `form(value)`."""
     setting = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
     setting("log")
     low, high = axis.get_view_interval()
