@@ -93,12 +93,13 @@ def heat_maps(maps: Sequence[Any]) -> Figure:
     rows = max(len(one.sources) for one in maps)
     made = Figure(figsize=(0.19 * sum(widths) + 1.3, 0.19 * rows + 1.7), layout="constrained")
     panels = made.subplots(1, len(maps), squeeze=False, width_ratios=widths)[0]
-    for axes, one in zip(panels, maps, strict=True):
-        shares = one.weights / np.nanmax(one.weights, axis=0, initial=1e-30)
-        image = axes.imshow(shares, vmin=0, vmax=1, interpolation="nearest")
+    shares = [one.weights / np.nanmax(one.weights, axis=0, initial=1e-30) for one in maps]
+    lowest = min(np.floor(10 * np.nanmin(share)) / 10 for share in shares)
+    for axes, one, share in zip(panels, maps, shares, strict=True):
+        image = axes.imshow(share, vmin=lowest, vmax=1, interpolation="nearest")
         for column, target in enumerate(one.targets):
             if not target.startswith("layer"):
-                box = Rectangle((column - 0.5, -0.5), 1, len(shares), fill=False, linewidth=1.8)
+                box = Rectangle((column - 0.5, -0.5), 1, len(share), fill=False, linewidth=1.8)
                 axes.add_patch(box).set(edgecolor=INK, clip_on=False)
         for axis, names in ((axes.xaxis, one.targets), (axes.yaxis, one.sources)):
             shown = range(0, len(names), 1 + len(names) // 20)
