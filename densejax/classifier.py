@@ -58,7 +58,7 @@ def load(directory: epath.PathLike) -> Classifier:
         return _of_weights(path)
     try:
         config = _config(json.loads((path / "config.json").read_text()))
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except Exception as error:  # whatever damage leads to
         raise UserError(
             f"--workdir={path}: neither a run's directory nor one of weights "
             f"({type(error).__name__}: {error})"
@@ -100,9 +100,28 @@ def _of_weights(path: epath.Path) -> Classifier:
     facts = (IMAGENET if is_imagenet else {}) | description
     if missing := [key for key in IMAGENET if key not in facts]:
         raise UserError(f"{path}/model.json: add {', '.join(missing)}; images cannot do without")
+    names = facts.get("class_names") or [str(index) for index in range(classes)]
+    _check_facts(path, facts | {"class_names": names}, classes)
     preparation = Preparation(tuple(facts["mean"]), tuple(facts["std"]))
-    names = tuple(facts.get("class_names") or map(str, range(classes)))
-    return Classifier(model, variables, preparation, tuple(facts["image_shape"]), names)
+    return Classifier(model, variables, preparation, tuple(facts["image_shape"]), tuple(names))
+
+
+def _check_facts(path: epath.Path, facts: dict[str, Any], classes: int) -> None:
+    """Raises UserError where what was added to a model.json by hand does not fit its network."""
+    channels = facts["image_channels"]
+    for key, kinds, length, least, allowed in (
+        ("image_shape", (int,), 3, 1, f"[height, width, {channels}]"),
+        ("mean", (int, float), channels, 0, "a number from 0 to 255 for each channel"),
+        ("std", (int, float), channels, 1e-6, "a number from 1e-6 to 255 for each channel"),
+        ("class_names", (str,), classes, "", f"{classes} names"),
+    ):
+        value, most = facts[key], {"image_shape": 2**16, "class_names": chr(0x10FFFF)}.get(key, 255)
+        if (
+            not isinstance(value, list | tuple)
+            or [type(item) in kinds and least <= item <= most for item in value] != [True] * length
+            or (key == "image_shape" and value[2] != channels)
+        ):
+            raise UserError(f"{path}/model.json: {key} = {value!r}: give {allowed}")
 
 
 def _without_lists(value: Any) -> Any:

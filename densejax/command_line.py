@@ -53,7 +53,7 @@ def _parse(argv: list[str], config: str, arguments: bool) -> list[str]:
 
 
 def _stop(text: str) -> NoReturn:
-    print(f"densejax: {text}", file=sys.stderr)
+    print(f"densejax: {UserError(text)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -70,6 +70,8 @@ def _explain(error: Exception, argv: list[str]) -> str:
             sections = sorted({name.partition(".")[0] for name in known})
             return f"{key}: unknown key; allowed are {', '.join(beside or sections)}"
     if wrong := re.match(r"flag --config\.([\w.]+)=", text):
+        if keys := [key for key in known if key.startswith(f"{wrong[1]}.")]:
+            return f"{wrong[1]} is a section; set one of its keys: {', '.join(keys)}"
         kind = type(known.get(wrong[1])).__name__
         wanted = "a Python literal" if kind == "NoneType" else f"a value of type {kind}"
         return f"{wrong[1]} = {given.get(wrong[1])}: give {wanted}"

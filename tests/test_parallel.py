@@ -171,10 +171,13 @@ def test_the_compilation_cache_is_private_and_yields_to_the_environment(monkeypa
         monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
         parallel.start()
         folder = pathlib.Path(jax.config.jax_compilation_cache_dir)
+        assert folder.stat().st_mode & 0o777 == 0o700
+        folder.chmod(0o777)  # the programs in it are run: one that others could write is closed
+        parallel.start()
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
     assert folder.parent == tmp_path / ".cache/densejax/compiled"
-    assert folder.stat().st_mode & 0o077 == 0
+    assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_home_that_cannot_be_written_is_one_line_or_no_obstacle(monkeypatch):
