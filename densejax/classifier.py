@@ -109,19 +109,25 @@ def _of_weights(path: epath.Path) -> Classifier:
 def _check_facts(path: epath.Path, facts: dict[str, Any], classes: int) -> None:
     """Raises UserError where what was added to a model.json by hand does not fit its network."""
     channels = facts["image_channels"]
-    for key, kinds, length, least, allowed in (
-        ("image_shape", (int,), 3, 1, f"[height, width, {channels}]"),
-        ("mean", (int, float), channels, 0, "a number from 0 to 255 for each channel"),
-        ("std", (int, float), channels, 1e-6, "a number from 1e-6 to 255 for each channel"),
-        ("class_names", (str,), classes, "", f"{classes} names"),
+    for key, is_one, length, allowed in (
+        (
+            "image_shape",
+            lambda size: type(size) is int and size > 0,
+            3,
+            "[height, width, channels]",
+        ),
+        ("mean", _is_level, channels, f"{channels} numbers from 0 to 255"),
+        ("std", lambda level: _is_level(level) and level > 0, channels, f"{channels} above 0"),
+        ("class_names", lambda name: isinstance(name, str), classes, f"{classes} names"),
     ):
-        value, most = facts[key], {"image_shape": 2**16, "class_names": chr(0x10FFFF)}.get(key, 255)
-        if (
-            not isinstance(value, list | tuple)
-            or [type(item) in kinds and least <= item <= most for item in value] != [True] * length
-            or (key == "image_shape" and value[2] != channels)
-        ):
+        value = facts[key]
+        fits = isinstance(value, list | tuple) and len(value) == length and all(map(is_one, value))
+        if not fits or (key == "image_shape" and value[-1] != channels):
             raise UserError(f"{path}/model.json: {key} = {value!r}: give {allowed}")
+
+
+def _is_level(number: Any) -> bool:
+    return type(number) in (int, float) and 0 <= number <= 255
 
 
 def _without_lists(value: Any) -> Any:
