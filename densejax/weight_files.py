@@ -1,5 +1,6 @@
 """Reads weights files of other projects; none can make Python execute anything, unless asked to."""
 
+import functools
 import hashlib
 import importlib
 import io
@@ -32,15 +33,14 @@ def read(source: str, allow_pickle: bool = False) -> tuple[dict[str, np.ndarray]
     suffix = os.path.splitext(path)[1]
     if suffix not in READERS:
         raise UserError(f"--weights={source}: must end in one of {', '.join(READERS)}")
-    if allow_pickle and READERS[suffix] is not _from_torch:
-        raise UserError(f"--allow_pickle: only .pth and .pt read it, {source} has no pickle")
+    read_arrays = READERS[suffix]
+    if allow_pickle:
+        if read_arrays is not _from_torch:
+            raise UserError(f"--allow_pickle: only .pth and .pt read it, {source} has no pickle")
+        read_arrays = functools.partial(_from_torch, allow_pickle=True)
     try:
         data = epath.Path(path).read_bytes()
-        read_arrays = READERS[suffix]
-        arrays = (
-            read_arrays(data, allow_pickle) if read_arrays is _from_torch else read_arrays(data)
-        )
-        return arrays, hashlib.sha256(data).hexdigest()
+        return read_arrays(data), hashlib.sha256(data).hexdigest()
     except Exception as error:  # safetensors, pickle, HDF5 and file systems share no class
         raise UserError(f"--weights={source}: cannot be read ({brief(error)})") from error
 
@@ -53,7 +53,7 @@ def _download(source: str) -> str:
         raise UserError(f"--weights={source}: cannot be read ({brief(error)})") from error
 
 
-def _from_torch(data: bytes, allow_pickle: bool) -> dict[str, np.ndarray]:
+def _from_torch(data: bytes, allow_pickle: bool = False) -> dict[str, np.ndarray]:
     torch = _optional("torch", "install torch, or save the tensors as .safetensors")
     # Before, a file could execute code in spite of weights_only: CVE-2025-32434.
     if not allow_pickle and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):

@@ -343,7 +343,7 @@ def test_any_argument_is_read_or_refused_in_one_line(text):
     except UserError as error:
         assert str(error).isprintable() and str(error).startswith("config argument ")
     else:
-        assert given.keys() == defaults.keys() and type(given.depth) is int
+        assert set(given) == set(defaults) and type(given.depth) is int
         assert type(given.augment) is bool and type(given.rate) in (int, float)
         assert type(given.width) in (type(None), int, float, str)
 

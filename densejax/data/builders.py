@@ -148,7 +148,7 @@ def _builder_class(tfds: Any, name: str, manual_dir: str) -> type:
 
 def _refuse_code(folder: epath.Path) -> None:
     """Refuses a prepared set whose features are not TFDS's own: it would import what they name."""
-    for path in folder.glob("**/features.json"):
+    for path in (*folder.glob("*/features.json"), *folder.glob("*/*/features.json")):
         names = []
         # Every key that TFDS takes a class from: now, as protobuf spells it, and formerly.
         json.loads(
