@@ -27,7 +27,7 @@ from tests import runs
 FILE = pathlib.Path(__file__).parent / "golden.json"
 STEPS = 100
 DTYPES = ("float64", "float32")
-TOLERANCE = 1e-8  # of each loss; 4 devices or another instruction set move it by less than 1e-11
+TOLERANCE = 1e-10  # of each loss; 4 devices, or AVX2 for AVX-512, move it by less than 1e-15
 NETWORKS = {
     "dense, in place": lambda: models.fields(
         "densenet_bc_40_12", depth=None, blocks=(2, 1), growth_rate=4, dropout_rate=0.2
