@@ -77,5 +77,6 @@ def _explain(error: Exception, argv: list[str]) -> str:
         return f"{wrong[1]} = {given.get(wrong[1])}: give {wanted}"
     if "get_config" in text and isinstance(error, AttributeError):
         return "--config: the file is no card, it has no function get_config"
-    # A card's own error comes as a traceback in the text; its last line is what was wrong.
-    return text.strip().splitlines()[-1].removeprefix("densejax.config.UserError: ")
+    # A card's own error comes as a traceback in the text, of one escaped line if it is a UserError.
+    _, is_own, said = text.rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
+    return said.removesuffix("\\n") if is_own else text.strip().splitlines()[-1]

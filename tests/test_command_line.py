@@ -89,7 +89,7 @@ CASES = {
     ),
     "a section": (
         [DIGITS, "--config.train=3"],
-        "train is a section; set one of its keys: train.epochs, ",
+        "train is a section; set one of its keys: train.accumulate_steps, train.batch_size, ",
     ),
     "a name that is none": (
         [DIGITS, "--config.name=a\nb"],

@@ -57,11 +57,17 @@ def prepare(name: str, directory: str, manual_dir: str = "") -> Any:
         builder_class = _builder_class(tfds, name, manual_dir)
         builder = builder_class(data_dir=directory, file_format="array_record")
         if not builder.data_path.exists():
+            made = [directory / path for path in (name, "downloads/extracted", "downloads", "")]
+            made = [path for path in made if not path.exists()]
             try:
                 builder.download_and_prepare()
             except OSError as error:
                 if not builder.data_path.exists():  # else another process was first
                     raise DataError(f"data.name = {name}: {directory}: {_line(error)}") from error
+            finally:
+                for path in made:  # for nothing: where TFDS left something, it stays
+                    with contextlib.suppress(OSError):
+                        path.rmdir()
         _verify(name, builder.data_path)
         return builder_class(data_dir=directory, file_format="array_record")
 
