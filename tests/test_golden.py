@@ -72,14 +72,14 @@ def machine():
     """What bits depend on."""
     cpu = pathlib.Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
-    models = {line.partition(": ")[2] for line in lines if line.startswith("model name")}
-    return {"processor": ", ".join(models), **workdir.versions()}
+    names = {line.partition(": ")[2] for line in lines if line.startswith("model name")}
+    return {"processor": ", ".join(names), **workdir.versions()}
 
 
 def record():
     """Everything that is pinned."""
-    runs = {f"{name}, {dtype}": run(name, dtype) for name in NETWORKS for dtype in DTYPES}
-    return {"machine": machine(), "runs": runs}
+    found = {f"{name}, {dtype}": run(name, dtype) for name in NETWORKS for dtype in DTYPES}
+    return {"machine": machine(), "runs": found}
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -66,7 +66,7 @@ def prepare(name: str, directory: str, manual_dir: str = "") -> Any:
                     raise DataError(f"data.name = {name}: {directory}: {_line(error)}") from error
             finally:
                 for path in made:  # for nothing: where TFDS left something, it stays
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError, ValueError):  # epath's, of one not empty
                         path.rmdir()
         _verify(name, builder.data_path)
         return builder_class(data_dir=directory, file_format="array_record")
