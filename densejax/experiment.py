@@ -21,7 +21,7 @@ from densejax.data.official import SetInfo
 from densejax.step import Task, TrainState, eval_step, init_state
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Experiment:
     """What a configuration stands for, built on the devices that are there.
 
@@ -125,6 +125,9 @@ def describe(config: ConfigDict) -> tuple[SetInfo, nn.Module, optimizer.Schedule
     model = models.create(config.model, info.num_classes, jnp.dtype(config.train.dtype), axis)
     steps_per_epoch = data.train_size(config, info) // config.train.batch_size
     steps = config.train.epochs * steps_per_epoch
+    if steps >= 2**31:
+        raise UserError(f"train.epochs = {config.train.epochs}: {steps} steps; at most 2**31 - 1")
+    data.preparation(config)
     rate = optimizer.schedule(config.optimizer, steps, steps_per_epoch, config.train.batch_size)
     return info, model, rate, steps
 
@@ -178,17 +181,21 @@ def to_train(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     return empty
 
 
-def build(config: ConfigDict) -> Experiment:
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Experiment:
     """Builds everything that a configuration stands for; starts the devices.
+
+    Args:
+      config: the whole configuration.
+      devices: all that are there unless said otherwise.
 
     Raises:
       UserError: the first thing that is wrong with the configuration or the data.
     """
-    empty = to_train(config)
+    experiment = to_train(config, devices)
+    _ = experiment.abstract_state  # a network that does not fit the images says so here
     if jax.process_index() == 0:  # a set that is missing is prepared once where disks are shared
         data.prepare(config)
     multihost_utils.sync_global_devices("data is prepared")
-    run_data = data.create(config, parallel.replicated(empty.mesh), parallel.split(empty.mesh))
-    experiment = dataclasses.replace(empty, data=run_data)
-    _ = experiment.abstract_state  # a network that does not fit the images says so here
+    mesh = experiment.mesh
+    experiment.data = data.create(config, parallel.replicated(mesh), parallel.split(mesh))
     return experiment

@@ -48,7 +48,11 @@ def info(config: ConfigDict) -> SetInfo:
 
 
 def preparation(config: ConfigDict) -> Preparation:
-    """How images become the network's input, from `config.data` and `config.augmentation`."""
+    """How images become the network's input, from `config.data` and `config.augmentation`.
+
+    Raises:
+      UserError: what the set's images cannot have done to them.
+    """
     facts = info(config)
     channels = facts.image_shape[-1]
     scale = ((0.0,) * channels, (255.0,) * channels)
@@ -60,6 +64,12 @@ def preparation(config: ConfigDict) -> Preparation:
     augmentation = config.augmentation
     if channels != 3 and (augmentation.jitter or augmentation.lighting):
         raise UserError("augmentation.jitter and augmentation.lighting: these images are not RGB")
+    in_memory, crop = config.data.storage == "memory", config.evaluate.crop_size
+    if in_memory and crop > (size := config.data.image_size or min(facts.image_shape[:2])):
+        raise UserError(
+            f"evaluate.crop_size = {crop}: must be at most the images' {size}; data.image_size "
+            f"enlarges them"
+        )
     return Preparation(
         mean,
         std,
@@ -67,8 +77,8 @@ def preparation(config: ConfigDict) -> Preparation:
         flip=augmentation.flip,
         jitter=augmentation.jitter,
         lighting=augmentation.lighting,
-        image_size=config.data.image_size if config.data.storage == "memory" else 0,
-        crop_size=config.evaluate.crop_size,
+        image_size=config.data.image_size if in_memory else 0,
+        crop_size=crop,
         dtype=config.train.dtype,
     )
 
