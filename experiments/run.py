@@ -278,27 +278,30 @@ def table_of_results(all_works: list[Work]) -> str:
 def dry_run(all_works: list[Work]) -> None:
     """Prints every run with its counts, how far equal ones differ, and the hours that are left.
 
-    Seconds come from a few steps on this machine's devices, once for each network.
+    Seconds come from a few steps on this machine's devices, once for each network that is left.
     """
     parallel.start()  # what it compiles is kept for the runs
-    measured, rows, hours = {}, [], 0.0
+    measured, rows, total = {}, [], 0.0
     for work in all_works:
-        config = work.config
+        config, result = work.config, work.result()
+        steps, hours = experiment.describe(config)[3], "finished"
         parts = (config.model, config.augmentation, config.train.batch_size, config.train.dtype)
-        key = json.dumps([str(part) for part in parts])
-        if key not in measured:
-            print(f"measuring a step of {work.run.name}", file=sys.stderr, flush=True)
-            measured[key] = step_seconds(config)
-        parameters, multiply_adds, start, step = measured[key]
-        steps = experiment.describe(config)[3]
-        took = 0.0 if work.result() else (start + steps * step) / 3600
-        hours += took
+        network = "\n".join(map(str, parts))
+        if result:
+            found = result["parameters"], result["multiply_adds"]
+        else:
+            if network not in measured:
+                print(f"measuring a step of {work.run.name}", file=sys.stderr, flush=True)
+                measured[network] = step_seconds(config)
+            *found, start, step = measured[network]
+            total += (seconds := start + steps * step)
+            hours = f"{seconds / 3600:.3f}"
         equal = "" if work.run.mismatch is None else f"{work.run.mismatch:+.2%}"
-        row = (work.run.name, formats.count(parameters), formats.si(multiply_adds), equal)
-        rows.append((*row, formats.count(steps), "finished" if work.result() else f"{took:.3f}"))
+        row = (work.run.name, formats.count(found[0]), formats.si(found[1]), equal)
+        rows.append((*row, formats.count(steps), hours))
     head = ("run", "parameters", "multiply-adds", "mismatch", "steps", "hours")
     print(formats.table([head, *rows], right=5))
-    print(f"{hours:.2f} hours by one worker on {jax.devices()[0].device_kind}")
+    print(f"{total / 3600:.2f} hours by one worker on {jax.devices()[0].device_kind}")
 
 
 def step_seconds(config: ConfigDict) -> tuple[int, int, float, float]:

@@ -183,8 +183,9 @@ def test_workers_share_a_sweep(sweep, capsys):
     facts = json.loads((works[3].path / "sweep.json").read_text())
     assert (facts["sweep"], facts["run"], facts["seed"]) == ("variants", "n3_seed0", 0)
     assert facts["axes"] == {"n": 3, "seed": 0} and str(works[3].path) in facts["command"]
-    runner.Worker(works).work()
-    assert len(log.read_text().split()) == 6  # what is finished is skipped
+    runner.Worker(works).work()  # what is finished is skipped, also what was just finished
+    assert runner.Worker(works).attempt(works[0])
+    assert len(log.read_text().split()) == 6
 
 
 def test_a_failure_is_its_own(sweep, capsys):
