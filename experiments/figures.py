@@ -76,8 +76,10 @@ def against(groups: Sequence[Any], quantity: str, numbers: str = "") -> Figure:
             axes.annotate(text, point, (5, 4), textcoords="offset points", fontsize=8)
     axes.margins(0.1)
     plots.logarithmic(axes.xaxis, formats.si)
+    plots.logarithmic(axes.yaxis, "{:.3g}".format)
     axes.set(xlabel=quantity.replace("_", "-"), ylabel="error (%)")
-    plots.legend(axes)
+    if len({group.kind for group in groups}) > 1:
+        plots.legend(axes)
     return figure
 
 
@@ -95,9 +97,10 @@ def along(groups: Sequence[Any], axis: str) -> Figure:
         mark(axes, x, line, "error", label=label, **style | {"linestyle": "-"})
         dashed = {"linestyle": "--", "markerfacecolor": "none"}
         mark(axes, x, line, "train_error", **style | dashed)
-    if max(x) >= 8 * min(x) > 0:
+    values = sorted({group.axes[axis] for group in groups})
+    if values[-1] >= 8 * values[0] > 0:
         plots.logarithmic(axes.xaxis, formats.si)
-    axes.set_ylim(bottom=0)
+    axes.set_xticks(values, map(formats.si, values))
     axes.set(xlabel=axis.replace("_", " "), ylabel="error (%)")
     if len(lines) > 1:
         plots.legend(axes)
@@ -127,7 +130,7 @@ def of_sweep(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:
     for axis in axes:
         text = f"Error along {axis.replace('_', ' ')}: {split} images solid, training images, not "
         yield f"by_{axis}", text + "augmented, dashed.", along(groups, axis)
-    if len({tuple(map(group.mean, COUNTS)) for group in groups}) == len(groups) > 1:
+    if len({(group.kind, *map(group.mean, COUNTS)) for group in groups}) == len(groups) > 1:
         for count in COUNTS:
             text = f"{split.capitalize()} error against {count.replace('_', '-')}"
             text += f"; numbers: {axes[0].replace('_', ' ')}." if axes else "."

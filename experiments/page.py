@@ -47,9 +47,15 @@ def table(groups: Sequence[Any]) -> str:
     def number(quantity, form):
         def show(group):
             mean = group.mean(quantity)
-            return cell(mean, "" if math.isnan(mean) else form(round(mean)))
+            return cell(mean, "" if math.isnan(mean) else form(mean))
 
         return show
+
+    def whole(number):
+        return formats.count(round(number))
+
+    def milliseconds(seconds):
+        return f"{1000 * seconds:.3g}"
 
     columns: dict[str, Callable[[Any], str]] = {
         **{name.replace("_", " "): axis(name) for name in groups[0].axes},
@@ -58,11 +64,14 @@ def table(groups: Sequence[Any]) -> str:
         "accuracy (%)": points("accuracy"),
         "training (%)": points("train_accuracy"),
         "gap (points)": points("gap"),
-        "parameters": number("parameters", formats.count),
+        "parameters": number("parameters", whole),
         "multiply-adds": number("multiply_adds", formats.si),
         "training FLOP": number("training_compute", formats.si),
-        "images/s": number("images_per_second", formats.count),
+        "images/s": number("images_per_second", whole),
     }
+    if any(group.values("latency_1") for group in groups):
+        for images in (1, 64):
+            columns[f"{images} (ms)"] = number(f"latency_{images}", milliseconds)
     head = "".join(f'<th scope="col"><button type="button">{n}</button></th>' for n in columns)
     rows = ("".join(column(group) for column in columns.values()) for group in groups)
     return (

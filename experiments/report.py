@@ -77,6 +77,8 @@ class Run:
             found["training_compute"] = 6 * found["multiply_adds"] * images
             split = self.config["evaluate"]["final_split"]
             found |= {name: found[f"{split}_{name}"] for name in ("accuracy", "error")}
+            for images, seconds in self.sweep["latency"].items():
+                found[f"latency_{images}"] = seconds
             if "train_error" in found:
                 found["gap"] = found["error"] - found["train_error"]
         return found
@@ -133,6 +135,8 @@ def read(root: epath.Path) -> dict[str, list[Run]]:
     found = {}
     for file in sorted(root.glob("*/*/sweep.json")):
         path, sweep = file.parent, load(file)
+        latencies = load(path.parent / "latency.json").get("seconds", {})  # of --latency
+        sweep["latency"] = latencies.get(sweep["run"].rpartition("_seed")[0], {})
         starts = lines(path / "history.jsonl") or [{"versions": {}, "devices": ""}]
         rest = load(path / "config.json"), lines(path / "metrics.jsonl"), starts[-1]
         run = Run(path, sweep, *rest, load(path / "summary.json"))
@@ -163,7 +167,7 @@ def table(sweeps: dict[str, list[Run]]) -> str:
     for run in itertools.chain.from_iterable(sweeps.values()):
         row = {"sweep": run.sweep["sweep"], "run": run.sweep["run"], "seed": run.sweep["seed"]}
         row |= {"finished": bool(run.result), "parameters": None, "multiply_adds": None}
-        row |= {"test_accuracy": None, "train_loss": None}
+        row |= {"test_accuracy": None, "train_loss": None, "mismatch": run.sweep.get("mismatch")}
         rows.append(row | run.measures | run.axes | {"command": run.sweep["command"]})
     names = dict.fromkeys(itertools.chain.from_iterable(rows))
     file = io.StringIO()

@@ -94,7 +94,7 @@ def heat_maps(maps: Sequence[Any]) -> Figure:
     made = Figure(figsize=(0.19 * sum(widths) + 1.3, 0.19 * rows + 1.7), layout="constrained")
     panels = made.subplots(1, len(maps), squeeze=False, width_ratios=widths)[0]
     shares = [one.weights / np.nanmax(one.weights, axis=0, initial=1e-30) for one in maps]
-    lowest = min(np.floor(10 * np.nanmin(share)) / 10 for share in shares)
+    lowest = min(0.9, *(np.floor(10 * np.nanmin(share)) / 10 for share in shares))
     for axes, one, share in zip(panels, maps, shares, strict=True):
         image = axes.imshow(share, vmin=lowest, vmax=1, interpolation="nearest")
         for column, target in enumerate(one.targets):

@@ -82,6 +82,9 @@ def written(tmp_path_factory):
                 *values,
                 parameters=100 * rate,
             )
+    seconds = {"4": {"1": 0.001, "64": 0.0123}, "12": {"1": 0.002, "64": 0.02}}
+    latency = root / "growth_rate" / "latency.json"
+    latency.write_text(json.dumps({"device": "cpu", "seconds": seconds}))
     before, sys.argv = sys.argv, ["report.py", f"--root={root}", f"--output={root}/page"]
     try:
         assert report.main() == 0
@@ -132,6 +135,8 @@ def test_numbers_are_in_their_order(written):
     rows = rows_of((written / "index.html").read_text(), "growth_rate")
     assert [row[0] for row in rows[1:]] == ["4", "12", "120"]
     assert rows[1][3] == "81.00 ± 1.41"
+    assert rows[0][-2:] == ["1 (ms)", "64 (ms)"]
+    assert [row[-2:] for row in rows[1:]] == [["1", "12.3"], ["2", "20"], ["–", "–"]]
 
 
 def test_what_has_not_ended_is_listed(written):
@@ -150,6 +155,7 @@ def test_the_page_stands_alone_and_says_where_numbers_come_from(written):
     assert "This run: <code>seed=2</code>" in page  # what runs of one network differ in
     assert "How layers are joined" in page  # the sweep's question
     # Two figures of all networks, four of connectivity, five of growth_rate with its axis.
+    assert "(ms)" not in "".join(rows_of(page, "connectivity")[0])
     assert page.count("<figure>") == len(list(written.glob("*.png"))) == 11
 
 
