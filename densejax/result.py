@@ -1,5 +1,6 @@
 """What a run says of itself: the summary before its first step, and its result."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,15 +47,20 @@ def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str,
 
 
 def measure(
-    experiment: Experiment, state: TrainState, known: dict[str, dict[str, float]] | None = None
-) -> dict[str, Any]:
-    """The result of a state on `evaluate.final_split`, unless it is `known` already."""
+    experiment: Experiment,
+    state: TrainState,
+    known: dict[str, dict[str, float]] | None = None,
+    stops: Callable[[], bool] | None = None,
+) -> dict[str, Any] | None:
+    """The result of a state on `evaluate.final_split`, unless it is `known`; None if `stops()`."""
     split = experiment.config.evaluate.final_split
-    values = (known or {}).get(split) or experiment.evaluate(state, split)
+    values = (known or {}).get(split) or experiment.evaluate(state, split, stops)
+    if values is None:
+        return None
     result = {f"{split}_{name}": value for name, value in values.items()}
     result[f"{split}_error"] = 1 - values["accuracy"]
     result[f"{split}_examples"] = experiment.data.evaluation[split].size
-    return result | {"steps": int(state.step)}
+    return result | {"steps": int(state.step), "skipped_steps": int(state.skipped[0])}
 
 
 def line(summary: dict[str, Any], path: epath.Path) -> str:

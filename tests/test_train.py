@@ -101,7 +101,10 @@ def test_metrics_are_deterministic_and_timings_are_elsewhere(finished, tmp_path)
     ]
     training, evaluation = records(finished)[0], records(finished)[1]
     names = {"loss", "accuracy", "top5_accuracy"}
-    assert set(training) == {"step", "epoch", "learning_rate", *(f"train_{n}" for n in names)}
+    assert set(training) == {
+        *("step", "epoch", "learning_rate", "skipped_steps"),
+        *(f"train_{n}" for n in names),
+    }
     assert set(evaluation) == {"step", "epoch", *(f"test_{n}" for n in names)}
     assert records(finished)[-1]["test_accuracy"] == summary(finished)["test_accuracy"]
     assert [line["step"] for line in records(finished, "timings")] == [3, 6, 9, 10]
@@ -134,7 +137,7 @@ def interrupted(monkeypatch, path, number, step, config=None):
     ("number", "step", "code"),
     [
         (signal.SIGTERM, 1, 0),
-        (signal.SIGTERM, 5, 0),  # an epoch ends: evaluated and saved anyway
+        (signal.SIGTERM, 5, 0),  # an epoch ends: saved now, evaluated by the next start
         (signal.SIGINT, 7, 130),
         (signal.SIGINT, 10, 130),  # the last step: the result alone is missing
     ],
@@ -163,10 +166,11 @@ def test_many_interruptions_are_one_run(finished, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "moment", [(checkpoint.Checkpoints, "save"), (memory.MemorySet, "evaluation")]
+    ("moment", "step"),
+    [((checkpoint.Checkpoints, "save"), 6), ((memory.MemorySet, "evaluation"), 5)],
 )
-def test_a_signal_during_a_save_or_an_evaluation_waits_for_the_next_step(
-    finished, tmp_path, monkeypatch, capsys, moment
+def test_a_signal_during_a_save_waits_for_a_step_and_one_cuts_an_evaluation(
+    finished, tmp_path, monkeypatch, capsys, moment, step
 ):
     owner, name = moment
     plain, once = getattr(owner, name), []
@@ -179,10 +183,25 @@ def test_a_signal_during_a_save_or_an_evaluation_waits_for_the_next_step(
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, killed)
         assert train.run(runs.tiny(), str(tmp_path), "train") == 0
-    assert "SIGTERM: saved step 6;" in capsys.readouterr().out
-    assert (tmp_path / "checkpoints" / "6").exists()
+    assert f"SIGTERM: saved step {step};" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints" / str(step)).exists()
     assert train.run(runs.tiny(), str(tmp_path), "train") == 0
     assert_same_run(finished, tmp_path)
+
+
+def test_a_signal_during_the_last_measurement_is_heard(finished, tmp_path, monkeypatch, capsys):
+    changes = {"evaluate__every_epochs": 0}
+
+    def killed(self, plain=memory.MemorySet.evaluation):
+        os.kill(os.getpid(), signal.SIGINT)
+        return plain(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory.MemorySet, "evaluation", killed)
+        assert train.run(runs.tiny(**changes), str(tmp_path), "train") == 130
+    assert "SIGINT: saved step 10;" in capsys.readouterr().out
+    assert train.run(runs.tiny(**changes), str(tmp_path), "train") == 0
+    assert summary(tmp_path)["test_loss"] == summary(finished)["test_loss"]
 
 
 def test_a_stopped_run_saves_where_no_save_is_due(tmp_path, monkeypatch):
@@ -191,9 +210,10 @@ def test_a_stopped_run_saves_where_no_save_is_due(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["5"]
 
 
-def test_a_loss_that_is_no_number_ends_the_run_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="train_loss = (nan|inf) at step 3: ") as caught:
-        train.run(runs.tiny(optimizer__learning_rate=1e30), str(tmp_path / "run"), "train")
+def test_divergence_ends_the_run_in_one_line(tmp_path):
+    config = runs.tiny(optimizer__learning_rate=1e30, train__max_skipped_steps=3)
+    with pytest.raises(UserError, match="train.max_skipped_steps = 3: .* up to 4, ") as caught:
+        train.run(config, str(tmp_path / "run"), "train")
     assert "\n" not in str(caught.value) and "optimizer.learning_rate" in str(caught.value)
     assert not (tmp_path / "run" / "summary.json").exists()
     assert not (tmp_path / "run" / "lock").exists()
@@ -382,9 +402,9 @@ def script(monkeypatch):
         experiment = build(config)
         evaluate = experiment.evaluate
 
-        def spy(state, split):
+        def spy(state, split, stops):
             calls.append((split, int(state.step)))
-            values = evaluate(state, split)
+            values = evaluate(state, split, stops)
             if split == "validation":
                 values = values | {"accuracy": accuracies[int(state.step)]}
             return values
