@@ -39,14 +39,14 @@ class Goodput:
         try:
             before = json.loads(path.read_text())
             marks = {int(step): mark for step, mark in before["at_checkpoints"].items()}
-            reached = max((step for step in marks if step <= start_step), default=None)
-            lost = sum(before["seconds"].values()) - sum(marks.get(reached, {}).values())
-            now = time.time() - (time.monotonic() - began)
-            self.seconds |= marks.get(reached, {})
-            self.seconds["lost"] += lost
-            self.seconds["down"] += max(now - before["time"], 0.0)
-            self._starts += before["starts"]
             self._marks = {step: mark for step, mark in marks.items() if step <= start_step}
+            kept = self._marks[max(self._marks)] if self._marks else dict.fromkeys(KINDS, 0.0)
+            now = time.time() - (time.monotonic() - began)
+            self.seconds |= {kind: kept[kind] for kind in KINDS[:-2]}
+            self.seconds["lost"] = sum(before["seconds"][kind] for kind in KINDS[:-1])
+            self.seconds["lost"] -= sum(kept[kind] for kind in KINDS[:-2])
+            self.seconds["down"] = before["seconds"]["down"] + max(now - before["time"], 0.0)
+            self._starts += before["starts"]
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -76,7 +76,7 @@ class Goodput:
 
     def write(self, now: bool = True) -> None:
         """Writes the file: now, or if the last time is long ago; process 0 alone does."""
-        if jax.process_index() or not (now or time.monotonic() - self._written > self._every):
+        if not (now or time.monotonic() - self._written > self._every) or jax.process_index():
             return
         self.turn(self._kind)
         self._written = time.monotonic()

@@ -1,5 +1,6 @@
 """What a run says of itself: the summary before its first step, and its result."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ from etils import epath
 
 from densejax import formats, workdir
 from densejax.analysis import counts
+from densejax.config import UserError
 from densejax.experiment import Experiment
 from densejax.step import TrainState
 
@@ -61,6 +63,16 @@ def measure(
     result[f"{split}_error"] = 1 - values["accuracy"]
     result[f"{split}_examples"] = experiment.data.evaluation[split].size
     return result | {"steps": int(state.step), "skipped_steps": int(state.skipped[0])}
+
+
+def read(path: epath.Path) -> dict[str, Any] | None:
+    """The result that a run wrote, None where there is none."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): delete it, the run writes it again"
+        ) from error
 
 
 def line(summary: dict[str, Any], path: epath.Path) -> str:

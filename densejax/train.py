@@ -42,8 +42,7 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
     describe(config)
     path = epath.Path(directory)
     is_run = (path / "config.json").exists()
-    summary = path / "summary.json"
-    found = json.loads(summary.read_text()) if mode == "train" and summary.exists() else None
+    found = result.read(path / "summary.json") if mode == "train" else None
     finished = found and workdir.same_run(found["config"], config)
     if (mode == "eval" and (is_run or not config.train.weights)) or (is_run and not force):
         trains = mode == "train" and not finished

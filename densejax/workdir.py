@@ -150,9 +150,15 @@ def _accepted_changes(path, config, found, force) -> list[str] | None:
     stored, history = path / "config.json", path / "history.jsonl"
     if not stored.exists():
         return None
-    before = json.loads(history.read_text().splitlines()[-1])["versions"] if found else {}
+    try:
+        changes = difference(json.loads(stored.read_text()), config)
+        before = json.loads(history.read_text().splitlines()[-1])["versions"] if found else {}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise WorkdirError(
+            f"workdir={path}: config.json or history.jsonl is damaged ({error}); restore it or "
+            f"choose another --workdir"
+        ) from error
     before = {"versions": {name: before.get(name) for name in found}}
-    changes = difference(json.loads(stored.read_text()), config)
     changes += difference(before, {"versions": found})
     refused = [line for line in changes if not _resumable(line.partition(":")[0])]
     if refused and not force:

@@ -10,9 +10,10 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import pytest
 
-from densejax import checkpoint, train
+from densejax import checkpoint, goodput, train
 from densejax.config import UserError
 from densejax.data import builders, memory
 from densejax.train import due
@@ -123,6 +124,17 @@ def test_tensorboard_and_checkpoints_are_there_and_the_lock_is_gone(finished):
     assert not (finished / "lock").exists()
 
 
+def test_where_the_time_went(finished):
+    found = json.loads((finished / "goodput.json").read_text())
+    assert found["starts"] == 1 and set(found["seconds"]) == set(goodput.KINDS)
+    assert all(found["seconds"][kind] > 0 for kind in ("step", "input_wait", "evaluation", "save"))
+    assert found["seconds"]["lost"] == found["seconds"]["down"] == 0
+    assert found["share_of_steps"] == pytest.approx(
+        found["seconds"]["step"] / sum(found["seconds"].values())
+    )
+    assert sorted(found["at_checkpoints"]) == ["10", "5"]
+
+
 # --- Stopping and going on.
 
 
@@ -208,6 +220,45 @@ def test_a_stopped_run_saves_where_no_save_is_due(tmp_path, monkeypatch):
     config = runs.tiny(checkpoint__every_epochs=2)  # and none after the first evaluation
     assert interrupted(monkeypatch, tmp_path, signal.SIGTERM, 5, config)[0] == 0
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["5"]
+
+
+def test_a_batch_that_is_not_finite_is_skipped_named_and_counted(tmp_path, monkeypatch, caplog):
+    batch = memory.MemorySet.batch
+
+    def poisoned(self, step):
+        found = batch(self, step)
+        return found | {"image": found["image"] * jnp.float32(jnp.nan)} if step + 1 == 5 else found
+
+    monkeypatch.setattr(memory.MemorySet, "batch", poisoned)
+    config = runs.tiny(log__every_steps=1, train__max_skipped_steps=2)
+    assert train.run(config, str(tmp_path), "train") == 0
+    assert "Step 5 is skipped: it is not finite (1 in a row)." in caplog.text
+    assert caplog.text.count("is skipped") == 1 and summary(tmp_path)["skipped_steps"] == 1
+    lines = [line for line in records(tmp_path) if "skipped_steps" in line]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert [line["skipped_steps"] for line in lines] == [0] * 4 + [1] * 6
+    assert "train_loss" not in lines[4] and lines[5]["learning_rate"] == lines[4]["learning_rate"]
+
+
+def test_a_full_disk_delays_saves_and_the_run_ends_well_only_if_the_last_is_made(
+    finished, tmp_path, monkeypatch, caplog
+):
+    write, full = checkpoint._write_manifest, {5, 10}
+
+    def refuse(path, manifest):
+        if int(path.name.partition(".")[0]) in full:
+            raise OSError(28, "No space left on device")
+        write(path, manifest)
+
+    monkeypatch.setattr(checkpoint, "_write_manifest", refuse)
+    with pytest.raises(UserError, match="Step 10 could not be saved .* No space left on device"):
+        train.run(runs.tiny(), str(tmp_path), "train")
+    assert caplog.text.count("Step 5 could not be saved") == 1  # and the run went on
+    assert not (tmp_path / "summary.json").exists()
+    full.remove(10)
+    assert train.run(runs.tiny(), str(tmp_path), "train") == 0
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    runs.assert_same_bits(runs.restored(tmp_path), runs.restored(finished))
 
 
 def test_divergence_ends_the_run_in_one_line(tmp_path):
