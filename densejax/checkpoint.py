@@ -51,6 +51,7 @@ class Checkpoints:
         self._under_way: int | None = None
         self._problem = ""
         self._handler = _Handler()
+        logging.get_absl_logger().addFilter(_is_news)
         self._writer = ocp.AsyncCheckpointer(
             self._handler,
             checkpoint_metadata_store=_NoRecord(),
@@ -255,6 +256,11 @@ class _Save(ocp.args.StandardSave):
 @ocp.args.register_with_handler(_Handler, for_restore=True)
 class _Restore(ocp.args.StandardRestore):
     pass
+
+
+def _is_news(record) -> bool:
+    # Orbax logs with a traceback what it raises anyway, and this module says in one line.
+    return not record.pathname.endswith("async_checkpointer.py")
 
 
 def _require_everywhere(path: epath.Path, problem: str) -> None:

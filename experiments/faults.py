@@ -428,7 +428,7 @@ def table(folder):
     """What the cases in a folder have shown, as Markdown."""
     rows = ["| fault | tries | survived | silent errors |", "|---|---|---|---|"]
     for name in FAULTS:
-        found = [json.loads(file.read_text()) for file in folder.glob(f"{name} *.json")]
+        found = [json.loads(file.read_text()) for file in folder.glob(f"{name} [0-9]*.json")]
         counts = [str(sum(one[key] for one in found)) for key in ("tries", "survived", "silent")]
         rows.append(f"| {name} | {' | '.join(counts if found else ('not run', '', ''))} |")
     return "\n".join(rows)

@@ -227,7 +227,9 @@ def test_a_batch_that_is_not_finite_is_skipped_named_and_counted(tmp_path, monke
 
     def poisoned(self, step):
         found = batch(self, step)
-        return found | {"image": found["image"] * jnp.float32(jnp.nan)} if step + 1 == 5 else found
+        if step + 1 == 5:
+            found["image"] = found["image"].astype(jnp.float32) * jnp.float32(jnp.nan)
+        return found
 
     monkeypatch.setattr(memory.MemorySet, "batch", poisoned)
     config = runs.tiny(log__every_steps=1, train__max_skipped_steps=2)
