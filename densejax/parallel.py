@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from densejax.config import UserError
+from densejax.models.convolution import tracing_for
 
 Axis = str | tuple[str, ...]
 AXIS = "data"  # all devices along one axis
@@ -102,16 +103,21 @@ def map_step(
       donate: reuse the state's memory for the new state (pmap keeps the old one too: it takes
         the state unstacked, and cannot donate what it broadcasts).
     """
+
+    def traced(state, batch):
+        with tracing_for(mesh.devices.flat[0].platform):
+            return step(state, batch)
+
     if mode == "shard_map":
         mapped = jax.shard_map(
-            step,
+            traced,
             mesh=mesh,
             in_specs=(PartitionSpec(), PartitionSpec(axis(mesh))),
             out_specs=PartitionSpec(),
         )
         return jax.jit(mapped, donate_argnums=(0,) if donate else ())
     mapped = jax.pmap(
-        step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=list(mesh.devices.flat)
+        traced, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=list(mesh.devices.flat)
     )
 
     def per_device(array):

@@ -1,7 +1,9 @@
 """Convolutions, and how each platform computes them best."""
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -28,8 +30,23 @@ class Plan:
 PLANS = {"cpu": Plan(piece_bytes=2e6, products=True), "default": Plan()}
 
 
+_platform = contextvars.ContextVar("platform", default="")
+
+
+@contextlib.contextmanager
+def tracing_for(platform: str) -> Iterator[None]:
+    """What is traced inside is for this platform ("cpu", "tpu", ...) alone: no other is traced."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
 def per_platform(function: Callable[..., Any], *arguments: Any) -> Any:
     """function(plan, *arguments) with the plan of the platform that it is compiled for."""
+    if platform := _platform.get():
+        return function(PLANS.get(platform, PLANS["default"]), *arguments)
     return lax.platform_dependent(
         *arguments,
         **{name: lambda *x, plan=plan: function(plan, *x) for name, plan in PLANS.items()},

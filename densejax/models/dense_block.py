@@ -12,6 +12,7 @@ On a CPU a batch goes through each layer in pieces that stay in the cache.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -385,8 +386,10 @@ def _in_pieces(plan: Plan, features, function, sums, output, channel: int = 0):
     batch = features.shape[0]
     size = batch
     if isinstance(batch, int):  # an exported program may leave it open
-        divisors = (size for size in range(1, batch + 1) if batch % size == 0)
-        size = max(n for n in divisors if n == 1 or n * features.nbytes <= plan.piece_bytes * batch)
+        most = batch
+        if plan.piece_bytes < math.inf:  # outside of a loop XLA:CPU copies the output of each layer
+            most = min(batch / 2, plan.piece_bytes / features.nbytes * batch)
+        size = max((n for n in range(1, batch + 1) if n <= most and batch % n == 0), default=1)
 
     def step(number, state):
         sums, output = state
