@@ -154,7 +154,7 @@ def train_step(
     seen = jax.lax.psum(seen, axis)
     old = (state.params, state.batch_stats, state.opt_state, jax.tree.map(jnp.zeros_like, seen))
     new = (optax.apply_updates(state.params, updates), batch_stats, opt_state, seen)
-    good = _finite(new)
+    good = _finite((new[:2], seen))  # SGD's momentum is finite where the parameters are
     params, batch_stats, opt_state, seen = jax.tree.map(
         lambda new, old: jnp.where(good, new, old), new, old
     )
