@@ -48,6 +48,7 @@ def default() -> config_dict.ConfigDict:
     train.epochs = 300
     train.batch_size = 64  # images per step over all devices; a multiple of their number
     train.accumulate_steps = 1  # parts of each device's share that are computed one after another
+    train.max_skipped_steps = 10  # in a row, skipped as they were not finite, that end the run
     train.label_smoothing = 0.0  # probability mass spread evenly over all classes
     train.weights = ""  # a directory of densejax.pretrained to start from; "" draws from the seed
     train.dtype = "float32"  # of the computation; parameters and statistics stay float32
@@ -125,6 +126,7 @@ _CHECKS = {
     "train.epochs": _POSITIVE,
     "train.batch_size": _POSITIVE,
     "train.accumulate_steps": _POSITIVE,
+    "train.max_skipped_steps": _POSITIVE,
     "train.label_smoothing": _FRACTION,
     "train.dtype": _one_of("float32", "bfloat16", "float64"),
     "optimizer.learning_rate": _POSITIVE,

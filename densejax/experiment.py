@@ -1,5 +1,6 @@
 """What a configuration stands for: data, network, optimizer and state, built on the devices."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -89,16 +90,22 @@ class Experiment:
         )
 
     @functools.cached_property
-    def evaluate(self) -> Callable[[TrainState, str], dict[str, float]]:
-        """Means over every image of a split, each once."""
+    def evaluate(self) -> Callable[..., dict[str, float] | None]:
+        """Means over every image of a split, each once: `evaluate(state, split, stops=None)`.
+
+        None where `stops()`, which is called after every batch, is true before the last.
+        """
         step = self.map(eval_step)
         add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
-        def evaluate(state, split):
+        def evaluate(state, split, stops=None):
             sums = []
-            for batch in self.data.evaluation[split].evaluation():
-                sums.append(step(state, batch))
-                jax.block_until_ready(sums[-2:-1])  # one step is queued: batches take memory
+            with contextlib.closing(self.data.evaluation[split].evaluation()) as batches:
+                for batch in batches:
+                    sums.append(step(state, batch))
+                    jax.block_until_ready(sums[-2:-1])  # one step is queued: batches take memory
+                    if stops and stops():
+                        return None
             total = functools.reduce(add, sums)
             if (seen := int(total["count"])) != (size := self.data.evaluation[split].size):
                 raise RuntimeError(f"{split}: {seen} images were evaluated, there are {size}")

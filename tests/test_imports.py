@@ -36,6 +36,7 @@ LEVELS = {
         "hosts",
         "parallel",
         "checkpoint",
+        "goodput",
         "lock",
         "workdir",
         "metric_log",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 
 import jax
 import numpy as np
@@ -24,10 +25,13 @@ class Data:
       train: training batches.
       evaluation: "test" where it is measured, "validation" where images are held out and "train"
         where training images are measured as well.
+      version: digest of what is read: of all images and labels in memory; of a stream, which is
+        too large, of what TFDS records of its files, or of the names of a folder's images.
     """
 
     train: MemorySet | StreamSet
     evaluation: dict[str, MemorySet | StreamSet]
+    version: str
 
     def close(self) -> None:
         """Ends the processes that a stream has running."""
@@ -172,6 +176,7 @@ def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Da
     return Data(
         MemorySet(images, labels, config.train.batch_size, config.seed, whole, split),
         {name: MemorySet(*pair, size, config.seed, whole, split) for name, pair in arrays.items()},
+        _digest(images, labels, *(array for name in sorted(arrays) for array in arrays[name])),
     )
 
 
@@ -213,4 +218,13 @@ def _streams(config: ConfigDict, split: NamedSharding, measured: set[str]) -> Da
         for name, (examples, indices) in parts.items()
     }
     streams = {name: StreamSet(part, split, section.workers) for name, part in evaluation.items()}
-    return Data(StreamSet(train, split, section.workers), streams)
+    version = _digest(*(array for name in splits for array in splits[name].identity()))
+    return Data(StreamSet(train, split, section.workers), streams, version)
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:12]
