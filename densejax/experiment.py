@@ -1,5 +1,6 @@
 """What a configuration stands for: data, network, optimizer and state, built on the devices."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -21,7 +22,7 @@ from densejax.data.official import SetInfo
 from densejax.step import Task, TrainState, eval_step, init_state
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Experiment:
     """What a configuration stands for, built on the devices that are there.
 
@@ -89,16 +90,22 @@ class Experiment:
         )
 
     @functools.cached_property
-    def evaluate(self) -> Callable[[TrainState, str], dict[str, float]]:
-        """Means over every image of a split, each once."""
+    def evaluate(self) -> Callable[..., dict[str, float] | None]:
+        """Means over every image of a split, each once: `evaluate(state, split, stops=None)`.
+
+        None where `stops()`, which is called after every batch, is true before the last.
+        """
         step = self.map(eval_step)
         add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
-        def evaluate(state, split):
+        def evaluate(state, split, stops=None):
             sums = []
-            for batch in self.data.evaluation[split].evaluation():
-                sums.append(step(state, batch))
-                jax.block_until_ready(sums[-2:-1])  # one step is queued: batches take memory
+            with contextlib.closing(self.data.evaluation[split].evaluation()) as batches:
+                for batch in batches:
+                    sums.append(step(state, batch))
+                    jax.block_until_ready(sums[-2:-1])  # one step is queued: batches take memory
+                    if stops and stops():
+                        return None
             total = functools.reduce(add, sums)
             if (seen := int(total["count"])) != (size := self.data.evaluation[split].size):
                 raise RuntimeError(f"{split}: {seen} images were evaluated, there are {size}")
@@ -125,6 +132,9 @@ def describe(config: ConfigDict) -> tuple[SetInfo, nn.Module, optimizer.Schedule
     model = models.create(config.model, info.num_classes, jnp.dtype(config.train.dtype), axis)
     steps_per_epoch = data.train_size(config, info) // config.train.batch_size
     steps = config.train.epochs * steps_per_epoch
+    if steps >= 2**31:
+        raise UserError(f"train.epochs = {config.train.epochs}: {steps} steps; at most 2**31 - 1")
+    data.preparation(config)
     rate = optimizer.schedule(config.optimizer, steps, steps_per_epoch, config.train.batch_size)
     return info, model, rate, steps
 
@@ -178,17 +188,21 @@ def to_train(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     return empty
 
 
-def build(config: ConfigDict) -> Experiment:
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Experiment:
     """Builds everything that a configuration stands for; starts the devices.
+
+    Args:
+      config: the whole configuration.
+      devices: all that are there unless said otherwise.
 
     Raises:
       UserError: the first thing that is wrong with the configuration or the data.
     """
-    empty = to_train(config)
+    experiment = to_train(config, devices)
+    _ = experiment.abstract_state  # a network that does not fit the images says so here
     if jax.process_index() == 0:  # a set that is missing is prepared once where disks are shared
         data.prepare(config)
     multihost_utils.sync_global_devices("data is prepared")
-    run_data = data.create(config, parallel.replicated(empty.mesh), parallel.split(empty.mesh))
-    experiment = dataclasses.replace(empty, data=run_data)
-    _ = experiment.abstract_state  # a network that does not fit the images says so here
+    mesh = experiment.mesh
+    experiment.data = data.create(config, parallel.replicated(mesh), parallel.split(mesh))
     return experiment

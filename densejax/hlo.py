@@ -49,7 +49,8 @@ def read(text: str) -> Counts:
         slice counts, of what it updates in place the update.
       on_chip_bytes: the same in a TPU's own memories.
       flops: of matrix products and convolutions, two for a multiply-add. Padding counts as if it
-        was multiplied; the holes of a strided convolution's gradient do not.
+        was multiplied, but for what makes an input as wide as its kernel; the holes of a strided
+        convolution's gradient do not.
       kernels, convolutions, custom_calls: how often one runs.
       unknown_loops: loops whose number of turns is not known; they count once.
       all-reduce, ...: bytes of the collectives' operands.
@@ -175,6 +176,9 @@ def _size(arrays: list[_Array]) -> Counts:
 def _traffic(program, line: _Instruction, lines) -> Counts:
     """Bytes that a kernel reads and writes."""
     kind, operands = line.opcode, [lines[name].arrays for name in line.operands]
+    if kind == "slice-start":  # it names the operand, too
+        operand, part = line.arrays[:2]
+        return _size([part, part._replace(place=operand.place)])
     if kind in _SLICES:
         return _size(line.arrays * 2)
     if kind == "dynamic-update-slice":
@@ -187,18 +191,38 @@ def _traffic(program, line: _Instruction, lines) -> Counts:
     for key, each in inner.items():  # what is read
         if each.opcode != "parameter" or key == "ROOT":
             continue
-        read = [use for name, use in _uses(key, inner) if not _updates(use, name)]
-        is_sliced = all(use.opcode in _SLICES for use in read)
-        whole = operands[int(each.operands[0])]
-        total.update(_size([a for use in read for a in use.arrays] if is_sliced else whole))
+        parts = _parts(program, key, inner)
+        total.update(_size(operands[int(each.operands[0])] if parts is None else parts))
     root = inner["ROOT"]
-    written = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    written = [root] * len(line.arrays)  # more than one of a reduction of several arrays
+    if root.opcode == "tuple":
+        written = [inner[name] for name in root.operands]
     for each, array in zip(written, line.arrays, strict=True):
         while each.opcode == "bitcast":
             each = inner[each.operands[0]]
         is_update = each.opcode == "dynamic-update-slice"
         total.update(_size(inner[each.operands[1]].arrays if is_update else [array]))
     return total
+
+
+def _parts(program, name: str, lines) -> list[_Array] | None:
+    """The slices that are read of a value, also by fusions inside of fusions; None: all of it."""
+    parts = []
+    for called, use in _uses(name, lines):
+        if use.opcode in _SLICES:
+            parts += use.arrays
+        elif use.opcode == "fusion":
+            inner = program[use.called()[0]]
+            places = [str(place) for place, of in enumerate(use.operands) if of == called]
+            for key, each in inner.items():
+                if each.opcode == "parameter" and key != "ROOT" and each.operands[0] in places:
+                    more = _parts(program, key, inner)
+                    if more is None:
+                        return None
+                    parts += more
+        elif not _updates(use, called):
+            return None
+    return parts
 
 
 def _uses(name: str, lines) -> Iterator[tuple[str, _Instruction]]:

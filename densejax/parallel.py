@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from densejax.config import UserError
+from densejax.models.convolution import tracing_for
 
 Axis = str | tuple[str, ...]
 AXIS = "data"  # all devices along one axis
@@ -32,6 +33,7 @@ def start() -> None:
         cache = pathlib.Path("~/.cache/densejax/compiled").expanduser() / name
         try:
             cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+            cache.chmod(0o700)  # of an older one; the programs in it are run
         except OSError as error:
             raise UserError(
                 f"the compilation cache {cache} cannot be made ({error.strerror}); "
@@ -102,16 +104,21 @@ def map_step(
       donate: reuse the state's memory for the new state (pmap keeps the old one too: it takes
         the state unstacked, and cannot donate what it broadcasts).
     """
+
+    def traced(state, batch):
+        with tracing_for(mesh.devices.flat[0].platform):
+            return step(state, batch)
+
     if mode == "shard_map":
         mapped = jax.shard_map(
-            step,
+            traced,
             mesh=mesh,
             in_specs=(PartitionSpec(), PartitionSpec(axis(mesh))),
             out_specs=PartitionSpec(),
         )
         return jax.jit(mapped, donate_argnums=(0,) if donate else ())
     mapped = jax.pmap(
-        step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=list(mesh.devices.flat)
+        traced, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=list(mesh.devices.flat)
     )
 
     def per_device(array):

@@ -1,7 +1,9 @@
 """Convolutions, and how each platform computes them best."""
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -19,17 +21,41 @@ class Plan:
     Attributes:
       piece_bytes: a batch is worked through in pieces whose widest array has about so many bytes.
       products: narrow 3x3 convolutions are matrix products and sums of shifted results.
+      shrink: each layer of a dense block makes a new gradient, of the channels still needed; else
+        it is one buffer, updated in place.
     """
 
     piece_bytes: float = float("inf")
     products: bool = False
+    shrink: bool = False
 
 
-PLANS = {"cpu": Plan(piece_bytes=2e6, products=True), "default": Plan()}
+PLANS = {
+    "cpu": Plan(piece_bytes=2e6, products=True),
+    # Without an update in place XLA:TPU adds a layer's gradient up and sums it for BatchNorm in the
+    # kernel of the product that makes it, instead of writing it and reading it again.
+    "tpu": Plan(shrink=True),
+    "default": Plan(),
+}
+
+
+_platform = contextvars.ContextVar("platform", default="")
+
+
+@contextlib.contextmanager
+def tracing_for(platform: str) -> Iterator[None]:
+    """What is traced inside is for this platform ("cpu", "tpu", ...) alone: no other is traced."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
 
 
 def per_platform(function: Callable[..., Any], *arguments: Any) -> Any:
     """function(plan, *arguments) with the plan of the platform that it is compiled for."""
+    if platform := _platform.get():
+        return function(PLANS.get(platform, PLANS["default"]), *arguments)
     return lax.platform_dependent(
         *arguments,
         **{name: lambda *x, plan=plan: function(plan, *x) for name, plan in PLANS.items()},

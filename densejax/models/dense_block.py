@@ -12,6 +12,7 @@ On a CPU a batch goes through each layer in pieces that stay in the cache.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -256,12 +257,15 @@ class _Layer:
                 dh = self.drop(through_norm2(cut(h), cut(dy)), keys)
                 dz, dconv = pointwise_backward(z, dh, self.params["conv1"])
             dz, sums = _through_relu(z, dz, x, stats.mean)
-            share = (wide(dz) * slope).astype(x.dtype)
-            return (dconv, sums), gradient[..., : self.channels] + share
+            # Rounded last: a rounded summand would be one more result of XLA:TPU's kernel.
+            gradient = wide(gradient[..., : self.channels]) + wide(dz) * slope
+            return (dconv, sums), gradient.astype(x.dtype)
 
         rate = lax.rsqrt(stats.variance + self.settings.epsilon)
         slope = self.params["norm1"]["scale"] * rate
         sums = _zeros(self.params["conv1"], self.params["norm1"])
+        if self.plan.shrink:
+            gradient = gradient[..., : self.channels]
         (dconv, sums), gradient = _in_pieces(self.plan, features, piece, sums, gradient)
         # The first norm's statistics are shared with all later layers.
         of_mean = of_statistics.mean.at[: self.channels].add(-slope * sums["bias"])
@@ -385,8 +389,10 @@ def _in_pieces(plan: Plan, features, function, sums, output, channel: int = 0):
     batch = features.shape[0]
     size = batch
     if isinstance(batch, int):  # an exported program may leave it open
-        divisors = (size for size in range(1, batch + 1) if batch % size == 0)
-        size = max(n for n in divisors if n == 1 or n * features.nbytes <= plan.piece_bytes * batch)
+        most = batch
+        if plan.piece_bytes < math.inf:  # outside of a loop XLA:CPU copies the output of each layer
+            most = min(batch / 2, plan.piece_bytes / features.nbytes * batch)
+        size = max((n for n in range(1, batch + 1) if n <= most and batch % n == 0), default=1)
 
     def step(number, state):
         sums, output = state
