@@ -88,8 +88,10 @@ class Run:
 
     def work(self, flags, patch):
         """What the processes do: densejax.main."""
+        import densejax
         from densejax import command_line, main
 
+        densejax.STARTED = time.monotonic()
         with self.output.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
