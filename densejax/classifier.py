@@ -58,7 +58,7 @@ def load(directory: epath.PathLike) -> Classifier:
         return _of_weights(path)
     try:
         config = _config(json.loads((path / "config.json").read_text()))
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except Exception as error:  # whatever damage leads to
         raise UserError(
             f"--workdir={path}: neither a run's directory nor one of weights "
             f"({type(error).__name__}: {error})"
@@ -100,9 +100,34 @@ def _of_weights(path: epath.Path) -> Classifier:
     facts = (IMAGENET if is_imagenet else {}) | description
     if missing := [key for key in IMAGENET if key not in facts]:
         raise UserError(f"{path}/model.json: add {', '.join(missing)}; images cannot do without")
+    names = facts.get("class_names") or [str(index) for index in range(classes)]
+    _check_facts(path, facts | {"class_names": names}, classes)
     preparation = Preparation(tuple(facts["mean"]), tuple(facts["std"]))
-    names = tuple(facts.get("class_names") or map(str, range(classes)))
-    return Classifier(model, variables, preparation, tuple(facts["image_shape"]), names)
+    return Classifier(model, variables, preparation, tuple(facts["image_shape"]), tuple(names))
+
+
+def _check_facts(path: epath.Path, facts: dict[str, Any], classes: int) -> None:
+    """Raises UserError where what was added to a model.json by hand does not fit its network."""
+    channels = facts["image_channels"]
+    for key, is_one, length, allowed in (
+        (
+            "image_shape",
+            lambda size: type(size) is int and size > 0,
+            3,
+            "[height, width, channels]",
+        ),
+        ("mean", _is_level, channels, f"{channels} numbers from 0 to 255"),
+        ("std", lambda level: _is_level(level) and level > 0, channels, f"{channels} above 0"),
+        ("class_names", lambda name: isinstance(name, str), classes, f"{classes} names"),
+    ):
+        value = facts[key]
+        fits = isinstance(value, list | tuple) and len(value) == length and all(map(is_one, value))
+        if not fits or (key == "image_shape" and value[-1] != channels):
+            raise UserError(f"{path}/model.json: {key} = {value!r}: give {allowed}")
+
+
+def _is_level(number: Any) -> bool:
+    return type(number) in (int, float) and 0 <= number <= 255
 
 
 def _without_lists(value: Any) -> Any:

@@ -53,7 +53,7 @@ def _parse(argv: list[str], config: str, arguments: bool) -> list[str]:
 
 
 def _stop(text: str) -> NoReturn:
-    print(f"densejax: {text}", file=sys.stderr)
+    print(f"densejax: {UserError(text)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -70,10 +70,13 @@ def _explain(error: Exception, argv: list[str]) -> str:
             sections = sorted({name.partition(".")[0] for name in known})
             return f"{key}: unknown key; allowed are {', '.join(beside or sections)}"
     if wrong := re.match(r"flag --config\.([\w.]+)=", text):
+        if keys := [key for key in known if key.startswith(f"{wrong[1]}.")]:
+            return f"{wrong[1]} is a section; set one of its keys: {', '.join(keys)}"
         kind = type(known.get(wrong[1])).__name__
         wanted = "a Python literal" if kind == "NoneType" else f"a value of type {kind}"
         return f"{wrong[1]} = {given.get(wrong[1])}: give {wanted}"
     if "get_config" in text and isinstance(error, AttributeError):
         return "--config: the file is no card, it has no function get_config"
-    # A card's own error comes as a traceback in the text; its last line is what was wrong.
-    return text.strip().splitlines()[-1].removeprefix("densejax.config.UserError: ")
+    # A card's own error comes as a traceback in the text, of one escaped line if it is a UserError.
+    _, is_own, said = text.rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
+    return said.removesuffix("\\n") if is_own else text.strip().splitlines()[-1]

@@ -1,7 +1,7 @@
 """The configuration: one schema with every key, its default, its unit and its check."""
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import config_dict
@@ -9,6 +9,10 @@ from ml_collections import config_dict
 
 class UserError(ValueError):
     """Bad input, said in one line: the field, the value, what is allowed and what to do."""
+
+    def __init__(self, text: str):
+        """Escapes what would break the line or steer a terminal: names come from files, too."""
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
 
 
 def default() -> config_dict.ConfigDict:
@@ -28,6 +32,8 @@ def default() -> config_dict.ConfigDict:
     data.corrupt_images = "fail"  # "stream": or "skip": trains on the next one, never tests
     data.train_split = "train"  # e.g. "train+extra" for SVHN
     data.validation_size = 0  # training images held out, drawn once whatever the seed
+    data.train_size = 0  # images that train: the first of an order drawn once whatever the seed,
+    # classes as they fall, so that a larger set holds every smaller one; 0: all
     data.normalization = "statistics"  # "statistics": the set's mean and std; "scale": / 255
     data.image_size = 0  # pixels, height and width that images are resized to; 0: as stored
 
@@ -63,6 +69,7 @@ def default() -> config_dict.ConfigDict:
     evaluate.every_epochs = 1  # 0: only at the end
     evaluate.split = "test"  # read during training; "validation" where images are held out
     evaluate.final_split = "test"  # what the run's result is measured on; "validation" to tune
+    evaluate.train_images = 0  # training images, not augmented, that are measured at the end too
     evaluate.resize_size = 256  # "stream": pixels, the shorter side before the middle is taken
     evaluate.crop_size = 0  # pixels; above 0: the logits' mean over ten crops of this size
     evaluate.batch_size = 512  # images per step over all devices; a multiple of their number
@@ -87,8 +94,9 @@ def default() -> config_dict.ConfigDict:
 
 
 # key: (test, what is allowed). A type that differs from the default's is reported before this.
-_POSITIVE = (lambda value: value > 0, "a number above 0")
-_NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
+# Counts are int32 on the devices; no bound lets infinity or what is not a number through.
+_POSITIVE = (lambda value: 0 < value < 2**31, "a number above 0 and below 2**31")
+_NOT_NEGATIVE = (lambda value: 0 <= value < 2**31, "0 or more, and below 2**31")
 _FRACTION = (lambda value: 0 <= value < 1, "a number in [0, 1)")
 
 
@@ -97,13 +105,18 @@ def _one_of(*names: str):
 
 
 _CHECKS = {
-    "name": (lambda value: value and "/" not in value, "a name without '/'"),
+    "name": (
+        lambda value: 0 < len(value) <= 100 and value.isprintable() and "/" not in value,
+        "a name of at most 100 printable characters without '/'",
+    ),
     "seed": (lambda value: 0 <= value < 2**32, "an integer in [0, 2**32)"),
     "data.name": (bool, "the name of a data set"),
     "data.storage": _one_of("memory", "stream"),
+    "data.directory": (bool, "a folder"),
     "data.workers": _NOT_NEGATIVE,
     "data.corrupt_images": _one_of("fail", "skip"),
     "data.validation_size": _NOT_NEGATIVE,
+    "data.train_size": _NOT_NEGATIVE,
     "data.normalization": _one_of("statistics", "scale"),
     "data.image_size": _NOT_NEGATIVE,
     "augmentation.shift": _NOT_NEGATIVE,
@@ -131,6 +144,7 @@ _CHECKS = {
     "evaluate.every_epochs": _NOT_NEGATIVE,
     "evaluate.split": _one_of("test", "validation"),
     "evaluate.final_split": _one_of("test", "validation"),
+    "evaluate.train_images": _NOT_NEGATIVE,
     "evaluate.resize_size": _POSITIVE,
     "evaluate.crop_size": _NOT_NEGATIVE,
     "evaluate.batch_size": _POSITIVE,
@@ -179,59 +193,66 @@ def check(config: config_dict.ConfigDict) -> None:
         test, allowed = _CHECKS.get(key, (None, None))
         if test and not test(value):
             raise UserError(f"{key} = {value!r}: allowed is {allowed}")
-    for key, choice, name in (
-        ("optimizer.drop_at", "optimizer.schedule", "step"),
-        ("optimizer.drop_factor", "optimizer.schedule", "step"),
-        ("data.workers", "data.storage", "stream"),
-        ("data.corrupt_images", "data.storage", "stream"),
-        ("augmentation.crop_area", "data.storage", "stream"),
-        ("evaluate.resize_size", "data.storage", "stream"),
-    ):
-        if values[choice] != name and values[key] != schema[key]:
-            raise UserError(f"{key} = {values[key]!r}: only {choice} = {name!r} reads it")
-    if values["data.storage"] == "stream":
-        _check_stream(values)
-    if values["optimizer.nesterov"] and not values["optimizer.momentum"]:
-        raise UserError("optimizer.nesterov = True: set optimizer.momentum above 0")
-    group_size = config.parallel.batch_norm_group_size
-    grouped = config.parallel.batch_norm == "groups"
-    if bool(group_size) != grouped:
-        raise UserError(
-            f"parallel.batch_norm_group_size = {group_size}: parallel.batch_norm = 'groups' reads "
-            f"it and needs it above 0; here it is {config.parallel.batch_norm!r}"
-        )
-    if grouped and config.parallel.mode == "pmap":
-        raise UserError(
-            "parallel.mode = 'pmap': has no groups of devices; with parallel.batch_norm = 'groups' "
-            "set 'shard_map'"
-        )
-    held_out = config.data.validation_size > 0
-    for key, wants in (
-        ("evaluate.split", "validation"),
-        ("evaluate.final_split", "validation"),
-        ("checkpoint.select", "best"),
-    ):
-        if values[key] == wants and not held_out:
-            raise UserError(f"{key} = {wants!r}: set data.validation_size above 0")
-    if config.checkpoint.select == "best" and (
-        config.evaluate.split != "validation" or config.evaluate.every_epochs == 0
-    ):
-        raise UserError(
-            "checkpoint.select = 'best': set evaluate.split = 'validation' and "
-            "evaluate.every_epochs above 0; test images never choose a model"
-        )
+    for key, conflicts, remedy in _conflicts(config, {k for k in values if values[k] != schema[k]}):
+        if conflicts:
+            raise UserError(f"{key} = {values[key]!r}: {remedy}")
 
 
-def _check_stream(values: dict[str, Any]) -> None:
-    if values["augmentation.shift"]:
-        raise UserError("augmentation.shift: set it to 0, data.storage = 'stream' crops otherwise")
-    if not values["data.image_size"]:
-        raise UserError("data.image_size = 0: data.storage = 'stream' needs a size, such as 224")
-    for key in ("data.image_size", "evaluate.crop_size"):
-        if values[key] > (largest := values["evaluate.resize_size"]):
-            raise UserError(
-                f"{key} = {values[key]}: must be at most evaluate.resize_size = {largest}"
-            )
+def _conflicts(
+    config: config_dict.ConfigDict, changed: set[str]
+) -> Iterator[tuple[str, bool, str]]:
+    """(key, whether its value stands against another key's, what to do), of a config in its ranges.
+
+    What one value of another key alone reads stays at its default elsewhere.
+    """
+    data, evaluate, parallel = config.data, config.evaluate, config.parallel
+    streams, steps = data.storage == "stream", config.optimizer.schedule == "step"
+    for key, is_read, reader in (
+        ("optimizer.drop_at", steps, "optimizer.schedule = 'step'"),
+        ("optimizer.drop_factor", steps, "optimizer.schedule = 'step'"),
+        ("data.workers", streams, "data.storage = 'stream'"),
+        ("data.corrupt_images", streams, "data.storage = 'stream'"),
+        ("augmentation.crop_area", streams, "data.storage = 'stream'"),
+        ("evaluate.resize_size", streams, "data.storage = 'stream'"),
+        ("evaluate.train_images", not streams, "data.storage = 'memory'"),
+    ):
+        yield key, key in changed and not is_read, f"only {reader} reads it"
+    cropped = streams and config.augmentation.shift > 0
+    yield "augmentation.shift", cropped, "set it to 0, data.storage = 'stream' crops otherwise"
+    sizeless = streams and data.image_size == 0
+    yield "data.image_size", sizeless, "data.storage = 'stream' needs a size, such as 224"
+    largest = evaluate.resize_size
+    for key, size in (
+        ("data.image_size", data.image_size),
+        ("evaluate.crop_size", evaluate.crop_size),
+    ):
+        yield key, streams and size > largest, f"must be at most evaluate.resize_size = {largest}"
+    still = config.optimizer.nesterov and not config.optimizer.momentum
+    yield "optimizer.nesterov", still, "set optimizer.momentum above 0"
+    grouped = parallel.batch_norm == "groups"
+    yield (
+        "parallel.batch_norm_group_size",
+        grouped != (parallel.batch_norm_group_size > 0),
+        "parallel.batch_norm = 'groups', and no other, reads it and needs it above 0",
+    )
+    yield (
+        "parallel.mode",
+        grouped and parallel.mode == "pmap",
+        "has no groups of devices; with parallel.batch_norm = 'groups' set 'shard_map'",
+    )
+    best = config.checkpoint.select == "best"
+    for key, reads in (
+        ("evaluate.split", evaluate.split == "validation"),
+        ("evaluate.final_split", evaluate.final_split == "validation"),
+        ("checkpoint.select", best),
+    ):
+        yield key, reads and not data.validation_size, "set data.validation_size above 0"
+    yield (
+        "checkpoint.select",
+        best and (evaluate.split == "test" or not evaluate.every_epochs),
+        "set evaluate.split = 'validation' and evaluate.every_epochs above 0; test images never "
+        "choose a model",
+    )
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> config_dict.ConfigDict:
@@ -245,22 +266,26 @@ def parse_arg(arg: str | None, **defaults: Any) -> config_dict.ConfigDict:
     Raises:
       UserError: an unknown key, a pair without "=", or a value of another type.
     """
-    values = config_dict.ConfigDict(defaults)
+    values, given = config_dict.ConfigDict(defaults), set()
     for pair in filter(None, (arg or "").split(",")):
         key, equals, text = pair.partition("=")
-        if key not in defaults or not equals:
+        if key not in defaults or not equals or key in given:
             allowed = ", ".join(f"{name}={value}" for name, value in defaults.items())
-            raise UserError(f"config argument {pair!r}: give key=value pairs of {allowed}")
+            raise UserError(
+                f"config argument {pair!r}: give key=value pairs of {allowed}, each at most once"
+            )
+        given.add(key)
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
-        kind = type(defaults[key])
-        if defaults[key] is not None and type(value) is not kind:
-            if kind is not float or type(value) is not int:
-                raise UserError(
-                    f"config argument {key} = {text}: give a value of type {kind.__name__}"
-                )
+        default_type = type(defaults[key])
+        kinds = {type(None): (int, float, str), float: (float, int)}.get(
+            default_type, (default_type,)
+        )
+        if type(value) not in kinds:
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise UserError(f"config argument {key} = {text}: give a value of type {wanted}")
         with values.ignore_type():
             values[key] = value
     return values

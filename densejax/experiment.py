@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from densejax import config as config_schema
@@ -21,7 +22,7 @@ from densejax.data.official import SetInfo
 from densejax.step import Task, TrainState, eval_step, init_state
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Experiment:
     """What a configuration stands for, built on the devices that are there.
 
@@ -34,7 +35,7 @@ class Experiment:
     """
 
     config: ConfigDict
-    mesh: jax.sharding.Mesh
+    mesh: Mesh
     data: data.Data | None
     task: Task
     steps: int
@@ -131,22 +132,28 @@ def describe(config: ConfigDict) -> tuple[SetInfo, nn.Module, optimizer.Schedule
     model = models.create(config.model, info.num_classes, jnp.dtype(config.train.dtype), axis)
     steps_per_epoch = data.train_size(config, info) // config.train.batch_size
     steps = config.train.epochs * steps_per_epoch
+    if steps >= 2**31:
+        raise UserError(f"train.epochs = {config.train.epochs}: {steps} steps; at most 2**31 - 1")
+    data.preparation(config)
     rate = optimizer.schedule(config.optimizer, steps, steps_per_epoch, config.train.batch_size)
     return info, model, rate, steps
 
 
-def without_data(config: ConfigDict, group_size: int = 0) -> Experiment:
+def without_data(
+    config: ConfigDict, group_size: int = 0, devices: Sequence[jax.Device] | None = None
+) -> Experiment:
     """As `build`, but no image is read: enough to restore what was trained, on any devices.
 
     Args:
       config: the whole configuration.
       group_size: devices in a group of BatchNorm's, in training; 0: no groups.
+      devices: all that are there unless said otherwise; to compile, they need not be there.
 
     Raises:
       UserError: the first thing that is wrong with the configuration.
     """
     info, model, learning_rate, steps = describe(config)
-    mesh = parallel.mesh(group_size)
+    mesh = parallel.mesh(group_size, devices)
     task = Task(
         model=model,
         optimizer=optimizer.create(config.optimizer, learning_rate),
@@ -161,22 +168,41 @@ def without_data(config: ConfigDict, group_size: int = 0) -> Experiment:
     return Experiment(config, mesh, None, task, steps)
 
 
-def build(config: ConfigDict) -> Experiment:
-    """Builds everything that a configuration stands for; starts the devices.
+def abstract_batch(mesh: Mesh, image_shape: Sequence[int], size: int) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of a training batch of so many images over all devices."""
+    split = parallel.split(mesh)
+    return {
+        "image": jax.ShapeDtypeStruct((size, *image_shape), jnp.uint8, sharding=split),
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split),
+    }
 
-    Raises:
-      UserError: the first thing that is wrong with the configuration or the data.
-    """
-    empty = without_data(config, config.parallel.batch_norm_group_size)
+
+def to_train(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Experiment:
+    """As `without_data`, for the devices that will train: batches and groups divide over them."""
+    empty = without_data(config, config.parallel.batch_norm_group_size, devices)
     train, evaluate = config.train, config.evaluate
     parallel.check_batch_size(
         "train.batch_size", train.batch_size, empty.mesh, train.accumulate_steps
     )
     parallel.check_batch_size("evaluate.batch_size", evaluate.batch_size, empty.mesh)
+    return empty
+
+
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Experiment:
+    """Builds everything that a configuration stands for; starts the devices.
+
+    Args:
+      config: the whole configuration.
+      devices: all that are there unless said otherwise.
+
+    Raises:
+      UserError: the first thing that is wrong with the configuration or the data.
+    """
+    experiment = to_train(config, devices)
+    _ = experiment.abstract_state  # a network that does not fit the images says so here
     if jax.process_index() == 0:  # a set that is missing is prepared once where disks are shared
         data.prepare(config)
     multihost_utils.sync_global_devices("data is prepared")
-    run_data = data.create(config, parallel.replicated(empty.mesh), parallel.split(empty.mesh))
-    experiment = dataclasses.replace(empty, data=run_data)
-    _ = experiment.abstract_state  # a network that does not fit the images says so here
+    mesh = experiment.mesh
+    experiment.data = data.create(config, parallel.replicated(mesh), parallel.split(mesh))
     return experiment

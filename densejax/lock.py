@@ -63,7 +63,7 @@ def hold(directory: epath.PathLike) -> Iterator[None]:
 def require_free(directory: epath.PathLike) -> None:
     """LockError where a live process works in the directory; takes no lock."""
     lock = epath.Path(directory) / "lock"
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    with contextlib.suppress(OSError):  # what cannot be opened is said when the run is
         _require_stale(lock, lock.read_text())
 
 

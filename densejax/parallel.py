@@ -33,6 +33,7 @@ def start() -> None:
         cache = pathlib.Path("~/.cache/densejax/compiled").expanduser() / name
         try:
             cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+            cache.chmod(0o700)  # of an older one; the programs in it are run
         except OSError as error:
             raise UserError(
                 f"the compilation cache {cache} cannot be made ({error.strerror}); "

@@ -20,6 +20,8 @@ TOP = flags.DEFINE_integer("top", 5, "Classes to name for each image.", lower_bo
 FORMAT = flags.DEFINE_enum(
     "format", "table", ["table", "json"], "How to print.", allow_override=True
 )
+# Pillow knows more formats, of which some run programs of the machine.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 BATCH_SIZE = 64  # images at once, however many there are: one program, little memory
 
 
@@ -33,7 +35,9 @@ def read(path: epath.PathLike, image_shape: tuple[int, int, int]) -> np.ndarray:
     """
     height, width, channels = image_shape
     try:
-        with epath.Path(path).open("rb") as file, Image.open(file) as image:
+        with epath.Path(path).open("rb") as file, Image.open(file, formats=FORMATS) as image:
+            if image.mode.startswith(("I", "F")):  # converted, it would be white without a word
+                raise ValueError("its pixels have more than 8 bits")
             image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
             image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
     except Exception as error:  # Pillow's decoders raise whatever damage leads to

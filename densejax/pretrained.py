@@ -12,7 +12,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import safetensors.numpy
@@ -76,10 +76,12 @@ def load(directory: str) -> tuple[dict[str, Any], dict[str, Any]]:
         # A field that is newer than the directory is at its default.
         newer = {f.name: f.default for f in family if f.name not in models.RUN_FIELDS}
         description["model"] = newer | stored
-        network = models.create(description["model"], description["num_classes"])
-        expected = transfer.abstract(network, description["image_channels"])
+        classes, channels = description["num_classes"], description["image_channels"]
+        if (type(classes), type(channels)) != (int, int) or classes < 0 or channels < 1:
+            raise ValueError(f"num_classes = {classes!r} and image_channels = {channels!r}")
+        expected = transfer.abstract(models.create(description["model"], classes), channels)
         flat = safetensors.numpy.load(data)
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever damage leads to
         raise UserError(
             f"{directory}: not a directory of densejax.pretrained, or damaged ({brief(error)})"
         ) from error
@@ -117,6 +119,7 @@ def convert_file(
     in_channels: int | None = None,
     adapt: bool = False,
     seed: int = 0,
+    allow_pickle: bool = False,
 ) -> dict[str, Any]:
     """Makes a directory from a weights file; returns its description.
 
@@ -128,6 +131,7 @@ def convert_file(
       in_channels: of the images; None: as the weights have.
       adapt: see `densejax.transfer.convert`.
       seed: see there.
+      allow_pickle: see `read`.
     """
     for flag, value, least in (("num_classes", num_classes, 0), ("in_channels", in_channels, 1)):
         if value is not None and value < least:
@@ -135,7 +139,7 @@ def convert_file(
     if epath.Path(output).exists():
         raise UserError(f"--output={output}: exists; name a new directory")
     family = models.fields(model).family
-    arrays, digest = read(weights)
+    arrays, digest = read(weights, allow_pickle)
     layout = transfer.find_layout(LAYOUTS[family], arrays)
     if num_classes is None:
         bias = transfer.spelled(layout, arrays).get(layout.name(transfer.CLASSIFIER[1]))
@@ -162,9 +166,14 @@ def convert_file(
     return description
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser("densejax.pretrained", description=__doc__.partition("\n")[0])
+    parser = _Parser("densejax.pretrained", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="a name of densejax.models.MODELS")
     parser.add_argument(
         "--weights", required=True, help=f".safetensors, .pth, .h5, {HUB}owner/name"
@@ -176,8 +185,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--adapt", action="store_true", help="new classifier, other image channels")
     parser.add_argument("--seed", type=int, default=0, help="of a new classifier")
-    options = vars(parser.parse_args(arguments))
+    parser.add_argument(
+        "--allow_pickle", action="store_true", help="let a .pth execute whatever it likes"
+    )
     try:
+        options = vars(parser.parse_args(arguments))
         made = convert_file(**options)
     except UserError as error:
         print(f"densejax: {error}", file=sys.stderr)

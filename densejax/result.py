@@ -56,14 +56,18 @@ def measure(
     known: dict[str, dict[str, float]] | None = None,
     stops: Callable[[], bool] | None = None,
 ) -> dict[str, Any] | None:
-    """The result of a state on `evaluate.final_split`, unless it is `known`; None if `stops()`."""
-    split = experiment.config.evaluate.final_split
-    values = (known or {}).get(split) or experiment.evaluate(state, split, stops)
-    if values is None:
-        return None
-    result = {f"{split}_{name}": value for name, value in values.items()}
-    result[f"{split}_error"] = 1 - values["accuracy"]
-    result[f"{split}_examples"] = experiment.data.evaluation[split].size
+    """The result of a state on `evaluate.final_split`, unless it is `known`; None if `stops()`.
+
+    And on training images where `evaluate.train_images` asks for it.
+    """
+    evaluation, result = experiment.data.evaluation, {}
+    for split in (experiment.config.evaluate.final_split, *({"train"} & set(evaluation))):
+        values = (known or {}).get(split) or experiment.evaluate(state, split, stops)
+        if values is None:
+            return None
+        result |= {f"{split}_{name}": value for name, value in values.items()}
+        result[f"{split}_error"] = 1 - values["accuracy"]
+        result[f"{split}_examples"] = evaluation[split].size
     return result | {"steps": int(state.step), "skipped_steps": int(state.skipped[0])}
 
 

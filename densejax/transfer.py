@@ -177,6 +177,9 @@ def check_fit(
         "unexpected": sorted(found.keys() - expected.keys()),
         "of another shape (height, width, in, out)": wrong,
         "not of finite numbers": [path for path in both if not _is_finite(found[path])],
+        "of negative variance": [
+            path for path in both if path.endswith("/var") and (found[path] < 0).any()
+        ],
     }
     said = []
     for problem, paths in problems.items():
@@ -233,4 +236,7 @@ def _turned(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
 
 
 def _is_finite(array: np.ndarray) -> bool:
-    return jnp.issubdtype(array.dtype, jnp.floating) and bool(np.isfinite(array).all())
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return False
+    with np.errstate(over="ignore"):  # what is too large becomes infinite
+        return bool(np.isfinite(array.astype(np.float32)).all())

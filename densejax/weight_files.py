@@ -1,9 +1,12 @@
-"""Reads weights files of other projects; none of them can make Python execute anything."""
+"""Reads weights files of other projects; none can make Python execute anything, unless asked to."""
 
+import functools
 import hashlib
 import importlib
 import io
 import os
+import pickle
+from collections.abc import Mapping
 
 import numpy as np
 import safetensors.numpy
@@ -14,13 +17,14 @@ from densejax.config import UserError
 HUB = "hf-hub:"
 
 
-def read(source: str) -> tuple[dict[str, np.ndarray], str]:
+def read(source: str, allow_pickle: bool = False) -> tuple[dict[str, np.ndarray], str]:
     """The arrays of a weights file by name, and the SHA-256 of the file.
 
     Args:
       source: a .safetensors file; a .pth or .pt file, of tensors only, where PyTorch is installed
         (nothing that a file could make Python execute is); Keras' .h5 file where h5py is; or
         "hf-hub:owner/name" where huggingface_hub is.
+      allow_pickle: take any objects from a .pth or .pt file: it can execute whatever it likes.
 
     Raises:
       UserError: in one line, when it cannot be read.
@@ -29,9 +33,14 @@ def read(source: str) -> tuple[dict[str, np.ndarray], str]:
     suffix = os.path.splitext(path)[1]
     if suffix not in READERS:
         raise UserError(f"--weights={source}: must end in one of {', '.join(READERS)}")
+    read_arrays = READERS[suffix]
+    if allow_pickle:
+        if read_arrays is not _from_torch:
+            raise UserError(f"--allow_pickle: only .pth and .pt read it, {source} has no pickle")
+        read_arrays = functools.partial(_from_torch, allow_pickle=True)
     try:
         data = epath.Path(path).read_bytes()
-        return READERS[suffix](data), hashlib.sha256(data).hexdigest()
+        return read_arrays(data), hashlib.sha256(data).hexdigest()
     except Exception as error:  # safetensors, pickle, HDF5 and file systems share no class
         raise UserError(f"--weights={source}: cannot be read ({brief(error)})") from error
 
@@ -44,10 +53,19 @@ def _download(source: str) -> str:
         raise UserError(f"--weights={source}: cannot be read ({brief(error)})") from error
 
 
-def _from_torch(data: bytes) -> dict[str, np.ndarray]:
+def _from_torch(data: bytes, allow_pickle: bool = False) -> dict[str, np.ndarray]:
     torch = _optional("torch", "install torch, or save the tensors as .safetensors")
-    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state)
+    # Before, a file could execute code in spite of weights_only: CVE-2025-32434.
+    if not allow_pickle and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise ImportError(f"torch {torch.__version__} can be made to execute code; install 2.6")
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=not allow_pickle)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"it has more than tensors, which torch would execute; if you trust its origin, "
+            f"--allow_pickle takes it ({brief(error)})"
+        ) from error
+    state = state.get("state_dict", state) if isinstance(state, Mapping) else state.state_dict()
     return {
         name: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
         for name, tensor in state.items()

@@ -113,7 +113,7 @@ def open_run(
             problem = ""
             try:
                 if my_turn and is_writer:
-                    path.mkdir(parents=True, exist_ok=True)
+                    path.mkdir(parents=True, exist_ok=True, mode=0o700)
                     stack.enter_context(lock.hold(path))
                     _record_start(
                         path, config, found, _accepted_changes(path, config, found, force)

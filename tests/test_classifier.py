@@ -81,7 +81,8 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [None, "", "[3]", "{}", '{"model": {"family": "x"}}', '{"model": 3}']
+    "content",
+    [None, "", "[3]", "{}", '{"model": {"family": "x"}}', '{"model": 3}', "\0", "[" * 10**5],
 )
 def test_what_is_no_directory_of_a_run_is_refused(tmp_path, content):
     if content is not None:
@@ -100,7 +101,8 @@ def weights(tmp_path, monkeypatch):
 
     def make(**description):
         fields = models.fields("densenet_bc_40_12", depth=None, blocks=(1, 1), growth_rate=2)
-        description = {"model": fields.to_dict(), "num_classes": 3, **description}
+        description = {"num_classes": 3, "image_channels": 3, **description}
+        description = {"model": fields.to_dict(), **description}
         model = models.create(description["model"], description["num_classes"])
         image = np.zeros((1, 8, 8, 3), np.float32)
         variables = jax.tree.map(
@@ -140,7 +142,15 @@ def test_imagenet_s_facts_are_known(weights):
 @pytest.mark.parametrize(
     ("description", "says"),
     [
-        ({"image_channels": 3}, "model.json: add image_shape, mean, std;"),
+        ({}, "model.json: add image_shape, mean, std;"),
+        ({**FACTS, "image_shape": [8, 8, 1]}, r"image_shape = \[8, 8, 1\]: give \[height, width, "),
+        ({**FACTS, "image_shape": [8, 8.5, 3]}, "image_shape = "),
+        ({**FACTS, "image_shape": 8}, "image_shape = 8: give "),
+        ({**FACTS, "mean": [1.0]}, r"mean = \[1.0\]: give 3 numbers from 0 to 255"),
+        ({**FACTS, "mean": [1, 2, float("nan")]}, "mean = "),
+        ({**FACTS, "std": [1, 2, 0]}, r"std = \[1, 2, 0\]: give 3 above 0"),
+        ({**FACTS, "class_names": ["a", "b"]}, r"class_names = \['a', 'b'\]: give 3 names"),
+        ({**FACTS, "class_names": "abc"}, "class_names = 'abc': give 3 names"),
         ({**FACTS, "num_classes": 0}, "without a classifier"),
         ({"names": "keras", "model": dict(models.fields("resnet20_cifar"))}, "Keras' ResNets"),
     ],

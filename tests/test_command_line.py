@@ -2,15 +2,19 @@
 
 import os
 import pathlib
+import stat
 import subprocess
 import sys
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import pytest
 from absl import flags, logging
 from absl.testing import flagsaver
 
-from densejax import command_line, main, workdir
+from densejax import command_line, experiment, main, parallel, workdir
+from densejax import config as schema
 from densejax.data import builders
 from tests import archives, runs
 
@@ -75,12 +79,36 @@ CASES = {
         "train.epochs = 1.5: give a value of type int",
     ),
     "number for a switch": ([DIGITS, "--config.augmentation.flip=7"], "augmentation.flip = 7: "),
+    "infinity": (
+        [DIGITS, "--config.optimizer.warmup_epochs=inf"],
+        "optimizer.warmup_epochs = inf: allowed is 0 or more, and below 2**31",
+    ),
+    "more steps than are counted": (
+        [DIGITS, "--config.train.epochs=1000000000"],
+        "train.epochs = 1000000000: 22000000000 steps; at most 2**31 - 1",
+    ),
+    "a section": (
+        [DIGITS, "--config.train=3"],
+        "train is a section; set one of its keys: train.accumulate_steps, train.batch_size, ",
+    ),
+    "a name that is none": (
+        [DIGITS, "--config.name=a\nb"],
+        "name = 'a\\nb': allowed is a name of at most 100 printable characters without '/'",
+    ),
     "no value": (
         [DIGITS, "--config.train.epochs"],
         "train.epochs = : give a value of type int",
     ),
     "depth 41": ([CIFAR + ":depth=41"], "model.depth = 41: "),
     "unknown variant": ([CIFAR + ":variant=x"], "variant = 'x': allowed are plain, b, c, bc"),
+    "an argument twice": (
+        [CIFAR + ":depth=40,depth=46"],
+        "config argument 'depth=46': give key=value pairs of model=densenet_bc_100_12, augment=",
+    ),
+    "a list for an argument": (
+        [CIFAR + ":variant=[]"],
+        "config argument variant = []: give a value of type int or float or str",
+    ),
     "unknown argument": ([CIFAR + ":width=3"], "config argument 'width=3': give key=value pairs"),
     "argument of another type": ([CIFAR + ":depth=deep"], "model.depth = 'deep': give a value of"),
     "missing card": ([f"{DIGITS}x"], "--config=configs/digits.pyx: there is no such file"),
@@ -98,6 +126,14 @@ CASES = {
         "model.growth_rate = (4, 4): give one positive integer, or one for each of the 3 blocks",
     ),
     "dropout of 2": ([DIGITS, "--config.model.dropout_rate=2"], "model.dropout_rate = 2.0: "),
+    "no epsilon": (
+        [CIFAR + ":model=resnet20_cifar", "--config.model.batch_norm_epsilon=0"],
+        "model.batch_norm_epsilon = 0.0: must be above 0",
+    ),
+    "epsilon is no number": (
+        [CIFAR + ":model=vovnet39", "--config.model.batch_norm_epsilon=nan"],
+        "model.batch_norm_epsilon = nan: give a finite number",
+    ),
     "unknown stem": ([DIGITS, "--config.model.stem=vgg"], "model.stem = 'vgg': allowed are"),
     "unknown family": ([DIGITS, "--config.model.family=x"], "model.family = 'x': allowed are"),
     "batch of 0": ([DIGITS, "--config.train.batch_size=0"], "train.batch_size = 0: allowed is"),
@@ -117,6 +153,14 @@ CASES = {
         [DIGITS, "--config.checkpoint.select=best"],
         "checkpoint.select = 'best': set data.validation_size above 0",
     ),
+    "crops larger than the images": (
+        [DIGITS, "--config.evaluate.crop_size=9"],
+        "evaluate.crop_size = 9: must be at most the images' 8; data.image_size enlarges them",
+    ),
+    "colours of grey images": (
+        [DIGITS, "--config.augmentation.jitter=0.2"],
+        "augmentation.jitter and augmentation.lighting: these images are not RGB",
+    ),
     "unknown schedule": (
         [DIGITS, READY, "--config.optimizer.schedule=cos"],
         "optimizer.schedule = 'cos': allowed are step, cosine, linear, constant",
@@ -135,7 +179,12 @@ CASES = {
     ),
     "missing data": (
         [CIFAR, data("{tmp}/data")],
-        "data.name = cifar10: cifar-10-binary.tar.gz or cifar-10-python.tar.gz not found in",
+        "data.name = cifar10: http://127.0.0.1:9/cifar-10-binary.tar.gz cannot be downloaded (",
+    ),
+    "missing archive": (
+        [CIFAR, data("{tmp}/data"), "--config.data.manual_dir={tmp}/nowhere"],
+        "data.name = cifar10: cifar-10-binary.tar.gz or cifar-10-python.tar.gz not found in "
+        "data.manual_dir = '{tmp}/nowhere'; get it from",
     ),
     "archive of other content": (
         [CIFAR, data("{tmp}/data"), "--config.data.manual_dir={tmp}/other"],
@@ -148,6 +197,14 @@ CASES = {
     ),
     "a file above": ([DIGITS, READY, "--workdir={tmp}/file/x"], "workdir={tmp}/file/x: "),
     "a place that cannot be written": ([DIGITS, READY, "--workdir=/proc/x"], "workdir=/proc/x: "),
+    "a path that is too long": (
+        [DIGITS, READY, "--workdir={tmp}/" + 300 * "x"],
+        "workdir={tmp}/xxx",
+    ),
+    "a path of two lines": (
+        [DIGITS, READY, "--mode=eval", "--workdir={tmp}/a\nb"],
+        "workdir={tmp}/a\\nb: not a run directory",
+    ),
     "nothing to evaluate": (
         [DIGITS, READY, "--mode=eval", "--workdir={tmp}/none"],
         "workdir={tmp}/none: not a run directory (it has no config.json).",
@@ -161,6 +218,25 @@ CASES = {
         "train.epochs = x: give",
     ),
 }
+
+
+# What is known only with the devices or the data at hand; all else is said before.
+NEED_DEVICES = {
+    "batch that does not divide",
+    "missing data",
+    "missing archive",
+    "archive of other content",
+    "a file in the way of the data",
+    "a file in the way",
+    "a file above",
+    "a place that cannot be written",
+    "a path that is too long",
+}
+
+
+def contents(folder):
+    """Every path below a folder, with the bytes of files."""
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
 def one_line(answer):
@@ -183,7 +259,34 @@ def test_bad_input_is_one_line(command, tmp_path, monkeypatch, case):
     if not any(argument.startswith("--workdir") for argument in arguments):
         arguments = [*arguments, NEW]
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    for name in ("configs", "densejax"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if case not in NEED_DEVICES:
+        monkeypatch.setattr(parallel, "mesh", lambda *_: pytest.fail("devices were started"))
+    before = contents(tmp_path)
     assert one_line(command(*arguments)).startswith(says.replace("{tmp}", str(tmp_path)))
+    assert contents(tmp_path) == before
+
+
+@hypothesis.settings(
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], max_examples=60
+)
+@hypothesis.given(
+    key=st.sampled_from([*schema.flatten(schema.default()), "model.blocks", "train", "data.x", ""]),
+    text=st.one_of(
+        st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
+        st.from_regex(r"\A[-+\d.e()\[\],'x{}:]{1,8}\Z"),
+    ),
+)
+def test_any_override_is_taken_or_refused_in_one_line(command, key, text):
+    def describe():
+        experiment.describe(command_line.CONFIG.value)
+        return 0
+
+    answer = command(DIGITS, f"--config.{key}={text}", main=describe)
+    assert answer == (0, "", "") or one_line(answer)
 
 
 def test_another_configuration_is_one_line(command, tmp_path):
@@ -204,11 +307,17 @@ def test_blocks_can_replace_depth(command, tmp_path):
     assert line.startswith("train.epochs = 0")
 
 
-def test_a_good_command_trains_and_exits_with_0(command, tmp_path):
+def test_a_good_command_trains_and_writes_into_its_run_alone(command, tmp_path, monkeypatch):
     card = f"--config={runs.card(tmp_path, train__epochs=1)}"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = contents(tmp_path)
     code, output, _ = command(card, f"--workdir={tmp_path}/run", "--config.seed=0")
     assert code == 0 and "test accuracy" in output.splitlines()[-1]
     assert f"{tmp_path}/run/summary.json" in output
+    written = {path for path in contents(tmp_path).keys() - before if path.name != "__pycache__"}
+    assert {path.relative_to(tmp_path).parts[0] for path in written} == {"run"}
+    assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
 
 
 def test_the_real_command_says_one_line():

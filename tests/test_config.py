@@ -2,28 +2,34 @@
 
 import ast
 import importlib
+import itertools
+import math
 import pathlib
 import re
 import sys
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 from ml_collections import config_dict
 
 import densejax
-from densejax import command_line, data, main, models, parallel
+from densejax import command_line, data, experiment, main, models, parallel
 from densejax import config as schema
 from densejax.config import UserError, parse_arg
 from tests import photos, runs
 
 KEYS = schema.flatten(schema.default())
 OUT_OF_RANGE = {
-    "name": ["", "a/b"],
+    "name": ["", "a/b", "a\nb", "a\0b", "n" * 101],
     "seed": [-1, 2**32],
     "data.name": [""],
     "data.storage": ["disk"],
+    "data.directory": [""],
     "data.workers": [-1],
     "data.corrupt_images": ["ignore"],
     "data.validation_size": [-1],
+    "data.train_size": [-1],
     "data.normalization": ["none"],
     "data.image_size": [-1],
     "augmentation.shift": [-1],
@@ -45,6 +51,7 @@ OUT_OF_RANGE = {
     "evaluate.every_epochs": [-1],
     "evaluate.split": ["train"],
     "evaluate.final_split": ["extra"],
+    "evaluate.train_images": [-1],
     "evaluate.resize_size": [0],
     "evaluate.crop_size": [-1],
     "evaluate.batch_size": [0],
@@ -58,28 +65,32 @@ OUT_OF_RANGE = {
     "log.seconds": [0.0, -1.0],
     "profile.steps": [(3,), (0, 3), (4, 3), (1.0, 2), (1, 2, 3)],
 }
-CHECKED_ELSEWHERE = {
-    "data.directory",
-    "data.manual_dir",
-    "data.train_split",
-    "augmentation.flip",
-    "optimizer.nesterov",
-    "optimizer.decay_all",
-    "optimizer.schedule",
-    "train.weights",
+NUMBERS = [key for key in KEYS if type(KEYS[key]) in (int, float)]
+CHECKED_ELSEWHERE = {  # and why
+    "data.manual_dir": "read where a set is prepared, and a prepared set does not need it",
+    "data.train_split": "data.train_size knows the set's splits",
+    "augmentation.flip": "a switch",
+    "optimizer.nesterov": "a switch",
+    "optimizer.decay_all": "a switch",
+    "optimizer.schedule": "optimizer.schedule has the table of names",
+    "train.weights": "pretrained.load opens the directory",
 }
 
 
 def with_value(key, value):
     """The tiny configuration, whatever the type of the value."""
     config = runs.tiny()
-    section = config
-    *sections, name = key.split(".")
-    for part in sections:
-        section = section[part]
-    del section[name]  # assigned, a value would be converted to the type that was there
-    section[name] = value
+    put(config, key, value)
     return config
+
+
+def put(config, key, value):
+    """Sets a key to a value of whatever type."""
+    section, _, name = key.rpartition(".")
+    section = config[section] if section else config
+    del section[name]  # assigned, a value would be converted to the type that was there
+    with section.ignore_type():
+        section[name] = value
 
 
 def message(config):
@@ -94,8 +105,8 @@ def test_the_defaults_and_the_tiny_configuration_pass():
 
 
 def test_every_key_has_a_range_or_is_checked_elsewhere():
-    assert set(OUT_OF_RANGE) | CHECKED_ELSEWHERE == set(KEYS)
-    assert not set(OUT_OF_RANGE) & CHECKED_ELSEWHERE
+    assert set(OUT_OF_RANGE) | set(CHECKED_ELSEWHERE) == set(KEYS)
+    assert not set(OUT_OF_RANGE) & set(CHECKED_ELSEWHERE)
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -126,14 +137,10 @@ def test_drops_that_are_no_numbers_are_refused():
     assert "optimizer.drop_at" in message(with_value("optimizer.drop_at", (0.5, "x")))
 
 
-def test_groups_of_devices_go_with_their_size_and_with_shard_map():
-    for changes in ({"batch_norm": "groups"}, {"batch_norm_group_size": 2}):
-        config = runs.tiny(**{f"parallel__{key}": value for key, value in changes.items()})
-        assert "parallel.batch_norm_group_size" in message(config)
-    groups = {"parallel__batch_norm": "groups", "parallel__batch_norm_group_size": 2}
-    schema.check(runs.tiny(**groups))
-    text = message(runs.tiny(parallel__mode="pmap", **groups))
-    assert text.startswith("parallel.mode = 'pmap'") and "'shard_map'" in text
+@pytest.mark.parametrize("key", NUMBERS)
+def test_every_number_is_finite_and_fits_the_devices(key):
+    for value in (10**30, -(10**30)) if type(KEYS[key]) is int else (float("inf"), float("nan")):
+        assert message(with_value(key, value)).startswith(f"{key} = {value!r}: allowed is ")
 
 
 def test_two_drops_at_the_same_place_are_refused():
@@ -159,78 +166,193 @@ def test_a_missing_key_is_named(key):
     assert message(config).startswith(f"missing key {key}; ")
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"evaluate__split": "validation"}, "evaluate.split = 'validation'"),
-        ({"evaluate__final_split": "validation"}, "evaluate.final_split = 'validation'"),
-        ({"checkpoint__select": "best"}, "checkpoint.select = 'best'"),
-    ],
+# --- Keys that stand against each other.
+
+STREAM = {"data__storage": "stream", "data__image_size": 224, "augmentation__shift": 0}
+HELD_OUT = {"data__validation_size": 77}
+BEST = HELD_OUT | {"checkpoint__select": "best"}
+COSINE = {"optimizer__schedule": "cosine"}
+GROUPS = {"parallel__batch_norm": "groups", "parallel__batch_norm_group_size": 2}
+NOT_STREAMED = "only data.storage = 'stream' reads it"
+NOT_CHOSEN = (
+    "checkpoint.select = 'best': set evaluate.split = 'validation' and evaluate.every_epochs above "
+    "0; test images never choose a model"
 )
-def test_validation_needs_held_out_images(changes, says):
-    assert message(runs.tiny(**changes)) == f"{says}: set data.validation_size above 0"
+CONFLICTS = [  # changes, the line, and a further change that settles it
+    (
+        COSINE | {"optimizer__drop_at": (0.3,)},
+        "optimizer.drop_at = (0.3,): only optimizer.schedule = 'step' reads it",
+        {"optimizer__schedule": "step"},
+    ),
+    (
+        COSINE | {"optimizer__drop_factor": 0.5},
+        "optimizer.drop_factor = 0.5: only optimizer.schedule = 'step' reads it",
+        {"optimizer__schedule": "step"},
+    ),
+    ({"data__workers": 2}, f"data.workers = 2: {NOT_STREAMED}", STREAM),
+    ({"data__corrupt_images": "skip"}, f"data.corrupt_images = 'skip': {NOT_STREAMED}", STREAM),
+    ({"augmentation__crop_area": 0.5}, f"augmentation.crop_area = 0.5: {NOT_STREAMED}", STREAM),
+    ({"evaluate__resize_size": 232}, f"evaluate.resize_size = 232: {NOT_STREAMED}", STREAM),
+    (
+        STREAM | {"evaluate__train_images": 100},
+        "evaluate.train_images = 100: only data.storage = 'memory' reads it",
+        {"data__storage": "memory"},
+    ),
+    (
+        STREAM | {"augmentation__shift": 4},
+        "augmentation.shift = 4: set it to 0, data.storage = 'stream' crops otherwise",
+        {"augmentation__shift": 0},
+    ),
+    (
+        STREAM | {"data__image_size": 0},
+        "data.image_size = 0: data.storage = 'stream' needs a size, such as 224",
+        {"data__image_size": 256},
+    ),
+    (
+        STREAM | {"data__image_size": 257},
+        "data.image_size = 257: must be at most evaluate.resize_size = 256",
+        {"evaluate__resize_size": 257},
+    ),
+    (
+        STREAM | {"evaluate__crop_size": 257},
+        "evaluate.crop_size = 257: must be at most evaluate.resize_size = 256",
+        {"evaluate__crop_size": 256},
+    ),
+    (
+        {"optimizer__momentum": 0.0},
+        "optimizer.nesterov = True: set optimizer.momentum above 0",
+        {"optimizer__nesterov": False},
+    ),
+    (
+        {"parallel__batch_norm": "groups"},
+        "parallel.batch_norm_group_size = 0: parallel.batch_norm = 'groups', and no other, reads "
+        "it and needs it above 0",
+        GROUPS,
+    ),
+    (
+        {"parallel__batch_norm_group_size": 2},
+        "parallel.batch_norm_group_size = 2: parallel.batch_norm = 'groups', and no other, reads "
+        "it and needs it above 0",
+        GROUPS,
+    ),
+    (
+        GROUPS | {"parallel__mode": "pmap"},
+        "parallel.mode = 'pmap': has no groups of devices; with parallel.batch_norm = 'groups' "
+        "set 'shard_map'",
+        {"parallel__mode": "shard_map"},
+    ),
+    (
+        {"evaluate__split": "validation"},
+        "evaluate.split = 'validation': set data.validation_size above 0",
+        HELD_OUT,
+    ),
+    (
+        {"evaluate__final_split": "validation"},
+        "evaluate.final_split = 'validation': set data.validation_size above 0",
+        HELD_OUT,
+    ),
+    (
+        {"checkpoint__select": "best"},
+        "checkpoint.select = 'best': set data.validation_size above 0",
+        HELD_OUT | {"evaluate__split": "validation"},
+    ),
+    (BEST, NOT_CHOSEN, {"evaluate__split": "validation"}),
+    (
+        BEST | {"evaluate__split": "validation", "evaluate__every_epochs": 0},
+        NOT_CHOSEN,
+        {"evaluate__every_epochs": 2},
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"optimizer__drop_at": (0.3,)}, "optimizer.drop_at = (0.3,): only"),
-        ({"optimizer__drop_factor": 0.5}, "optimizer.drop_factor = 0.5: only"),
-    ],
+@pytest.mark.parametrize(("changes", "says", "settled"), CONFLICTS)
+def test_a_conflict_is_found_whatever_the_order(changes, says, settled):
+    for order in itertools.permutations(changes):
+        assert message(runs.tiny(**{key: changes[key] for key in order})) == says
+    config = runs.tiny(**changes)
+    backwards = config_dict.ConfigDict(dict(reversed(config.to_dict().items())))
+    assert message(backwards) == says
+    schema.check(runs.tiny(**changes | settled))
+
+
+def test_one_conflict_does_not_hide_another():
+    keys = tuple(line.partition(" = ")[0] for _, line, _ in CONFLICTS)
+    for pair in itertools.combinations(CONFLICTS, 2):
+        both = pair[0][0] | pair[1][0]
+        stands = [
+            changes.items() <= both.items() and not settled.items() <= both.items()
+            for changes, _, settled in pair
+        ]
+        if any(stands):
+            assert message(runs.tiny(**both)).startswith(keys)
+
+
+def test_every_conflict_has_its_example():
+    lines = [line for _, line, _ in CONFLICTS]
+    for key, _, remedy in schema._conflicts(runs.tiny(), set()):
+        assert any(line.startswith(f"{key} = ") and line.endswith(remedy) for line in lines), key
+
+
+# --- Whatever a key is given.
+
+ODD_NUMBERS = st.one_of(
+    st.integers(), st.floats(), st.sampled_from([-1, 0, 1, 2**31 - 1, 2**31, 2**32, 10**30])
 )
-def test_drops_belong_to_the_step_schedule(changes, says):
-    schema.check(runs.tiny(**changes))
-    assert message(runs.tiny(optimizer__schedule="cosine", **changes)).startswith(says)
-
-
-STREAM = {
-    "data__storage": "stream",
-    "data__image_size": 224,
-    "augmentation__shift": 0,
-}
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("data.workers", 2),
-        ("data.corrupt_images", "skip"),
-        ("augmentation.crop_area", 0.5),
-        ("evaluate.resize_size", 232),
-    ],
+WORDS = st.one_of(
+    st.text(max_size=10),
+    st.sampled_from(["stream", "groups", "best", "validation", "cosine", "train+train", "../x"]),
 )
-def test_some_keys_belong_to_streams(key, value):
-    change = {key.replace(".", "__"): value}
-    schema.check(runs.tiny(**STREAM, **change))
-    says = f"{key} = {value!r}: only data.storage = 'stream' reads it"
-    assert message(runs.tiny(**change)) == says
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"augmentation__shift": 4}, "augmentation.shift: set it to 0"),
-        ({"data__image_size": 0}, "data.image_size = 0: data.storage = 'stream' needs a size"),
-        ({"data__image_size": 257}, "data.image_size = 257: must be at most evaluate.resize_size"),
-        ({"evaluate__crop_size": 257}, "evaluate.crop_size = 257: must be at most evaluate.resize"),
-    ],
+ANYTHING = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.binary(max_size=3), ODD_NUMBERS, WORDS),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.sampled_from(["a", "1", " "]), inner, max_size=2),
+    ),
+    max_leaves=4,
 )
-def test_a_stream_needs_sizes_that_fit(change, says):
-    assert message(runs.tiny(**STREAM | change)).startswith(says)
+FIELDS = [f"model.{name}" for name in runs.tiny().model]
 
 
-def test_nesterov_needs_momentum():
-    assert "nesterov = True" in message(runs.tiny(optimizer__momentum=0.0))
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"evaluate__split": "validation", "evaluate__every_epochs": 0}]
+@hypothesis.settings(max_examples=400)
+@hypothesis.given(
+    st.dictionaries(st.sampled_from([*KEYS, *FIELDS]), ANYTHING, min_size=1, max_size=3)
 )
-def test_the_best_model_is_never_chosen_on_test_images(changes):
-    config = runs.tiny(data__validation_size=100, checkpoint__select="best", **changes)
-    assert "test images never choose a model" in message(config)
-    config.evaluate.split, config.evaluate.every_epochs = "validation", 2
-    schema.check(config)
+def test_any_values_are_a_run_or_one_line_that_names_a_key(changes):
+    config = runs.tiny()
+    for key, value in changes.items():
+        put(config, key, value)
+    try:
+        _, _, _, steps = experiment.describe(config)
+    except UserError as error:
+        line = str(error)
+        assert line.isprintable() and line.startswith(tuple(named(changes))), line
+        return
+    assert 0 < steps < 2**31
+    for key, value in changes.items():  # what was taken is of the type, finite and not emptied
+        kind = type(KEYS.get(key)) if key in KEYS else type(value)
+        assert type(value) is kind or (kind is float and type(value) is int), (key, value)
+        assert not isinstance(value, float) or math.isfinite(value), (key, value)
+
+
+def named(changes):
+    """How a line may start: with a key that was changed, or one that it stands against."""
+    against = {line.partition(" = ")[0] for _, line, _ in CONFLICTS}
+    against |= {"model.", "train.batch_size", "data.", "optimizer.", "augmentation."}
+    return {*changes, *(f"unknown key {key}" for key in changes), "missing key", *against}
+
+
+@hypothesis.given(st.one_of(st.text(), st.from_regex(r"(depth|augment|width)=.{0,9}(,.*)?")))
+def test_any_argument_is_read_or_refused_in_one_line(text):
+    defaults = {"depth": 100, "augment": True, "rate": 0.5, "width": None}
+    try:
+        given = parse_arg(text, **defaults)
+    except UserError as error:
+        assert str(error).isprintable() and str(error).startswith("config argument ")
+    else:
+        assert set(given) == set(defaults) and type(given.depth) is int
+        assert type(given.augment) is bool and type(given.rate) in (int, float)
+        assert type(given.width) in (type(None), int, float, str)
 
 
 # --- The part of --config after the colon.
@@ -257,6 +379,7 @@ def test_arguments_take_the_types_of_their_defaults():
         ("dept=40", "'dept=40': give key=value pairs of depth=100, augment=True"),
         ("depth", "'depth': give key=value pairs"),
         ("depth=40,40", "'40': give key=value"),
+        ("depth=40,depth=46", "'depth=46': give key=value pairs of depth=100, augment=True, each"),
         ("depth=deep", "depth = deep: give a"),
         ("depth=4.5", "depth = 4.5: give a"),
         ("depth=True", "depth = True: give a"),

@@ -1,5 +1,6 @@
 """Keras Applications, on its JAX backend, computes what our networks do from its weights."""
 
+import functools
 import importlib
 import os
 
@@ -11,6 +12,8 @@ from densejax import models, pretrained, transfer
 from densejax.analysis import counts
 from densejax.weight_names import LAYOUTS
 
+# XLA optimises each of these programs for seconds; they run once.
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 KERAS = {family: layouts[1].fields for family, layouts in LAYOUTS.items() if family != "vovnet"}
 
 
@@ -57,7 +60,7 @@ def small_densenet(keras):
 def logits_of(network, image):
     """Keras' logits by one compiled program."""
     trainable, other = ([v.value for v in part] for part in split(network))
-    return jax.jit(lambda t, o, x: network.stateless_call(t, o, x, training=False)[0])(
+    return compiled(lambda t, o, x: network.stateless_call(t, o, x, training=False)[0])(
         trainable, other, image
     )
 
@@ -84,17 +87,17 @@ def test_logits_are_those_of_keras(keras, name, application, family):
     image = images(64)
     expected = np.asarray(logits_of(network, image))
     assert expected.std(axis=0).min() > 0 and expected.std() > 0.1
-    assert_close(jax.jit(model.apply)(variables, image)[0], expected, 1e-4)
+    assert_close(compiled(model.apply)(variables, image)[0], expected, 1e-4)
 
 
 def test_another_epsilon_would_be_seen(keras):
     network, model = small_densenet(keras)
     expected = np.asarray(logits_of(network, images(32)))
     variables = pretrained.from_keras(model, network)
-    assert_close(jax.jit(model.apply)(variables, images(32))[0], expected, 1e-5)
+    assert_close(compiled(model.apply)(variables, images(32))[0], expected, 1e-5)
     other = model.clone(batch_norm_epsilon=1e-3)
     with pytest.raises(AssertionError):
-        assert_close(jax.jit(other.apply)(variables, images(32))[0], expected, 1e-5)
+        assert_close(compiled(other.apply)(variables, images(32))[0], expected, 1e-5)
 
 
 def test_gradients_of_training_are_those_of_keras(keras):
@@ -114,8 +117,8 @@ def test_gradients_of_training_are_those_of_keras(keras):
         return (logits * direction).sum(), updates["batch_stats"]
 
     values = [variable.value for variable in network.trainable_variables]
-    (expected, _), gradients = jax.jit(jax.value_and_grad(theirs, has_aux=True))(values)
-    (found, _), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(variables["params"])
+    (expected, _), gradients = compiled(jax.value_and_grad(theirs, has_aux=True))(values)
+    (found, _), gradient = compiled(jax.value_and_grad(ours, has_aux=True))(variables["params"])
     assert found == pytest.approx(float(expected), rel=1e-4)
     paths = {
         LAYOUTS["densenet"][1].name(path): path for path in transfer.flatten({"params": gradient})
@@ -144,7 +147,7 @@ def test_a_file_of_the_form_that_keras_publishes(keras, tmp_path, monkeypatch):
         description, variables = pretrained.load(output)
         model = models.create(description["model"], 7)
         expected = np.asarray(logits_of(network, images(32)))
-        assert_close(jax.jit(model.apply)(variables, images(32))[0], expected, 1e-5)
+        assert_close(compiled(model.apply)(variables, images(32))[0], expected, 1e-5)
 
 
 def test_the_numbers_of_keras_are_known():

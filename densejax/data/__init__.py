@@ -23,7 +23,8 @@ class Data:
 
     Attributes:
       train: training batches.
-      evaluation: "test" where it is measured and "validation" where images are held out.
+      evaluation: "test" where it is measured, "validation" where images are held out and "train"
+        where training images are measured as well.
       version: digest of what is read: of all images and labels in memory; of a stream, which is
         too large, of what TFDS records of its files, or of the names of a folder's images.
     """
@@ -51,7 +52,11 @@ def info(config: ConfigDict) -> SetInfo:
 
 
 def preparation(config: ConfigDict) -> Preparation:
-    """How images become the network's input, from `config.data` and `config.augmentation`."""
+    """How images become the network's input, from `config.data` and `config.augmentation`.
+
+    Raises:
+      UserError: what the set's images cannot have done to them.
+    """
     facts = info(config)
     channels = facts.image_shape[-1]
     scale = ((0.0,) * channels, (255.0,) * channels)
@@ -63,6 +68,12 @@ def preparation(config: ConfigDict) -> Preparation:
     augmentation = config.augmentation
     if channels != 3 and (augmentation.jitter or augmentation.lighting):
         raise UserError("augmentation.jitter and augmentation.lighting: these images are not RGB")
+    in_memory, crop = config.data.storage == "memory", config.evaluate.crop_size
+    if in_memory and crop > (size := config.data.image_size or min(facts.image_shape[:2])):
+        raise UserError(
+            f"evaluate.crop_size = {crop}: must be at most the images' {size}; data.image_size "
+            f"enlarges them"
+        )
     return Preparation(
         mean,
         std,
@@ -70,8 +81,8 @@ def preparation(config: ConfigDict) -> Preparation:
         flip=augmentation.flip,
         jitter=augmentation.jitter,
         lighting=augmentation.lighting,
-        image_size=config.data.image_size if config.data.storage == "memory" else 0,
-        crop_size=config.evaluate.crop_size,
+        image_size=config.data.image_size if in_memory else 0,
+        crop_size=crop,
         dtype=config.train.dtype,
     )
 
@@ -96,6 +107,13 @@ def train_size(config: ConfigDict, info: SetInfo) -> int:
             f"data.validation_size = {held_out}: must be below the {first} training images"
         )
     size = sum(info.splits[name] for name in names) - held_out
+    if wanted := config.data.train_size:
+        if len(names) > 1 or wanted > size:
+            raise UserError(
+                f"data.train_size = {wanted}: must be at most the {size} training images, of one "
+                f"split alone; here it is data.train_split = {config.data.train_split!r}"
+            )
+        size = wanted
     if config.train.batch_size > size:
         raise UserError(
             f"train.batch_size = {config.train.batch_size}: must be at most the {size} "
@@ -104,10 +122,14 @@ def train_size(config: ConfigDict, info: SetInfo) -> int:
     return size
 
 
-def hold_out(size: int, validation_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(indices that train, indices held out) of `size` examples, the same whatever the seed."""
+def hold_out(size: int, validation_size: int, train_size: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(indices that train, indices held out) of `size` examples, the same whatever the seed.
+
+    All that are not held out train, or the first `train_size` of them in the order drawn.
+    """
     order = permutation(seed=0, epoch=0, size=size)
-    return np.sort(order[validation_size:]), np.sort(order[:validation_size])
+    held_out, rest = np.split(order, [validation_size])
+    return np.sort(rest[: train_size or None]), np.sort(held_out)
 
 
 def prepare(config: ConfigDict) -> None:
@@ -140,13 +162,16 @@ def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Da
 
     first, *more = config.data.train_split.split("+")
     images, labels = read(first)
-    trains, held_out = hold_out(len(images), config.data.validation_size)
+    section = config.data
+    trains, held_out = hold_out(len(images), section.validation_size, section.train_size)
     arrays = {"test": read("test")} if "test" in measured else {}
     if len(held_out):
         arrays["validation"] = (images[held_out], labels[held_out])
-        images, labels = images[trains], labels[trains]
+    images, labels = images[trains], labels[trains]
     parts = [(images, labels), *map(read, more)]
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    if evaluate.train_images:
+        arrays["train"] = (images[: evaluate.train_images], labels[: evaluate.train_images])
     size = config.evaluate.batch_size
     return Data(
         MemorySet(images, labels, config.train.batch_size, config.seed, whole, split),
@@ -166,7 +191,7 @@ def _streams(config: ConfigDict, split: NamedSharding, measured: set[str]) -> Da
         ) from error
     section, evaluate, batch_size = config.data, config.evaluate, config.train.batch_size
     _, splits = encoded.open_splits(section.name, section.directory, section.manual_dir)
-    trains, held_out = hold_out(len(splits["train"]), section.validation_size)
+    trains, held_out = hold_out(len(splits["train"]), section.validation_size, section.train_size)
     train = stream.Pieces(
         splits["train"],
         trains,

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from densejax.config import UserError
-
 GREY = (0.299, 0.587, 0.114)  # luminance of red, green and blue
 CONTRAST, SATURATION = 1, 2  # 0: brightness
 ORDERS = tuple(itertools.permutations((0, CONTRAST, SATURATION)))
@@ -31,7 +29,8 @@ class Preparation:
       flip: mirror half of the images.
       jitter: brightness, contrast and saturation change by factors of 1 - jitter to 1 + jitter.
       lighting: standard deviation of the shift along the principal colours, `LIGHTING`.
-      image_size: height and width after a bilinear resize; 0: as stored.
+      image_size: height and width after a bilinear resize, antialiased where it shrinks; 0: as
+        stored.
       crop_size: height and width of the ten crops that are evaluated; 0: the whole image.
       dtype: of the result.
     """
@@ -54,19 +53,11 @@ class Preparation:
         """What is evaluated of images uint8 [batch, ...]: [views, batch, height, width, channels].
 
         One view, or ten: corners, centre and the mirrors of all five (Krizhevsky et al. 2012).
-
-        Raises:
-          UserError: the crops are larger than the images.
         """
         images, size = self.evaluation(images), self.crop_size
         if not size:
             return images[None]
         top, left = images.shape[1] - size, images.shape[2] - size
-        if min(top, left) < 0:
-            raise UserError(
-                f"evaluate.crop_size = {size}: must be at most the images' "
-                f"{images.shape[1]}x{images.shape[2]}; data.image_size enlarges them"
-            )
         places = ((0, 0), (0, left), (top, 0), (top, left), (top // 2, left // 2))
         crops = jnp.stack([images[:, y : y + size, x : x + size] for y, x in places])
         return jnp.concatenate([crops, crops[:, :, :, ::-1]])

@@ -9,6 +9,7 @@ import functools
 import gzip
 import hashlib
 import io
+import json
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
@@ -46,7 +47,10 @@ def prepare(name: str, directory: str, manual_dir: str = "") -> Any:
         tfds.disable_progress_bar()
         if name not in SETS:
             try:
+                _refuse_code(directory / name.partition("/")[0].partition(":")[0])
                 return tfds.core.read_only_builder.builder_from_files(name, data_dir=directory)
+            except DataError:
+                raise
             except Exception as error:
                 raise DataError(
                     f"data.name = {name}: neither one of {', '.join(SETS)} nor a set that TFDS has "
@@ -56,11 +60,17 @@ def prepare(name: str, directory: str, manual_dir: str = "") -> Any:
         make = functools.partial(builder_class, data_dir=directory, file_format="array_record")
         folder = directory / name / VERSION
         if not folder.exists():
+            made = [directory / path for path in (name, "downloads/extracted", "downloads", "")]
+            made = [path for path in made if not path.exists()]
             try:
                 make().download_and_prepare()
             except OSError as error:
                 if not folder.exists():  # else another process was first
                     raise DataError(f"data.name = {name}: {directory}: {_line(error)}") from error
+            finally:
+                for path in made:  # for nothing: where TFDS left something, it stays
+                    with contextlib.suppress(OSError, ValueError):  # epath's, of one not empty
+                        path.rmdir()
         _verify(name, folder)  # before TFDS reads any of it
         return make()
 
@@ -145,15 +155,36 @@ def _builder_class(tfds: Any, name: str, manual_dir: str) -> type:
     return Builder
 
 
+def _refuse_code(folder: epath.Path) -> None:
+    """Refuses a prepared set whose features are not TFDS's own: it would import what they name."""
+    for path in (*folder.glob("*/features.json"), *folder.glob("*/*/features.json")):
+        names = []
+        # Every key that TFDS takes a class from: now, as protobuf spells it, and formerly.
+        json.loads(
+            path.read_text(),
+            object_hook=lambda item, names=names: names.extend(
+                item.get(key) for key in ("pythonClassName", "python_class_name", "type")
+            ),
+        )
+        if foreign := [n for n in names if n and not str(n).startswith("tensorflow_datasets.")]:
+            raise DataError(f"{path}: names {foreign[0]}, which is code and not of TFDS")
+
+
 def _load(name: str, facts: SetInfo, manual_dir: str, download: Callable[[str], str]) -> Arrays:
     paths, manual = {}, epath.Path(manual_dir).expanduser()
     for alternatives in facts.files:
         given = [file for file in alternatives if manual_dir and (manual / file.name).exists()]
         file = given[0] if given else alternatives[0]
-        path = manual / file.name if given else _download(name, facts, file, manual_dir, download)
+        if manual_dir and not given:
+            names = " or ".join(other.name for other in alternatives)
+            raise DataError(
+                f"data.name = {name}: {names} not found in data.manual_dir = {manual_dir!r}; get "
+                f"it from {file.url} and put it there{facts.hint}"
+            )
+        path = manual / file.name if given else _download(name, facts, file, download)
         try:
-            found = _sha256(path, file.compressed)
-        except (OSError, EOFError, zlib.error) as error:
+            found = _content_sha256(path, file.compressed, facts.most_bytes)
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise DataError(f"data.name = {name}: {path}: {_line(error)}") from error
         if found != file.sha256:
             raise DataError(
@@ -162,7 +193,7 @@ def _load(name: str, facts: SetInfo, manual_dir: str, download: Callable[[str], 
             )
         paths[file.name] = path
     try:
-        arrays = facts.parse(paths)
+        arrays = facts.parse(paths, facts.most_bytes)
         for split, count in facts.splits.items():
             _check(facts, split, count, *arrays[split])
     except Exception as error:  # whatever a parser trips over, the file is at fault
@@ -171,19 +202,16 @@ def _load(name: str, facts: SetInfo, manual_dir: str, download: Callable[[str], 
     return {split: arrays[split] for split in facts.splits}
 
 
-def _download(
-    name: str, facts: SetInfo, file: File, manual_dir: str, download: Callable[[str], str]
-) -> epath.Path:
+def _download(name: str, facts: SetInfo, file: File, download: Callable[[str], str]) -> epath.Path:
     try:
         # TFDS retries ten times with growing pauses; one question first, so that a machine
         # without a network is told so within seconds.
         urllib.request.urlopen(file.url, timeout=10).close()
         return epath.Path(download(file.url))
     except Exception as error:
-        names = " or ".join(other.name for entry in facts.files if file in entry for other in entry)
         raise DataError(
-            f"data.name = {name}: {names} not found in data.manual_dir = {manual_dir!r} and the "
-            f"download failed ({_line(error)}); get it from {file.url} and put it there{facts.hint}"
+            f"data.name = {name}: {file.url} cannot be downloaded ({_line(error)}); get it, and "
+            f"name the folder that it is in by data.manual_dir{facts.hint}"
         ) from error
 
 
@@ -195,6 +223,8 @@ def _check(facts: SetInfo, split: str, count: int, images: np.ndarray, labels: n
         )
     if labels.shape != (count,):
         raise ValueError(f"{split} has {labels.size} labels for {count} images")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{split} has labels of type {labels.dtype}, not integers")
     if labels.min() < 0 or labels.max() >= facts.num_classes:
         raise ValueError(
             f"{split} has labels {labels.min()} to {labels.max()}, not 0 to {facts.num_classes - 1}"
@@ -220,10 +250,21 @@ def _digests(folder: epath.Path) -> list[str]:
     return [f"{_sha256(path)}  {path.name}" for path in paths]
 
 
-def _sha256(path: epath.Path, compressed: bool = False) -> str:
+def _sha256(path: epath.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _content_sha256(path: epath.Path, compressed: bool, most_bytes: int) -> str:
+    """The digest of an official file; ValueError where it does not end after `most_bytes`."""
+    digest, left = hashlib.sha256(), most_bytes
     with path.open("rb") as file:
         content = gzip.GzipFile(fileobj=file) if compressed else file
-        return hashlib.file_digest(content, "sha256").hexdigest()
+        while block := content.read(2**20):
+            if (left := left - len(block)) < 0:
+                raise ValueError(f"it holds more than {most_bytes} bytes, which the set has not")
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _line(error: object) -> str:

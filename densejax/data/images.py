@@ -11,6 +11,8 @@ from PIL import Image
 
 ATTEMPTS = 10  # at a random crop
 ASPECT = (3 / 4, 4 / 3)  # width : height of a random crop
+FORMATS = ("JPEG", "PNG")  # Pillow knows others, of which some run programs of the machine
+MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # above it Pillow refuses: made to fill the memory
 cv2.setNumThreads(1)  # many processes decode: each keeps to its core
 
 
@@ -22,14 +24,16 @@ def decode(encoded: bytes, min_height: int = 0, min_width: int = 0) -> np.ndarra
     does not (PNG, CMYK, JPEGs with flaws that do no harm), at full size.
 
     Raises:
-      Exception: whatever Pillow raises for an image that it cannot read.
+      Exception: whatever Pillow raises for an image that it cannot read, or will not.
     """
     with contextlib.suppress(ValueError):
-        *_, colours, _ = simplejpeg.decode_jpeg_header(encoded)
-        if colours in ("YCbCr", "RGB", "Gray"):
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
+        if colours in ("YCbCr", "RGB", "Gray") and height * width <= MOST_PIXELS:
             least = {"min_height": min_height, "min_width": min_width, "min_factor": 2}
             return simplejpeg.decode_jpeg(encoded, **least if min_height else {})
-    with Image.open(io.BytesIO(encoded)) as image:
+    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        if image.mode.startswith(("I", "F")):  # converted, it would be white without a word
+            raise ValueError("its pixels have more than 8 bits")
         return np.asarray(image.convert("RGB"))
 
 
@@ -70,7 +74,7 @@ def training_crop(
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
     except ValueError:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             width, height = image.size
     top, left, h, w = crop_box(height, width, min_area, bits)
     image = decode(encoded, math.ceil(height * size / h), math.ceil(width * size / w))
@@ -95,6 +99,8 @@ def evaluation_crop(encoded: bytes, size: int, *, resize: int) -> np.ndarray:
     short, long = sorted(image.size)
     long = int(resize * long / short)
     width, height = (resize, long) if image.width <= image.height else (long, resize)
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels cannot be made {width}x{height}")
     left, top = round((width - size) / 2), round((height - size) / 2)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image.crop((left, top, left + size, top + size)))

@@ -5,6 +5,7 @@ Parsers read in memory: nothing is extracted, and no code in an archive is run.
 
 import gzip
 import io
+import math
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -40,7 +41,7 @@ class SetInfo:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     files: tuple[tuple[File, ...], ...] = ()
-    parse: Callable[[dict[str, epath.Path]], Arrays] | None = None
+    parse: Callable[[dict[str, epath.Path], int], Arrays] | None = None  # gets `most_bytes`, too
     hint: str = ""  # where else the files are to be had
 
     @property
@@ -48,8 +49,13 @@ class SetInfo:
         """The number of classes."""
         return len(self.class_names)
 
+    @property
+    def most_bytes(self) -> int:
+        """More than any of the files holds; what holds more was made to fill the memory."""
+        return 2 * sum(self.splits.values()) * math.prod(self.image_shape)
 
-def _parse_idx(paths: dict[str, epath.Path]) -> Arrays:
+
+def _parse_idx(paths: dict[str, epath.Path], most_bytes: int) -> Arrays:
     """The format: http://yann.lecun.com/exdb/mnist (magic 0, 0, uint8 = 8, number of axes)."""
     arrays = []
     for name, path in paths.items():
@@ -74,11 +80,17 @@ _CIFAR_LAYOUTS = {  # folder, suffix, training and test members, label bytes or 
 }
 
 
-def _parse_cifar(paths: dict[str, epath.Path]) -> Arrays:
+def _parse_cifar(paths: dict[str, epath.Path], most_bytes: int) -> Arrays:
     """The two formats: https://www.cs.toronto.edu/~kriz/cifar.html."""
     ((name, path),) = paths.items()
+    files, left = {}, most_bytes
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:gz") as archive:
-        files = {one.name: archive.extractfile(one).read() for one in archive if one.isfile()}
+        for member in archive:
+            if not 0 <= member.size <= left:
+                raise ValueError(f"it holds more than {most_bytes} bytes, which the set has not")
+            left -= member.size
+            if member.isfile():
+                files[member.name] = archive.extractfile(member).read()
     folder, suffix, train, test, label = _CIFAR_LAYOUTS[name]
     arrays = {}
     for split, members in (("train", train), ("test", test)):
@@ -110,21 +122,27 @@ class _NumbersUnpickler(pickle.Unpickler):
         return allowed[module, name]
 
 
-def _parse_svhn(paths: dict[str, epath.Path]) -> Arrays:
+def _parse_svhn(paths: dict[str, epath.Path], most_bytes: int) -> Arrays:
     """The format: http://ufldl.stanford.edu/housenumbers, cropped digits; label 10 is digit 0."""
-    from scipy.io import loadmat
+    from scipy.io import loadmat, whosmat
 
     arrays = {}
     for name, path in paths.items():
         with path.open("rb") as file:
+            shapes = {variable: shape for variable, shape, _ in whosmat(file)}
+            if math.prod(shapes["X"]) + math.prod(shapes["y"]) > most_bytes:
+                raise ValueError(f"it holds more than {most_bytes} bytes, which the set has not")
             content = loadmat(file, variable_names=("X", "y"))
-        labels = content["y"].ravel().astype(np.int32)
+        labels = content["y"].ravel()
+        if (labels != labels.astype(np.int32)).any():  # MATLAB's numbers are often floats
+            raise ValueError(f"{name} has labels that are no integers")
+        labels = labels.astype(np.int32)
         labels = np.where(labels == 10, 0, np.where(labels == 0, -1, labels))
         arrays[name.removesuffix("_32x32.mat")] = content["X"].transpose(3, 0, 1, 2), labels
     return arrays
 
 
-def _parse_digits(paths: dict[str, epath.Path]) -> Arrays:
+def _parse_digits(paths: dict[str, epath.Path], most_bytes: int) -> Arrays:
     """The split: the first 360 of a fixed permutation are the test set."""
     from sklearn.datasets import load_digits
 

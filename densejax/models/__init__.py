@@ -112,7 +112,7 @@ def changes(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def _description(family: str) -> dict[str, dataclasses.Field]:
     """The fields that describe a network of a family, by name."""
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"model.family = {family!r}: allowed are {', '.join(FAMILIES)}")
     fields = dataclasses.fields(FAMILIES[family])
     return {field.name: field for field in fields if field.name not in RUN_FIELDS}
@@ -165,6 +165,10 @@ def create(
         if not _is_a(value, hints[name]):
             wanted = getattr(hints[name], "__name__", hints[name])
             raise UserError(f"model.{name} = {value!r}: give a value of type {wanted}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"model.{name} = {value!r}: give a finite number")
+    if (epsilon := values["batch_norm_epsilon"]) <= 0:
+        raise UserError(f"model.batch_norm_epsilon = {epsilon!r}: must be above 0")
     network = FAMILIES[family](
         num_classes=num_classes, dtype=dtype, batch_norm_axis=batch_norm_axis, **values
     )

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from PIL import Image
 
-from densejax.config import UserError
 from densejax.data.augment import Preparation, example_keys
 
 PLAIN = {"mean": (0.0,), "std": (1.0,)}
@@ -109,6 +109,13 @@ def test_resize():
     assert shape.shape == (1, 4, 4, 1)
 
 
+def test_shrinking_is_antialiased_as_pillows():
+    image = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
+    found = Preparation(**PLAIN, image_size=14).evaluation(jnp.asarray(image)[None, ..., None])
+    expected = Image.fromarray(image.astype(np.float32)).resize((14, 14), Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(found[0, ..., 0], np.asarray(expected), rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_result_has_the_dtype_of_the_computation(dtype):
     preparation = Preparation(**PLAIN, shift=1, flip=True, image_size=6, dtype=dtype)
@@ -137,8 +144,6 @@ def test_ten_crops_are_corners_centre_and_mirrors():
         np.testing.assert_array_equal(view, image[:, y : y + 4, x : x + 4])
     np.testing.assert_array_equal(views[5:], views[:5, :, :, ::-1])
     assert Preparation((0.0,) * 2, (1.0,) * 2).views(image).shape == (1, 1, 7, 6, 2)
-    with pytest.raises(UserError, match="evaluate.crop_size = 8: must be at most the images' 7x6"):
-        Preparation((0.0,) * 2, (1.0,) * 2, crop_size=8).views(image)
 
 
 # --- Colours.

@@ -8,12 +8,17 @@ import http.server
 import os
 import subprocess
 import sys
+import tarfile
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+import scipy.io
 
 from densejax.data import builders
 from tests import archives
@@ -79,8 +84,6 @@ def test_joins_splits_in_the_order_of_their_names(tiny, read):
 
 
 def test_svhn_label_ten_is_digit_zero(tiny, tmp_path, read):
-    import scipy.io
-
     arrays = tiny("svhn")
     stored = scipy.io.loadmat(tmp_path / "manual/train_32x32.mat")["y"].ravel()
     assert set(stored[arrays["train"][1] == 0]) == {10} and stored.min() >= 1
@@ -188,8 +191,7 @@ def test_a_truncated_file_is_refused_even_if_its_digest_were_right(
         if name == "fashion_mnist":
             content = gzip.compress(gzip.decompress(content)[:-1])
         path.write_bytes(content if name == "fashion_mnist" else content[: len(content) // 2])
-    facts = archives.with_digests(builders.SETS[name], tmp_path / "manual")
-    monkeypatch.setitem(builders.SETS, name, facts)
+    monkeypatch.setitem(builders.SETS, name, resealed(name, tmp_path / "manual"))
     with pytest.raises(builders.DataError, match=f"data.name = {name}: .*manual") as error:
         read(name)
     assert "\n" not in str(error.value)
@@ -209,8 +211,9 @@ def test_a_wrong_magic_number_is_refused(tiny, read, tmp_path, monkeypatch):
     content = bytearray(gzip.decompress(path.read_bytes()))
     content[2] = 0x0D  # float32
     path.write_bytes(gzip.compress(content))
-    facts = archives.with_digests(builders.SETS["fashion_mnist"], tmp_path / "manual")
-    monkeypatch.setitem(builders.SETS, "fashion_mnist", facts)
+    monkeypatch.setitem(
+        builders.SETS, "fashion_mnist", resealed("fashion_mnist", tmp_path / "manual")
+    )
     with pytest.raises(builders.DataError, match="t10k-labels.* starts with"):
         read("fashion_mnist")
 
@@ -230,15 +233,12 @@ def test_wrong_counts_and_labels_are_refused(tiny, read, monkeypatch):
 
 
 def test_svhn_label_zero_is_out_of_range(tiny, read, tmp_path, monkeypatch):
-    import scipy.io
-
     tiny("svhn")
     path = tmp_path / "manual/test_32x32.mat"
     content = scipy.io.loadmat(path)
     content["y"][2] = 0
     scipy.io.savemat(path, {"X": content["X"], "y": content["y"]})
-    facts = archives.with_digests(builders.SETS["svhn"], tmp_path / "manual")
-    monkeypatch.setitem(builders.SETS, "svhn", facts)
+    monkeypatch.setitem(builders.SETS, "svhn", resealed("svhn", tmp_path / "manual"))
     with pytest.raises(builders.DataError, match="test has labels -1 to 9"):
         read("svhn")
 
@@ -270,8 +270,6 @@ def test_a_pickle_cannot_run_code(read, tmp_path, monkeypatch):
 def test_a_tar_is_never_extracted(tiny, read, tmp_path, monkeypatch):
     arrays = tiny("cifar100")
     path = tmp_path / "manual/cifar-100-binary.tar.gz"
-    import tarfile
-
     with tarfile.open(path) as archive:
         members = {m.name: archive.extractfile(m).read() for m in archive}
     archives.write_tar(path, {"../../escaped": b"x", "/tmp/../escaped": b"x", **members})
@@ -287,22 +285,139 @@ def test_a_tar_is_never_extracted(tiny, read, tmp_path, monkeypatch):
         builders.read("cifar100", "train", str(tmp_path / "other"), str(tmp_path / "manual"))
 
 
+def resealed(name, folder):
+    """The set's facts with the digests of what now lies in the folder, as if that were official."""
+    return archives.with_digests(builders.SETS[name], folder)
+
+
+ZEROS = bytes(5_000_000)  # of which gzip makes 5 kB; a tiny set may hold tens of kB
+
+
+def bomb_idx(folder):
+    path = folder / "t10k-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + ZEROS))
+
+
+def bomb_tar(folder):
+    archives.write_tar(folder / "cifar-10-binary.tar.gz", {"cifar-10-batches-bin/x": ZEROS})
+
+
+def bomb_tar_header(folder):
+    """A member that says it has 2**60 bytes."""
+    member = tarfile.TarInfo("cifar-10-batches-bin/data_batch_1.bin")
+    member.size = 2**60
+    path = folder / "cifar-10-binary.tar.gz"
+    path.write_bytes(gzip.compress(member.tobuf(tarfile.GNU_FORMAT) + bytes(10240)))
+
+
+def bomb_mat(folder):
+    zeros = np.zeros((32, 32, 3, 2000), np.uint8)
+    content = {"X": zeros, "y": np.ones((2000, 1), np.uint8)}
+    scipy.io.savemat(folder / "test_32x32.mat", content, do_compression=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "bomb"),
+    [
+        ("fashion_mnist", bomb_idx),
+        ("cifar10", bomb_tar),
+        ("cifar10", bomb_tar_header),
+        ("svhn", bomb_mat),
+    ],
+)
+def test_an_archive_that_outgrows_its_set_is_refused(tiny, read, tmp_path, monkeypatch, name, bomb):
+    tiny(name)
+    bomb(tmp_path / "manual")
+    facts = resealed(name, tmp_path / "manual")
+    monkeypatch.setitem(builders.SETS, name, facts)
+    tracemalloc.start()
+    try:
+        with pytest.raises(builders.DataError, match=f"holds more than {facts.most_bytes} bytes"):
+            read(name)
+        # Never unpacked whole. SciPy unpacks 128 KiB of a file at once, whatever they hold.
+        assert tracemalloc.get_traced_memory()[1] < (25_000_000 if name == "svhn" else 4_500_000)
+    finally:
+        tracemalloc.stop()
+
+
+def damaged(data, change, place, value):
+    """Bytes that are cut, lengthened, overwritten or joined at a place, a share of their length."""
+    at = int(place * len(data))
+    return {
+        "cut": data[:at],
+        "byte": data[:at] + bytes([value]) + data[at + 1 :],
+        "word": data[:at] + bytes([value]) * 4 + data[at + 4 :],
+        "gap": data[:at] + data[at + value :],
+        "longer": data + bytes([value]) * value,
+    }[change]
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """Tiny archives of every format: facts, arrays and the bytes behind the compression."""
+    found = {}
+    for name, python in CASES:
+        folder = tmp_path_factory.mktemp(name)
+        facts, arrays = archives.make(name, folder, python=python)
+        if python:  # the other alternative is not there
+            facts = dataclasses.replace(facts, files=(facts.files[0][::-1],))
+        path = folder / facts.files[0][0].name
+        content = path.read_bytes()
+        plain = gzip.decompress(content) if path.suffix == ".gz" else content
+        found[name, python] = facts, arrays, folder, path, plain
+    return found
+
+
+@hypothesis.settings(max_examples=250)
+@hypothesis.given(
+    case=st.sampled_from(CASES),
+    change=st.sampled_from(["cut", "byte", "word", "gap", "longer"]),
+    place=st.floats(0, 1, exclude_max=True),
+    value=st.integers(0, 255),
+)
+def test_a_damaged_archive_is_read_as_official_images_or_refused(
+    originals, case, change, place, value
+):
+    """Even with the right digest: what is not images and labels of the set is one line."""
+    facts, arrays, folder, path, plain = originals[case]
+    before = path.read_bytes()
+    content = damaged(plain, change, place, value)
+    path.write_bytes(gzip.compress(content, 1) if path.suffix == ".gz" else content)
+    try:
+        facts = archives.with_digests(facts, folder)
+        found = builders._load(case[0], facts, str(folder), download=None)
+    except builders.DataError as error:
+        assert str(error).isprintable() and str(path) in str(error)
+    else:
+        for split, count in facts.splits.items():
+            images, labels = found[split]
+            assert images.shape == (count, *facts.image_shape) and images.dtype == np.uint8
+            assert labels.shape == (count,) and set(labels) <= set(range(facts.num_classes))
+        if content == plain:
+            np.testing.assert_array_equal(found["train"][0], arrays["train"][0])
+    finally:
+        path.write_bytes(before)
+
+
 @pytest.mark.parametrize("name", ["fashion_mnist", "cifar10", "cifar100", "svhn"])
 def test_a_missing_file_without_a_network_is_one_line_within_seconds(tiny, read, tmp_path, name):
     tiny(name)
     for path in (tmp_path / "manual").iterdir():
         path.unlink()
-    start = time.monotonic()
-    with pytest.raises(builders.DataError, match="not found in data.manual_dir") as error:
+    start, file = time.monotonic(), builders.SETS[name].files[0][0]
+    said = (f"data.name = {name}", file.name, file.url, f"data.manual_dir = '{tmp_path / 'manual'}")
+    with pytest.raises(builders.DataError, match="not found in data.manual_dir") as named:
         read(name)
+    with pytest.raises(builders.DataError, match="cannot be downloaded .*refused") as downloaded:
+        builders.read(name, "train", str(tmp_path / "data"))
     assert time.monotonic() - start < 5
-    file = builders.SETS[name].files[0][0]
-    for part in (f"data.name = {name}", file.name, file.url, str(tmp_path / "manual"), "refused"):
-        assert part in str(error.value)
-    assert "\n" not in str(error.value)
-    assert ("apt-get install dataset-fashion-mnist" in str(error.value)) == (
-        name == "fashion_mnist"
-    )
+    assert all(part in str(named.value) for part in said)
+    assert file.url in str(downloaded.value) and "data.manual_dir" in str(downloaded.value)
+    for error in (named, downloaded):
+        assert "\n" not in str(error.value)
+        assert ("apt-get install dataset-fashion-mnist" in str(error.value)) == (
+            name == "fashion_mnist"
+        )
 
 
 def test_downloads_from_the_official_address(tiny, tmp_path, monkeypatch):
@@ -331,6 +446,24 @@ def test_unknown_names_and_splits_list_what_there_is(tiny, read):
     tiny("cifar10")
     with pytest.raises(builders.DataError, match="no split 'validation'.*train, test"):
         read("cifar10", "train+validation")
+
+
+@pytest.mark.parametrize("key", ["pythonClassName", "python_class_name", "type"])
+def test_a_prepared_set_cannot_name_code(tmp_path, monkeypatch, key):
+    folder = tmp_path / "data/evil/1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text('{"name": "evil", "version": "1.0.0"}')
+    marker = tmp_path / "executed"
+    (tmp_path / "evil_features.py").write_text(f"open({str(marker)!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    spelled = key.replace("s", "\\u0073")  # JSON knows other spellings of a letter
+    (folder / "features.json").write_text(
+        f'{{"{spelled}": "evil_features.Image", "content": {{}}}}'
+    )
+    for read in (builders.prepare, builders.info):
+        with pytest.raises(builders.DataError, match="names evil_features.Image, which is code"):
+            read("evil", str(tmp_path / "data"))
+    assert not marker.exists()
 
 
 def test_a_set_that_tfds_has_prepared_can_be_named(tmp_path):
@@ -391,10 +524,10 @@ facts = archives.with_digests(builders.SETS["cifar10"], sys.argv[1])
 facts = dataclasses.replace(facts, splits={"train": 10, "test": 10})
 builders.SETS["cifar10"] = facts
 original = builders._sha256
-def killed(path, compressed=False):
+def killed(path):
     if "array_record" in path.name:
         os.kill(os.getpid(), 9)
-    return original(path, compressed)
+    return original(path)
 builders._sha256 = killed
 builders.prepare("cifar10", sys.argv[2], sys.argv[1])
 """

@@ -3,7 +3,11 @@
 import hashlib
 import io
 import math
+import struct
+import zlib
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import scipy.stats
@@ -184,3 +188,82 @@ def test_the_evaluation_crop_is_torchvisions_bit_for_bit(case):
     encoded = photos.encode(Image.fromarray(pattern), "PNG")
     found = images.evaluation_crop(encoded, size, resize=resize)
     assert hashlib.sha256(found.tobytes()).hexdigest() == TORCHVISION[case]
+
+
+# --- Files that are not what they say.
+
+
+def huge_png(width, height):
+    """A PNG of a few bytes that says it has so many pixels, of one bit each."""
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0),
+        b"IDAT": zlib.compress(bytes(1000)),
+        b"IEND": b"",
+    }
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks.items()
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def huge_jpeg(width, height):
+    """A small JPEG whose frame header says it has so many pixels."""
+    content = bytearray(photos.encode(photos.photo(64, 48)))
+    frame = content.index(b"\xff\xc0")
+    content[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("encoded", [huge_png(50_000, 50_000), huge_jpeg(65_000, 65_000)])
+def test_an_image_that_would_fill_the_memory_is_refused(encoded):
+    for read in (
+        images.decode,
+        lambda encoded: images.training_crop(encoded, 8, philox(0), min_area=0.08),
+        lambda encoded: images.evaluation_crop(encoded, 8, resize=8),
+    ):
+        with pytest.raises(Exception, match="exceeds limit"):
+            read(encoded)
+
+
+def test_a_strip_that_would_be_resized_to_gigabytes_is_refused():
+    strip = photos.encode(Image.new("RGB", (1, 60_000)), "PNG")
+    with pytest.raises(ValueError, match="1x60000 pixels cannot be made 256x15360000"):
+        images.evaluation_crop(strip, 224, resize=256)
+    assert images.training_crop(strip, 8, philox(0), min_area=0.08).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "GIF", "TIFF", "BMP"])
+def test_other_formats_are_no_images_whatever_the_file_is_called(kind):
+    # Pillow would start Ghostscript for an EPS: a program, of the file's writing.
+    with pytest.raises(Exception, match="cannot identify"):
+        images.decode(photos.encode(photos.photo(20, 20), kind))
+
+
+def test_pixels_of_sixteen_bits_are_refused_and_not_clipped():
+    deep = photos.encode(Image.fromarray(np.full((20, 20), 1000, np.uint16)), "PNG")
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        images.decode(deep)
+
+
+@hypothesis.settings(max_examples=150)
+@hypothesis.given(
+    name=st.sampled_from(sorted(JPEGS)),
+    places=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=4),
+    values=st.binary(min_size=4, max_size=4),
+    cut=st.floats(0.5, 1),
+)
+def test_a_damaged_image_is_an_image_of_its_size_or_an_exception(name, places, values, cut):
+    content = bytearray(JPEGS[name])
+    for place, value in zip(places, values, strict=False):
+        content[int(place * len(content))] = value
+    for crop in (
+        lambda encoded: images.training_crop(encoded, 8, philox(0), min_area=0.08),
+        lambda encoded: images.evaluation_crop(encoded, 8, resize=8),
+    ):
+        try:
+            found = crop(bytes(content[: int(cut * len(content))]))
+        except Exception as error:  # as densejax.data.stream takes it, which names the file
+            assert not isinstance(error, MemoryError)
+        else:
+            assert found.shape == (8, 8, 3) and found.dtype == np.uint8
