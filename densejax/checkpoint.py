@@ -260,7 +260,7 @@ class _Restore(ocp.args.StandardRestore):
 
 def _is_news(record) -> bool:
     # Orbax logs with a traceback what it raises anyway, and this module says in one line.
-    return not record.pathname.endswith("async_checkpointer.py")
+    return record.levelname != "ERROR" or "/orbax/" not in record.pathname
 
 
 def _require_everywhere(path: epath.Path, problem: str) -> None:
@@ -302,10 +302,10 @@ def _manifest(path: epath.Path) -> dict:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest.pop("sha256") != _digest(manifest):
-            raise ValueError(f"{MANIFEST} is not as saved")
+            raise ValueError("not as saved")
         return manifest | {"problem": ""}
     except Exception as error:  # a flipped bit can raise anything
-        return {"problem": _brief(error), "metrics": {}}
+        return {"problem": f"{MANIFEST}: {_brief(error)}", "metrics": {}}
 
 
 def _write_manifest(path: epath.Path, manifest: dict) -> None:

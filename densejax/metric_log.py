@@ -159,7 +159,8 @@ class MetricLog:
 
     def _say(self, text):
         if self.is_writer:
-            tqdm.tqdm.write(text, file=sys.stderr)
+            with contextlib.suppress(OSError):  # the output is a file on a full disk
+                tqdm.tqdm.write(text, file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What a run says of itself: the summary before its first step, and its result."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,8 @@ from densejax.step import TrainState
 def say(text: str) -> None:
     """Prints on process 0 alone."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        with contextlib.suppress(OSError):  # the output is a file on a full disk
+            print(text, flush=True)
 
 
 def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str, Any]:

@@ -88,13 +88,15 @@ class Run:
 
     def work(self, flags, patch):
         """What the processes do: densejax.main."""
+        import densejax
         from densejax import command_line, main
 
+        densejax.STARTED = time.monotonic()
         with self.output.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         sys.argv = ["densejax.main", *flags]
-        exec(patch)
+        exec(patch, {})
         command_line.run(main.main)
 
     def records(self):
@@ -132,14 +134,6 @@ class Run:
         require(found == codes, f"exit codes {found}: {self.said()[-500:]}", silent)
         require(says in self.said(), f"it did not say {says!r}: {self.said()[-500:]}", True)
 
-    def stop(self, number, *codes):
-        """Sends a signal; all must end within five seconds, with the step that they name saved."""
-        begin = self.clock
-        os.kill(self.victim.pid, number)
-        self.end(*codes)
-        require(self.clock - begin < 5, f"it took {self.clock - begin:.1f} s")
-        require(f"saved step {newest(self.path)[0]};" in self.said(), "it saved another step")
-
 
 def newest(path):
     """(step, digests of its arrays by name) of the newest checkpoint."""
@@ -164,6 +158,7 @@ def finish(path, *flags, says="", processes=1, patch=""):
         texts = [(folder / name).read_text() for folder in (path, reference(processes))]
         found = [{key: json.loads(text)[key] for key in keys} if keys else text for text in texts]
         require(found[0] == found[1], f"another {name}", True)
+    return 1
 
 
 # --- The faults: each takes a folder for its run and random numbers, and returns its tries.
@@ -207,12 +202,15 @@ def saves(path):
 
 
 def stopped(path, draw, number, *codes):
-    """A signal to one process."""
+    """A signal to one process; all end within five seconds, their step saved."""
     run = Run(path, processes=len(codes), victim=draw.randrange(len(codes)))
     run.until_records(draw.randint(1, 70))
-    run.stop(number, *codes)
-    finish(path, processes=len(codes))
-    return 1
+    begin = run.clock
+    os.kill(run.victim.pid, number)
+    run.end(*codes)
+    require(run.clock - begin < 5, f"it took {run.clock - begin:.1f} s")
+    require(f"saved step {newest(path)[0]};" in run.said(), "it saved another step")
+    return finish(path, processes=len(codes))
 
 
 def flip(file, draw):
@@ -241,11 +239,11 @@ def damaged(path, draw, harm):
     """A run goes on from a damaged newest checkpoint."""
     run = Run(path)
     run.until_records(draw.randint(25, 70))
-    run.stop(signal.SIGTERM, 0)
+    os.kill(run.victim.pid, signal.SIGTERM)
+    run.end(0)
     step, _ = newest(path)
     harm(choose(path / f"checkpoints/{step}", draw), draw)
-    finish(path, says=f"{step} is damaged")
-    return 1
+    return finish(path, says=f"{step} is damaged")
 
 
 def restored(path, draw, harm, tries):
@@ -258,7 +256,7 @@ def restored(path, draw, harm, tries):
     abstract, said = experiment.without_data(config).abstract_state, []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("absl").addHandler(handler)
+    logging.getLogger("absl").handlers[:] = [handler]
     for _ in range(tries):
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(whole, path)
@@ -270,7 +268,6 @@ def restored(path, draw, harm, tries):
         require(checkpoint._leaves(state) == leaves, "other arrays", True)
         loud = any(f"{newer} is damaged" in line for line in said)
         require(loud or state.step == newer, "it fell back without a word", True)
-    logging.getLogger("absl").removeHandler(handler)
     return tries
 
 
@@ -296,8 +293,7 @@ def refused(path, draw, disk, ends=False):
             require(run.until(lambda: "could not be saved" in run.said()), "no save failed")
     if not ends:
         run.end(0)
-    finish(path / "run")
-    return 1
+    return finish(path / "run")
 
 
 @contextlib.contextmanager
@@ -322,12 +318,12 @@ def read_only(run):
 
 @contextlib.contextmanager
 def quota(run):
-    """No file may grow beyond a limit."""
-    for size in (1000, resource.RLIM_INFINITY):
+    """No file may grow beyond 8 kB: the run's own output can, its checkpoints cannot."""
+    for size in (8000, resource.RLIM_INFINITY):
         if run.victim.is_alive():
             limits = (size, resource.RLIM_INFINITY)
             resource.prlimit(run.victim.pid, resource.RLIMIT_FSIZE, limits)
-        if size == 1000:
+        if size == 8000:
             yield
 
 
@@ -339,12 +335,6 @@ def on_own_disk(path, draw, disk, ends=False):
         return refused(path, draw, disk, ends)
     finally:
         subprocess.run(["umount", "-l", path], check=True)
-
-
-def slow(path, draw):
-    """Each save takes 1.5 s, longer than the steps between two."""
-    finish(path, says="s for the save of step", patch=SLOW)
-    return 1
 
 
 def not_finite(path, draw):
@@ -359,14 +349,18 @@ def not_finite(path, draw):
     return 1
 
 
+def slow(path, draw):
+    """Each save takes longer than the steps between two."""
+    return finish(path, says="s for the save of step", patch=SLOW)
+
+
 def never_finite(path, draw):
     """Ten such batches in a row end the run, which goes on from its last checkpoint."""
     step = EPOCH * draw.randint(1, 2) + draw.randint(1, 10)
     run = Run(path, patch=NAN.format(stop=0, bad=tuple(range(step, step + 10))))
     run.end(2, says=f"in a row, up to {step + 9}, were not finite", silent=True)
     require(f"checkpoint is of step {newest(path)[0]};" in run.said(), "it names another")
-    finish(path)
-    return 1
+    return finish(path)
 
 
 def two_runs(path, draw):
@@ -376,15 +370,15 @@ def two_runs(path, draw):
     says = f"is in use on {socket.gethostname()} by process {run.victim.pid}"
     Run(path).end(2, says=says, silent=True)
     run.end(0)
-    finish(path)
-    return 1
+    return finish(path)
 
 
 def another_run(path, draw):
     """Another configuration, code or data is refused with the difference, unless it is forced."""
     run, history = Run(path), path / "history.jsonl"
-    run.until_records(draw.randint(1, 70))
-    run.stop(signal.SIGTERM, 0)
+    run.until_records(draw.randint(25, 70))
+    os.kill(run.victim.pid, signal.SIGTERM)
+    run.end(0)
     other = "--config.optimizer.momentum=0.8"
     Run(path, other).end(2, says="optimizer.momentum: 0.9 -> 0.8", silent=True)
     recorded = json.loads(history.read_text().splitlines()[-1])
@@ -416,7 +410,7 @@ FAULTS = {  # name: (cases, what happens in one, and its other arguments)
     "a disk full to the end": (2, on_own_disk, full, True) if DISK else None,
     "a read-only disk, then writable": (2, on_own_disk, read_only) if DISK else None,
     "a quota, then lifted": (3, refused, quota),
-    "a slow disk": (1, slow),
+    "a slow disk (1.5 s for each save)": (2, slow),
     "a batch of NaN": (4, not_finite),
     "ten batches of NaN in a row": (2, never_finite),
     "two runs in one directory": (2, two_runs),

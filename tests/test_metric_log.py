@@ -148,6 +148,16 @@ def test_without_a_terminal_a_line_every_few_seconds(workdir, clock, capsys):
     assert len(lines) == 11
 
 
+def test_a_screen_that_is_a_full_disk_ends_nothing(workdir, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    run(workdir, 0, 40).close()
+    assert records(workdir / "metrics.jsonl")[-1]["step"] == 40
+
+
 def test_on_a_terminal_a_bar(workdir, monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
