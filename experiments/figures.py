@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 
 from densejax import classifier, formats
 from densejax.analysis import plots, reuse
+from densejax.config import UserError
 
 COUNTS = ("parameters", "multiply_adds")
 MOST = 9  # lines that a panel has room for; more go into a panel for each kind of network
@@ -165,7 +167,11 @@ def heat_maps(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:
     for group in groups:
         run = group.runs[0]
         if group.config["model"]["family"] != "resnet" and (run.path / "checkpoints").exists():
-            network = classifier.load(run.path)
+            try:
+                network = classifier.load(run.path)
+            except UserError as error:  # a damaged checkpoint costs its picture, not the page
+                print(f"{run.path}: no heat map: {error}", file=sys.stderr)
+                continue
             maps = reuse.heat_maps(network.model, network.variables["params"])
             caption = f"{group.label()}, seed {run.sweep['seed']}"
             yield f"reuse_{run.sweep['run']}", caption, plots.heat_maps(maps)

@@ -110,6 +110,7 @@ def test_the_picture_marks_the_ends_and_scales_by_column():
         assert box.get_height() == column + 1
     shares = first.images[0].get_array()
     np.testing.assert_allclose(shares[:, 2], [1 / 3, 2 / 3, 1])
+    np.testing.assert_allclose(shares[0], [1, 1 / 2, 1 / 3])
     assert np.ma.getmaskarray(shares).tolist() == [
         [False] * 3,
         [True, False, False],
