@@ -257,9 +257,10 @@ class _Layer:
                 dh = self.drop(through_norm2(cut(h), cut(dy)), keys)
                 dz, dconv = pointwise_backward(z, dh, self.params["conv1"])
             dz, sums = _through_relu(z, dz, x, stats.mean)
-            # Rounded last: a rounded summand would be one more result of XLA:TPU's kernel.
-            gradient = wide(gradient[..., : self.channels]) + wide(dz) * slope
-            return (dconv, sums), gradient.astype(x.dtype)
+            share, gradient = wide(dz) * slope, gradient[..., : self.channels]
+            if self.plan.shrink:  # a rounded summand would be one more result of XLA:TPU's kernel
+                return (dconv, sums), (wide(gradient) + share).astype(x.dtype)
+            return (dconv, sums), gradient + share.astype(x.dtype)
 
         rate = lax.rsqrt(stats.variance + self.settings.epsilon)
         slope = self.params["norm1"]["scale"] * rate
