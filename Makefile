@@ -1,20 +1,24 @@
 # Everything a fresh machine with Python >= 3.11 and pip needs: `make train`, `make test`.
 PYTHON ?= python3
 ARGS ?=
+FAULTS ?= runs/faults
 BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format clean cuda tpu
+.PHONY: help train test test-faults lint format clean cuda tpu
 
 help: ## Show this list
-	@sed -n 's/^\([a-z ]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
+	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
 
 train: $(READY) ## Train the digits example; more flags: make train ARGS="--config.seed=1"
 	$(BIN)/python -m densejax.main --config=configs/digits.py $(ARGS)
 
 test: $(READY) ## Run the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-faults: $(READY) ## Hurt real runs 400 times and count what survives (under an hour)
+	$(BIN)/python experiments/faults.py --folder=$(FAULTS) $(ARGS)
 
 cuda tpu: $(READY) ## Add what JAX needs for NVIDIA GPUs (make cuda) or TPUs (make tpu)
 	UV_PROJECT_ENVIRONMENT=.venv $(shell command -v uv || echo $(BIN)/uv) $(SYNC) --extra $@ \

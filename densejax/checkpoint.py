@@ -1,15 +1,16 @@
-"""Checkpoints: orbax writes them in the background, a record of every leaf makes damage visible.
+"""Checkpoints: orbax writes them in the background, a manifest makes any damage visible.
 
 Orbax restores a flipped bit in array data without a word. Each save therefore commits, atomically
-with the state, a JSON record: dtype, shape and SHA-256 of every leaf and the metrics, under a
-SHA-256 of its own. A restored state that differs from its record is never returned.
+with the state, MANIFEST: SHA-256 of every file; dtype, shape and SHA-256 of every leaf; the
+metrics; all under a SHA-256 of its own. What differs from its manifest is never returned, and what
+has none was never committed.
 """
 
 import hashlib
 import json
 import math
-import types
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,13 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint import metadata
 
+from densejax import files
 from densejax.config import UserError
+
+MANIFEST = "MANIFEST"
+SLOW = 1.0  # seconds that a step may wait for the save before it without a warning
 
 
 class CheckpointError(UserError):
@@ -42,14 +48,21 @@ class Checkpoints:
         self._directory = path if "://" in str(directory) else path.resolve()  # as orbax asks
         self._keep_latest, self._keep_best = keep_latest, keep_best
         self._damaged: set[int] = set()
-        policy = types.SimpleNamespace(should_preserve=self._should_preserve)
-        options = ocp.CheckpointManagerOptions(create=False, preservation_policy=policy)
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
-        self._metrics = {step: self._record(step)["metrics"] for step in self.steps()}
+        self._under_way: int | None = None
+        self._problem = ""
+        self._handler = _Handler()
+        logging.get_absl_logger().addFilter(_is_news)
+        self._writer = ocp.AsyncCheckpointer(
+            self._handler,
+            checkpoint_metadata_store=_NoRecord(),
+        )
+        found = path.glob("*") if path.is_dir() else ()
+        steps = [int(entry.name) for entry in found if entry.name.isdecimal()]
+        self._metrics = {step: _manifest(self._directory / str(step))["metrics"] for step in steps}
 
     def steps(self) -> list[int]:
         """Every step, oldest first, without those that `restore_latest` found damaged."""
-        return sorted(set(self._manager.all_steps()) - self._damaged)
+        return sorted(set(self._metrics) - self._damaged)
 
     def latest_step(self) -> int | None:
         """The newest step, None when there is none."""
@@ -57,14 +70,27 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the lowest finite `keep_best`, the first of equals; None without one."""
-        values = {step: self._metrics[step].get(self._keep_best, math.nan) for step in self.steps()}
-        return min((s for s in values if math.isfinite(values[s])), key=values.get, default=None)
+        return next(iter(self._best_first()), None)
 
-    def save(self, step: int, state, metrics: Mapping[str, float]) -> None:
+    def metrics(self, step: int) -> dict[str, float]:
+        """The metrics that a step was saved with; {} without that step."""
+        return self._metrics.get(step, {})
+
+    def save(self, step: int, state, metrics: Mapping[str, float], problem: str = "") -> None:
         """Starts to save a pytree of arrays, each replicated or addressable by this process.
 
-        Its buffers may be donated once this returns. A step that exists is left alone. Raises
-        CheckpointError also when the save before this one failed (disk full, ...).
+        Its buffers may be donated once this returns. A step that exists is left alone. A disk that
+        refuses (full, read-only, ...) is logged and the older steps stay; the next save tries
+        again, and `wait` raises what became of the last.
+
+        Args:
+          step: of the state.
+          state: the pytree.
+          metrics: what `keep_best` chooses by.
+          problem: what keeps this process from saving now; "" nothing.
+
+        Raises:
+          CheckpointError: a state that is not finite, or one behind a newer checkpoint.
         """
         if step in self.steps():
             return
@@ -76,14 +102,24 @@ class Checkpoints:
                     f"step={step}: {name} is not finite, so nothing was saved; lower "
                     f"optimizer.learning_rate and go on from step {self.latest_step()}"
                 )
-        record = {"leaves": _leaves(state), "metrics": {k: float(v) for k, v in metrics.items()}}
-        args = {
-            "state": ocp.args.StandardSave(state),
-            "record": ocp.args.JsonSave(record | {"sha256": _digest(record)}),
-        }
-        self._guarded(self._make_ready_to_write)
-        self._metrics[step] = record["metrics"]
-        self._guarded(self._manager.save, step, args=ocp.args.Composite(**args), force=True)
+        self._settle()
+        self._under_way = step
+        self._metrics[step] = {name: float(value) for name, value in metrics.items()}
+        self._handler.manifest = {"leaves": _leaves(state), "metrics": self._metrics[step]}
+        if not self._failed(problem or _problem_of(self._make_room)):
+            args = _Save(state)
+            path = self._directory / str(step)
+            self._failed(_problem_of(self._writer.save, path, args=args, force=True))
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Gives a step that exists, saved before it was evaluated, its metrics."""
+        self._settle()
+        if step in self.steps():
+            self._metrics[step] = {name: float(value) for name, value in metrics.items()}
+            if jax.process_index() == 0 and (
+                problem := _problem_of(self._write_metrics, self._directory / str(step))
+            ):
+                logging.error("The metrics of step %d could not be saved: %s", step, problem)
 
     def restore_latest(self, abstract_state):
         """The newest undamaged state, bitwise as saved; None when there is no checkpoint at all.
@@ -91,8 +127,58 @@ class Checkpoints:
         `abstract_state`: its `jax.ShapeDtypeStruct`s with shardings. Damaged steps are logged and
         passed over (the next save deletes them); all damaged or another model: CheckpointError.
         """
+        return self._first_intact(reversed(self.steps()), abstract_state)
+
+    def restore_best(self, abstract_state):
+        """The undamaged state with the lowest `keep_best`, as `restore_latest` does it."""
+        state = self._first_intact(self._best_first(), abstract_state)
+        if state is None:
+            raise CheckpointError(f"No checkpoint in {self._directory} has a {self._keep_best!r}.")
+        return state
+
+    def restore_step(self, step: int, abstract_state):
+        """The state of `step`; CheckpointError when it is missing, damaged or does not fit."""
+        if step not in self.steps():
+            raise CheckpointError(f"No checkpoint {step} in {self._directory}, only {self.steps()}")
+        path = self._directory / str(step)
+        manifest = _manifest(path)
+        _require_everywhere(path, manifest["problem"] or _wrong_file(path, manifest["files"]))
+        _check_fit(path, manifest["leaves"], abstract_state)
+        try:
+            state = self._writer.restore(path, args=_Restore(abstract_state))
+            wrong = sorted(set(manifest["leaves"].items()) - set(_leaves(state).items()))
+            problem = f"{len(wrong)} leaves are not as saved: {wrong[0][0]} ..." if wrong else ""
+        except Exception as error:  # tensorstore, zstd, JSON and orbax share no class
+            problem = _brief(error)
+        _require_everywhere(path, problem)
+        return state
+
+    def wait(self) -> None:
+        """Blocks until the save under way is committed; CheckpointError when the last failed."""
+        self._settle()
+        if self._problem:
+            raise CheckpointError(self._problem)
+
+    def close(self) -> None:
+        """Waits like `wait` and ends orbax's threads, also when the save failed."""
+        try:
+            self.wait()
+        finally:
+            self._writer.close()
+
+    def _write_metrics(self, path: epath.Path) -> None:
+        manifest = _manifest(path)
+        if problem := manifest.pop("problem"):
+            raise _Damaged(problem)
+        _write_manifest(path, manifest | {"metrics": self._metrics[int(path.name)]})
+
+    def _best_first(self) -> list[int]:
+        values = {step: self._metrics[step].get(self._keep_best, math.nan) for step in self.steps()}
+        return sorted((s for s in values if math.isfinite(values[s])), key=values.get)
+
+    def _first_intact(self, steps: Iterable[int], abstract_state):
         damage = {}
-        for step in reversed(self.steps()):
+        for step in steps:
             try:
                 state = self.restore_step(step, abstract_state)
             except _Damaged as error:
@@ -105,70 +191,76 @@ class Checkpoints:
             raise CheckpointError("\n  ".join(["No checkpoint is intact:", *damage.values()]))
         return None
 
-    def restore_best(self, abstract_state):
-        """The state of `best_step()`."""
-        if (step := self.best_step()) is None:
-            raise CheckpointError(f"No checkpoint in {self._directory} has a {self._keep_best!r}.")
-        return self.restore_step(step, abstract_state)
+    def _settle(self) -> None:
+        """Waits for the save under way; if it went well, what it makes superfluous goes."""
+        if self._under_way is None:
+            return
+        begin = time.monotonic()
+        problem = _problem_of(self._writer.wait_until_finished)
+        if (waited := time.monotonic() - begin) > SLOW:
+            logging.warning("Waited %.1f s for the save of step %d.", waited, self._under_way)
+        if self._failed(problem):
+            return
+        self._under_way, self._problem = None, ""
+        kept = {*self.steps()[-self._keep_latest :], *self._best_first()[:1]}
+        self._delete(set(self.steps()) - kept)
 
-    def restore_step(self, step: int, abstract_state):
-        """The state of `step`; CheckpointError when it is missing, damaged or does not fit."""
-        if step not in self.steps():
-            raise CheckpointError(f"No checkpoint {step} in {self._directory}, only {self.steps()}")
-        path, record = self._directory / str(step), self._record(step)
-        _require_everywhere(path, record["problem"])
-        _check_fit(path, record["leaves"], abstract_state)
-        try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-            state = self._manager.restore(step, args=args).state
-            wrong = sorted(set(record["leaves"].items()) - set(_leaves(state).items()))
-            problem = f"{len(wrong)} leaves are not as saved: {wrong[0][0]} ..." if wrong else ""
-        except Exception as error:  # tensorstore, zstd, JSON and orbax share no class
-            problem = _brief(error)
-        _require_everywhere(path, problem)
-        return state
+    def _failed(self, problem: str) -> bool:
+        # All processes take part in a save or none does.
+        if np.all(multihost_utils.process_allgather(np.asarray(not problem))):
+            return False
+        step, self._under_way = self._under_way, None
+        del self._metrics[step]
+        problem = problem or "another process could not write"
+        self._problem = f"Step {step} could not be saved in {self._directory}: {problem}"
+        logging.error("%s. The steps %s are there; the next save tries again.",
+                      self._problem, self.steps())  # fmt: skip
+        return True
 
-    def wait(self) -> None:
-        """Blocks until the save under way is committed; CheckpointError when it failed."""
-        self._guarded(self._manager.wait_until_finished)
-
-    def close(self) -> None:
-        """Waits like `wait` and ends orbax's threads, also when the save failed."""
-        try:
-            self.wait()
-        finally:
-            self._manager.close()
-
-    def _should_preserve(self, checkpoints, *, context) -> list[bool]:
-        keep = {*self.steps()[-self._keep_latest :], self.best_step()}
-        return [info.step in keep for info in checkpoints]
-
-    def _make_ready_to_write(self) -> None:
-        self._manager.wait_until_finished()  # a temporary directory is now a killed save's
-        for step in sorted(self._damaged):
-            self._manager.delete(step)
-        self._damaged.clear()
+    def _make_room(self) -> None:
+        self._delete(self._damaged)
+        self._damaged = set()
         if jax.process_index() == 0:
             self._directory.mkdir(parents=True, exist_ok=True)
             for leftover in self._directory.glob("*.orbax-checkpoint-tmp*"):
                 leftover.rmtree()
 
-    def _guarded(self, write, *args, **kwargs) -> None:
-        try:
-            write(*args, **kwargs)
-        except Exception as error:  # orbax, tensorstore and the file system share no class
-            self._manager.reload()  # orbax has forgotten the steps it was about to delete
-            message = f"Cannot save in {self._directory}: {_brief(error)}. Is the disk full?"
-            raise CheckpointError(message) from error
+    def _delete(self, steps: set[int]) -> None:
+        for step in sorted(steps):
+            self._metrics.pop(step, None)
+            if jax.process_index() == 0:
+                _problem_of((self._directory / str(step)).rmtree, missing_ok=True)
 
-    def _record(self, step: int) -> dict:
-        try:
-            record = json.loads((self._directory / f"{step}/record/metadata").read_text())
-            if record.pop("sha256") != _digest(record):
-                raise ValueError("the record is not as saved")
-            return record | {"problem": ""}
-        except Exception as error:  # a flipped bit can raise anything
-            return {"problem": _brief(error), "metrics": {}}
+
+class _NoRecord(metadata.MetadataStore):
+    """In place of orbax's own record of a step, which it would change after the manifest."""
+
+
+class _Handler(ocp.StandardCheckpointHandler):
+    """Orbax's, which also writes the manifest before the directory gets its final name."""
+
+    manifest: dict
+
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(directory)
+        paths = {str(path.relative_to(directory)): path for path in _files(directory)}
+        digests = {name: _file_digest(path) for name, path in paths.items()}
+        _write_manifest(directory, self.manifest | {"files": digests})
+
+
+@ocp.args.register_with_handler(_Handler, for_save=True)
+class _Save(ocp.args.StandardSave):
+    pass
+
+
+@ocp.args.register_with_handler(_Handler, for_restore=True)
+class _Restore(ocp.args.StandardRestore):
+    pass
+
+
+def _is_news(record) -> bool:
+    # Orbax logs with a traceback what it raises anyway, and this module says in one line.
+    return record.levelname != "ERROR" or "/orbax/" not in record.pathname
 
 
 def _require_everywhere(path: epath.Path, problem: str) -> None:
@@ -206,8 +298,54 @@ def _leaves(tree) -> dict[str, str]:
     return table
 
 
-def _digest(record: dict) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+def _manifest(path: epath.Path) -> dict:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest.pop("sha256") != _digest(manifest):
+            raise ValueError("not as saved")
+        return manifest | {"problem": ""}
+    except Exception as error:  # a flipped bit can raise anything
+        return {"problem": f"{MANIFEST}: {_brief(error)}", "metrics": {}}
+
+
+def _write_manifest(path: epath.Path, manifest: dict) -> None:
+    files.write(path / MANIFEST, json.dumps(manifest | {"sha256": _digest(manifest)}))
+
+
+def _wrong_file(path: epath.Path, digests: dict[str, str]) -> str:
+    # What is wrong with the first file that is not as saved, "" where all are.
+    for name, digest in digests.items():
+        try:
+            if _file_digest(path / name) != digest:
+                return f"{name} is not as saved"
+        except OSError as error:
+            return _brief(error)
+    return ""
+
+
+def _files(directory: epath.Path) -> Iterator[epath.Path]:
+    for entry in sorted(directory.iterdir()):
+        if entry.is_dir():
+            yield from _files(entry)
+        else:
+            yield entry
+
+
+def _file_digest(path: epath.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _problem_of(action: Callable, *args, **kwargs) -> str:
+    try:
+        action(*args, **kwargs)
+    except Exception as error:  # orbax, tensorstore and the file system share no class
+        return _brief(error)
+    return ""
 
 
 def _brief(error: Exception) -> str:

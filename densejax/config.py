@@ -32,6 +32,8 @@ def default() -> config_dict.ConfigDict:
     data.corrupt_images = "fail"  # "stream": or "skip": trains on the next one, never tests
     data.train_split = "train"  # e.g. "train+extra" for SVHN
     data.validation_size = 0  # training images held out, drawn once whatever the seed
+    data.train_size = 0  # images that train: the first of an order drawn once whatever the seed,
+    # classes as they fall, so that a larger set holds every smaller one; 0: all
     data.normalization = "statistics"  # "statistics": the set's mean and std; "scale": / 255
     data.image_size = 0  # pixels, height and width that images are resized to; 0: as stored
 
@@ -46,6 +48,7 @@ def default() -> config_dict.ConfigDict:
     train.epochs = 300
     train.batch_size = 64  # images per step over all devices; a multiple of their number
     train.accumulate_steps = 1  # parts of each device's share that are computed one after another
+    train.max_skipped_steps = 10  # in a row, skipped as they were not finite, that end the run
     train.label_smoothing = 0.0  # probability mass spread evenly over all classes
     train.weights = ""  # a directory of densejax.pretrained to start from; "" draws from the seed
     train.dtype = "float32"  # of the computation; parameters and statistics stay float32
@@ -66,6 +69,7 @@ def default() -> config_dict.ConfigDict:
     evaluate.every_epochs = 1  # 0: only at the end
     evaluate.split = "test"  # read during training; "validation" where images are held out
     evaluate.final_split = "test"  # what the run's result is measured on; "validation" to tune
+    evaluate.train_images = 0  # training images, not augmented, that are measured at the end too
     evaluate.resize_size = 256  # "stream": pixels, the shorter side before the middle is taken
     evaluate.crop_size = 0  # pixels; above 0: the logits' mean over ten crops of this size
     evaluate.batch_size = 512  # images per step over all devices; a multiple of their number
@@ -112,6 +116,7 @@ _CHECKS = {
     "data.workers": _NOT_NEGATIVE,
     "data.corrupt_images": _one_of("fail", "skip"),
     "data.validation_size": _NOT_NEGATIVE,
+    "data.train_size": _NOT_NEGATIVE,
     "data.normalization": _one_of("statistics", "scale"),
     "data.image_size": _NOT_NEGATIVE,
     "augmentation.shift": _NOT_NEGATIVE,
@@ -121,6 +126,7 @@ _CHECKS = {
     "train.epochs": _POSITIVE,
     "train.batch_size": _POSITIVE,
     "train.accumulate_steps": _POSITIVE,
+    "train.max_skipped_steps": _POSITIVE,
     "train.label_smoothing": _FRACTION,
     "train.dtype": _one_of("float32", "bfloat16", "float64"),
     "optimizer.learning_rate": _POSITIVE,
@@ -138,6 +144,7 @@ _CHECKS = {
     "evaluate.every_epochs": _NOT_NEGATIVE,
     "evaluate.split": _one_of("test", "validation"),
     "evaluate.final_split": _one_of("test", "validation"),
+    "evaluate.train_images": _NOT_NEGATIVE,
     "evaluate.resize_size": _POSITIVE,
     "evaluate.crop_size": _NOT_NEGATIVE,
     "evaluate.batch_size": _POSITIVE,
@@ -207,6 +214,7 @@ def _conflicts(
         ("data.corrupt_images", streams, "data.storage = 'stream'"),
         ("augmentation.crop_area", streams, "data.storage = 'stream'"),
         ("evaluate.resize_size", streams, "data.storage = 'stream'"),
+        ("evaluate.train_images", not streams, "data.storage = 'memory'"),
     ):
         yield key, key in changed and not is_read, f"only {reader} reads it"
     cropped = streams and config.augmentation.shift > 0

@@ -1,9 +1,10 @@
 """What a configuration stands for: data, network, optimizer and state, built on the devices."""
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from densejax import config as config_schema
@@ -33,7 +35,7 @@ class Experiment:
     """
 
     config: ConfigDict
-    mesh: jax.sharding.Mesh
+    mesh: Mesh
     data: data.Data | None
     task: Task
     steps: int
@@ -88,16 +90,22 @@ class Experiment:
         )
 
     @functools.cached_property
-    def evaluate(self) -> Callable[[TrainState, str], dict[str, float]]:
-        """Means over every image of a split, each once."""
+    def evaluate(self) -> Callable[..., dict[str, float] | None]:
+        """Means over every image of a split, each once: `evaluate(state, split, stops=None)`.
+
+        None where `stops()`, which is called after every batch, is true before the last.
+        """
         step = self.map(eval_step)
         add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
-        def evaluate(state, split):
+        def evaluate(state, split, stops=None):
             sums = []
-            for batch in self.data.evaluation[split].evaluation():
-                sums.append(step(state, batch))
-                jax.block_until_ready(sums[-2:-1])  # one step is queued: batches take memory
+            with contextlib.closing(self.data.evaluation[split].evaluation()) as batches:
+                for batch in batches:
+                    sums.append(step(state, batch))
+                    jax.block_until_ready(sums[-2:-1])  # one step is queued: batches take memory
+                    if stops and stops():
+                        return None
             total = functools.reduce(add, sums)
             if (seen := int(total["count"])) != (size := self.data.evaluation[split].size):
                 raise RuntimeError(f"{split}: {seen} images were evaluated, there are {size}")
@@ -131,18 +139,21 @@ def describe(config: ConfigDict) -> tuple[SetInfo, nn.Module, optimizer.Schedule
     return info, model, rate, steps
 
 
-def without_data(config: ConfigDict, group_size: int = 0) -> Experiment:
+def without_data(
+    config: ConfigDict, group_size: int = 0, devices: Sequence[jax.Device] | None = None
+) -> Experiment:
     """As `build`, but no image is read: enough to restore what was trained, on any devices.
 
     Args:
       config: the whole configuration.
       group_size: devices in a group of BatchNorm's, in training; 0: no groups.
+      devices: all that are there unless said otherwise; to compile, they need not be there.
 
     Raises:
       UserError: the first thing that is wrong with the configuration.
     """
     info, model, learning_rate, steps = describe(config)
-    mesh = parallel.mesh(group_size)
+    mesh = parallel.mesh(group_size, devices)
     task = Task(
         model=model,
         optimizer=optimizer.create(config.optimizer, learning_rate),
@@ -157,19 +168,41 @@ def without_data(config: ConfigDict, group_size: int = 0) -> Experiment:
     return Experiment(config, mesh, None, task, steps)
 
 
-def build(config: ConfigDict) -> Experiment:
+def abstract_batch(mesh: Mesh, image_shape: Sequence[int], size: int) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of a training batch of so many images over all devices."""
+    split = parallel.split(mesh)
+    return {
+        "image": jax.ShapeDtypeStruct((size, *image_shape), jnp.uint8, sharding=split),
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split),
+    }
+
+
+def to_train(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Experiment:
+    """As `without_data`, for the devices that will train: batches and groups divide over them."""
+    empty = without_data(config, config.parallel.batch_norm_group_size, devices)
+    train, evaluate = config.train, config.evaluate
+    parallel.check_batch_size(
+        "train.batch_size", train.batch_size, empty.mesh, train.accumulate_steps
+    )
+    parallel.check_batch_size("evaluate.batch_size", evaluate.batch_size, empty.mesh)
+    return empty
+
+
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Experiment:
     """Builds everything that a configuration stands for; starts the devices.
+
+    Args:
+      config: the whole configuration.
+      devices: all that are there unless said otherwise.
 
     Raises:
       UserError: the first thing that is wrong with the configuration or the data.
     """
-    experiment = without_data(config, config.parallel.batch_norm_group_size)
-    train, evaluate, mesh = config.train, config.evaluate, experiment.mesh
-    parallel.check_batch_size("train.batch_size", train.batch_size, mesh, train.accumulate_steps)
-    parallel.check_batch_size("evaluate.batch_size", evaluate.batch_size, mesh)
+    experiment = to_train(config, devices)
     _ = experiment.abstract_state  # a network that does not fit the images says so here
     if jax.process_index() == 0:  # a set that is missing is prepared once where disks are shared
         data.prepare(config)
     multihost_utils.sync_global_devices("data is prepared")
+    mesh = experiment.mesh
     experiment.data = data.create(config, parallel.replicated(mesh), parallel.split(mesh))
     return experiment

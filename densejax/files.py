@@ -1,12 +1,47 @@
 """Files that are whole whenever they are read."""
 
+import contextlib
 import os
 
 from etils import epath
 
 
-def write(path: epath.Path, text: str) -> None:
+def write(path: epath.Path, content: str | bytes) -> None:
     """Writes such that a reader, or a kill at any moment, finds the old or the new file."""
     temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
+    content = content.encode() if isinstance(content, str) else bytes(content)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError:  # a full disk needs no half of a file
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+class Growing:
+    """A file that is appended to. What a disk refuses is kept and written the next time.
+
+    Object stores have no append: there the file is written whole each time.
+    """
+
+    def __init__(self, path: epath.Path, content: str | bytes = b""):
+        """`content` replaces what is there, at the first `write`."""
+        self._path, self._appends = path, "://" not in str(path)
+        self._content, self._written = bytearray(), 0
+        self.add(content)
+
+    def add(self, content: str | bytes) -> None:
+        """Appends in memory alone."""
+        self._content += content.encode() if isinstance(content, str) else content
+
+    def write(self) -> None:
+        """Brings the file up to date; OSError where the disk refuses."""
+        size, begin = len(self._content), self._written
+        self._written = 0  # after a failure the file is written whole: its end may be torn
+        if not (begin and self._appends):
+            write(self._path, self._content)
+        elif begin < size:
+            with self._path.open("ab") as file:
+                file.write(self._content[begin:])
+        self._written = size

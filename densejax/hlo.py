@@ -15,7 +15,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations)=(?:\{([^}]*)\}|(%?[\w.\-]+))")
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{([\d,]*)\}|ensions":\[([\d,"]*)\])')
-_COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 _CALLS = ("while", "call", "conditional", "async")
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
          "partition-id", "replica-id", "opt-barrier")  # fmt: skip
@@ -49,10 +49,12 @@ def read(text: str) -> Counts:
         slice counts, of what it updates in place the update.
       on_chip_bytes: the same in a TPU's own memories.
       flops: of matrix products and convolutions, two for a multiply-add. Padding counts as if it
-        was multiplied; the holes of a strided convolution's gradient do not.
+        was multiplied, but for what makes an input as wide as its kernel; the holes of a strided
+        convolution's gradient do not.
       kernels, convolutions, custom_calls: how often one runs.
       unknown_loops: loops whose number of turns is not known; they count once.
       all-reduce, ...: bytes of the collectives' operands.
+      collectives: how often one runs.
     """
     program, entry = {}, None
     for line in text.splitlines():
@@ -79,8 +81,9 @@ def read(text: str) -> Counts:
                 continue
             total.update(_arithmetic(program, line, lines) | {"kernels": 1})
             total.update(_traffic(program, line, lines))
-            if kind in _COLLECTIVES:
+            if kind in COLLECTIVES:
                 total[kind] += sum(a.bytes for name in line.operands for a in lines[name].arrays)
+                total["collectives"] += 1
         return total
 
     return +run(entry)
@@ -142,10 +145,18 @@ def _arithmetic(program, line: _Instruction, lines) -> Counts:
             output = lines[line.operands[0]].arrays[0].shape
         elif target.endswith("BackwardFilter"):
             output, kernel = kernel, output
-        width = kernel[re.search(r"dim_labels=\w+_(\w+)->", attributes)[1].index("o")]
+        left, right = re.search(r"dim_labels=(\w+)_(\w+)->", attributes).groups()
+        image, taps = lines[line.operands[0]].arrays[0].shape, kernel[right.index("i")]
+        pads = re.search(r"pad=([\d_x-]+)", attributes)
+        pads = pads[1].split("x") if pads else []
+        for axis in filter(str.isdigit, right):
+            size = kernel[right.index(axis)]
+            pad = int(pads[int(axis)].split("_")[0]) if pads else 0
+            # A TPU's compiler may swap image and kernel; what slides then is mostly on padding.
+            taps *= min(size, image[left.index(axis)]) if pad > size // 2 else size
         holes = re.search(r"lhs_dilate=([\dx]+)", attributes)
         holes = math.prod(map(int, holes[1].split("x"))) if holes else 1
-        total["flops"] = 2 * math.prod(output) * math.prod(kernel) // (width * holes)
+        total["flops"] = 2 * math.prod(output) * taps // holes
         total["convolutions"] = int("window={size" in attributes)
     elif line.opcode == "dot" or target.startswith("__cublas$"):
         axes = re.findall(r"\d+", "".join(_CONTRACTED.search(attributes).groups("")))
@@ -165,6 +176,9 @@ def _size(arrays: list[_Array]) -> Counts:
 def _traffic(program, line: _Instruction, lines) -> Counts:
     """Bytes that a kernel reads and writes."""
     kind, operands = line.opcode, [lines[name].arrays for name in line.operands]
+    if kind == "slice-start":  # it names the operand, too
+        operand, part = line.arrays[:2]
+        return _size([part, part._replace(place=operand.place)])
     if kind in _SLICES:
         return _size(line.arrays * 2)
     if kind == "dynamic-update-slice":
@@ -177,18 +191,38 @@ def _traffic(program, line: _Instruction, lines) -> Counts:
     for key, each in inner.items():  # what is read
         if each.opcode != "parameter" or key == "ROOT":
             continue
-        read = [use for name, use in _uses(key, inner) if not _updates(use, name)]
-        is_sliced = all(use.opcode in _SLICES for use in read)
-        whole = operands[int(each.operands[0])]
-        total.update(_size([a for use in read for a in use.arrays] if is_sliced else whole))
+        parts = _parts(program, key, inner)
+        total.update(_size(operands[int(each.operands[0])] if parts is None else parts))
     root = inner["ROOT"]
-    written = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    written = [root] * len(line.arrays)  # more than one of a reduction of several arrays
+    if root.opcode == "tuple":
+        written = [inner[name] for name in root.operands]
     for each, array in zip(written, line.arrays, strict=True):
         while each.opcode == "bitcast":
             each = inner[each.operands[0]]
         is_update = each.opcode == "dynamic-update-slice"
         total.update(_size(inner[each.operands[1]].arrays if is_update else [array]))
     return total
+
+
+def _parts(program, name: str, lines) -> list[_Array] | None:
+    """The slices that are read of a value, also by fusions inside of fusions; None: all of it."""
+    parts = []
+    for called, use in _uses(name, lines):
+        if use.opcode in _SLICES:
+            parts += use.arrays
+        elif use.opcode == "fusion":
+            inner = program[use.called()[0]]
+            places = [str(place) for place, of in enumerate(use.operands) if of == called]
+            for key, each in inner.items():
+                if each.opcode == "parameter" and key != "ROOT" and each.operands[0] in places:
+                    more = _parts(program, key, inner)
+                    if more is None:
+                        return None
+                    parts += more
+        elif not _updates(use, called):
+            return None
+    return parts
 
 
 def _uses(name: str, lines) -> Iterator[tuple[str, _Instruction]]:

@@ -83,6 +83,9 @@ def _created(lock, text) -> bool:
             file.write(text)
     except FileExistsError:
         return False
+    except OSError:  # a full disk: an empty lock would keep everybody out
+        lock.unlink(missing_ok=True)
+        raise
     return True
 
 

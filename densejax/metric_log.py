@@ -2,13 +2,16 @@
 
 import contextlib
 import json
+import socket
 import statistics
+import struct
 import sys
 import tempfile
 import time
 
 import jax
 import tqdm
+from absl import logging
 from etils import epath
 
 from densejax import files
@@ -19,32 +22,52 @@ from densejax.formats import count, duration, percent
 class MetricLog:
     """metrics.jsonl (deterministic), timings.jsonl (the clock, never cut), TensorBoard, progress.
 
-    Local files are appended to. Object stores have no append: both files are written whole there,
-    every `seconds`, at a pause, an evaluation and by close. A resume ends with the metrics.jsonl of
-    an uninterrupted run, byte for byte, if a step was logged before the pause that saved it.
+    Local files are appended to; those of an object store are written whole, every `seconds`, at a
+    pause, an evaluation and by close. What a full disk refuses is written when there is room.
+    A resume ends with the metrics.jsonl of an uninterrupted run, byte for byte, if a step was
+    logged before the pause that saved it.
+
+    Attributes:
+      problem: why not all that was logged is written, "" where it is.
     """
 
-    def __init__(self, workdir, total_steps, start_step, batch_size, epoch_steps, seconds=10.0):
-        """`workdir`: an existing `epath.Path`; `seconds`: between writes, and plain lines."""
-        import tensorboardX
+    def __init__(
+        self,
+        workdir,
+        total_steps,
+        start_step,
+        batch_size,
+        epoch_steps,
+        seconds=10.0,
+        evaluates_first=False,
+    ):
+        """Cuts off what lies behind `start_step`.
 
+        `workdir`: an existing `epath.Path`; `seconds`: between writes, and plain lines;
+        `evaluates_first`: the evaluation of `start_step` comes (again).
+        """
         self.workdir, self.total_steps, self.start_step = workdir, total_steps, start_step
         self.batch_size, self.epoch_steps, self.seconds = batch_size, epoch_steps, seconds
         self.is_writer, self.rates, self.last_step = jax.process_index() == 0, [], start_step
         self.start = self.mark = self.shown = time.perf_counter()
         kept = start_step or -1  # no checkpoint lies behind a start at 0: its step 0 comes again
-        self.lines = {"metrics": _read(workdir / "metrics.jsonl", kept)}
-        self.lines["timings"] = _read(workdir / "timings.jsonl", float("inf"))
-        self.appends = self.is_writer and "://" not in str(workdir)
-        self.board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"),
-            purge_step=kept + 1,
-            filename_suffix=f".{start_step}",
-            write_to_disk=self.is_writer,
-        )
+        lines = [
+            line
+            for line, record in _read(workdir / "metrics.jsonl")
+            if record["step"] < kept
+            or (record["step"] == kept and not (evaluates_first and "learning_rate" not in record))
+        ]
+        self.metrics = files.Growing(workdir / "metrics.jsonl", "".join(lines))
+        lines = [line for line, _ in _read(workdir / "timings.jsonl")]
+        self.timings = files.Growing(workdir / "timings.jsonl", "".join(lines))
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{start_step}"
+        self.board = files.Growing(workdir / "tensorboard" / name)
+        self._event(file_version="brain.Event:2")
+        self._event(step=kept + 1, session_log={"status": "START"})  # what lies behind is dropped
         on_screen = self.is_writer and sys.stderr.isatty()
         self.bar = tqdm.tqdm(None, "train", total_steps, initial=start_step, disable=not on_screen)
-        self._rewrite()
+        self.problem = ""
+        self.write()
 
     @property
     def images_per_second(self):
@@ -56,14 +79,17 @@ class MetricLog:
         text = self._record(step, values)  # waits for the device, so before the time is taken
         now = time.perf_counter()
         self.rates.append((step - self.last_step) * self.batch_size / (now - self.mark))
-        self._append("timings", step, seconds=now - self.start, images_per_second=self.rates[-1])
+        timing = {"seconds": now - self.start, "images_per_second": self.rates[-1]}
+        self.timings.add(_line(step, timing))
         text += f", {count(round(self.rates[-1]))} images/s"
         self.last_step, self.mark = step, now
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(step - self.bar.n)
-        if now - self.shown >= self.seconds or step >= self.total_steps:
+        is_time = now - self.shown >= self.seconds or step >= self.total_steps
+        if is_time or "://" not in str(self.workdir):
+            self.write()
+        if is_time:
             self.shown = now
-            self._flush()
             left = (now - self.start) / (step - self.start_step) * (self.total_steps - step)
             if self.bar.disable:
                 text += f", {duration(left)} left"
@@ -72,29 +98,46 @@ class MetricLog:
     def evaluation(self, step, split, values):
         """Logs the means of an evaluation after `step` steps as <split>_<name>."""
         text = self._record(step, {f"{split}_{name}": value for name, value in values.items()})
-        self._flush()
+        self.write()
         self._say(f"step {count(step)}, {split} {text}")
 
     @contextlib.contextmanager
     def pause(self):
         """Writes what was logged, then leaves an evaluation or a save out of images/s."""
         begin = time.perf_counter()
-        self._flush()
+        self.write()
         yield
         self.mark += time.perf_counter() - begin
 
+    def write(self):
+        """Brings the files up to date; a disk that refuses is named, once, and asked again."""
+        if not self.is_writer:
+            return
+        before, self.problem = self.problem, ""
+        try:
+            (self.workdir / "tensorboard").mkdir(exist_ok=True)
+            for file in (self.metrics, self.timings, self.board):
+                file.write()
+        except OSError as error:
+            self.problem = f"the log cannot be written ({error})"
+        if self.problem and not before:
+            logging.error("%s: %s; it is kept in memory.", self.workdir, self.problem)
+        if before and not self.problem:
+            logging.warning("%s: the log is written again, nothing is missing.", self.workdir)
+
     def close(self):
-        """Writes what was logged; ends the progress bar and the TensorBoard file."""
-        self._flush()
+        """Writes what was logged and ends the progress bar; UserError where that is impossible."""
         self.bar.close()
-        self.board.close()
+        self.write()
+        if self.problem:
+            raise UserError(f"workdir={self.workdir}: {self.problem}; make room and start again")
 
     def _record(self, step, values):
         fetched = jax.device_get(values)  # sorts the names
         values = {name: float(fetched[name]) for name in values}
-        self._append("metrics", step, epoch=step / self.epoch_steps, **values)
+        self.metrics.add(_line(step, {"epoch": step / self.epoch_steps, **values}))
         for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+            self._event(step=step, summary={"value": [{"tag": name, "simple_value": value}]})
         # The screen has room for the two that are watched; the files have all.
         watched = {name.rpartition("_")[2]: name for name in values if "top5" not in name}
         shown = {"loss": "{:.4g}".format, "accuracy": percent}
@@ -104,25 +147,20 @@ class MetricLog:
             if word in watched
         )
 
-    def _append(self, file, step, **values):
-        # Floats are written by repr, so that equal runs give equal bytes.
-        self.lines[file].append(json.dumps({"step": step, **values}) + "\n")
-        if self.appends:
-            with (self.workdir / f"{file}.jsonl").open("a") as stream:
-                stream.write(self.lines[file][-1])
+    def _event(self, **fields):
+        from tensorboardX import record_writer  # imported here: takes a quarter of a second
+        from tensorboardX.proto import event_pb2
+
+        # TFRecord: length, its checksum, payload, its checksum.
+        payload = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
+        length = struct.pack("Q", len(payload))
+        for part in (length, payload):
+            self.board.add(part + struct.pack("I", record_writer.masked_crc32c(part)))
 
     def _say(self, text):
         if self.is_writer:
-            tqdm.tqdm.write(text, file=sys.stderr)
-
-    def _flush(self):
-        if not self.appends:
-            self._rewrite()
-        self.board.flush()
-
-    def _rewrite(self):
-        for name, lines in self.lines.items() if self.is_writer else ():
-            files.write(self.workdir / f"{name}.jsonl", "".join(lines))
+            with contextlib.suppress(OSError):  # the output is a file on a full disk
+                tqdm.tqdm.write(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -137,11 +175,16 @@ def trace(directory):
             file.copy(target, overwrite=True)
 
 
-def _read(path, last_step):
+def _line(step, values):
+    # Floats are written by repr, so that equal runs give equal bytes.
+    return json.dumps({"step": step, **values}) + "\n"
+
+
+def _read(path):
+    # (line, record) of whole lines: a kill may have torn the last.
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
-        return [
-            line for line in lines if line[-1] == "\n" and json.loads(line)["step"] <= last_step
-        ]
+        records = [(line, json.loads(line)) for line in lines if line[-1] == "\n"]
+        return [(line, record) for line, record in records if record["step"] >= 0]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} has a line that is not a record ({error}): delete it") from error

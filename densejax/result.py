@@ -1,5 +1,8 @@
 """What a run says of itself: the summary before its first step, and its result."""
 
+import contextlib
+import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,6 +10,7 @@ from etils import epath
 
 from densejax import formats, workdir
 from densejax.analysis import counts
+from densejax.config import UserError
 from densejax.experiment import Experiment
 from densejax.step import TrainState
 
@@ -14,7 +18,8 @@ from densejax.step import TrainState
 def say(text: str) -> None:
     """Prints on process 0 alone."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        with contextlib.suppress(OSError):  # the output is a file on a full disk
+            print(text, flush=True)
 
 
 def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str, Any]:
@@ -46,15 +51,34 @@ def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str,
 
 
 def measure(
-    experiment: Experiment, state: TrainState, known: dict[str, dict[str, float]] | None = None
-) -> dict[str, Any]:
-    """The result of a state on `evaluate.final_split`, unless it is `known` already."""
-    split = experiment.config.evaluate.final_split
-    values = (known or {}).get(split) or experiment.evaluate(state, split)
-    result = {f"{split}_{name}": value for name, value in values.items()}
-    result[f"{split}_error"] = 1 - values["accuracy"]
-    result[f"{split}_examples"] = experiment.data.evaluation[split].size
-    return result | {"steps": int(state.step)}
+    experiment: Experiment,
+    state: TrainState,
+    known: dict[str, dict[str, float]] | None = None,
+    stops: Callable[[], bool] | None = None,
+) -> dict[str, Any] | None:
+    """The result of a state on `evaluate.final_split`, unless it is `known`; None if `stops()`.
+
+    And on training images where `evaluate.train_images` asks for it.
+    """
+    evaluation, result = experiment.data.evaluation, {}
+    for split in (experiment.config.evaluate.final_split, *({"train"} & set(evaluation))):
+        values = (known or {}).get(split) or experiment.evaluate(state, split, stops)
+        if values is None:
+            return None
+        result |= {f"{split}_{name}": value for name, value in values.items()}
+        result[f"{split}_error"] = 1 - values["accuracy"]
+        result[f"{split}_examples"] = evaluation[split].size
+    return result | {"steps": int(state.step), "skipped_steps": int(state.skipped[0])}
+
+
+def read(path: epath.Path) -> dict[str, Any] | None:
+    """The result that a run wrote, None where there is none."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): delete it, the run writes it again"
+        ) from error
 
 
 def line(summary: dict[str, Any], path: epath.Path) -> str:

@@ -53,6 +53,8 @@ class TrainState(struct.PyTreeNode):
       batch_stats: float32, BatchNorm's running mean and (biased) variance.
       opt_state: of the optimizer.
       metrics: sums over the training examples seen since the last multiple of `log_every`.
+      skipped: int32 [2], steps that changed nothing but `step`, because something in them was not
+        finite: all so far, and those in a row up to now.
     """
 
     step: jax.Array
@@ -61,6 +63,7 @@ class TrainState(struct.PyTreeNode):
     batch_stats: Any
     opt_state: Any
     metrics: metrics.Sums
+    skipped: jax.Array
 
 
 def init_state(task: Task, seed: jax.Array, dtype: Any = jnp.float32) -> TrainState:
@@ -76,6 +79,7 @@ def init_state(task: Task, seed: jax.Array, dtype: Any = jnp.float32) -> TrainSt
         batch_stats=variables["batch_stats"],
         opt_state=task.optimizer.init(variables["params"]),
         metrics=metrics.zeros(task.model.num_classes, dtype),
+        skipped=jnp.zeros(2, jnp.int32),
     )
 
 
@@ -84,13 +88,17 @@ def train_step(
 ) -> tuple[TrainState, metrics.Sums]:
     """One step of SGD on this replica's share of the batch.
 
+    Where the loss or anything of the new parameters, optimizer state or running statistics is not
+    finite, all of them stay as they were, on every replica: the step is skipped.
+
     Args:
       task: what stays the same.
       state: replicated.
       batch: image uint8 [local batch, height, width, channels], label int32 [local batch].
 
     Returns:
-      The new state, and its metrics with the step's "learning_rate"; all replicated.
+      The new state, and its metrics with the step's "learning_rate" and the state's "skipped"; all
+      replicated.
     """
     # Gradients of replicated parameters would come summed over replicas; of varying ones they
     # are this replica's own, under shard_map and pmap alike.
@@ -143,21 +151,29 @@ def train_step(
     if apart:
         batch_stats = jax.lax.pmean(batch_stats, apart)
     updates, opt_state = task.optimizer.update(gradient, state.opt_state, state.params)
+    seen = jax.lax.psum(seen, axis)
+    old = (state.params, state.batch_stats, state.opt_state, jax.tree.map(jnp.zeros_like, seen))
+    new = (optax.apply_updates(state.params, updates), batch_stats, opt_state, seen)
+    good = _finite((new[:2], seen))  # SGD's momentum is finite where the parameters are
+    params, batch_stats, opt_state, seen = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old), new, old
+    )
 
     starts_anew = state.step % task.log_every == 0
     sums = jax.tree.map(
-        lambda old, new: jnp.where(starts_anew, jnp.zeros_like(old), old) + new,
-        state.metrics,
-        jax.lax.psum(seen, axis),
+        lambda old, new: jnp.where(starts_anew, jnp.zeros_like(old), old) + new, state.metrics, seen
     )
+    # The schedule counts the steps that were not skipped, as the optimizer does.
+    rate = jnp.asarray(task.learning_rate(state.step - state.skipped[0]))
     state = state.replace(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         batch_stats=batch_stats,
         opt_state=opt_state,
         metrics=sums,
+        skipped=jnp.where(good, state.skipped.at[1].set(0), state.skipped + 1),
     )
-    return state, sums | {"learning_rate": jnp.asarray(task.learning_rate(state.step - 1))}
+    return state, sums | {"learning_rate": rate, "skipped": state.skipped}
 
 
 def eval_step(task: Task, state: TrainState, batch: dict[str, jax.Array]) -> metrics.Sums:
@@ -185,3 +201,8 @@ def _statistics_differ_over(task: Task) -> tuple[str, ...]:
         return (axis,) if isinstance(axis, str) else (axis or ())
 
     return tuple(name for name in names(task.axis) if name not in names(task.model.batch_norm_axis))
+
+
+def _finite(tree: Any) -> jax.Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()

@@ -3,7 +3,8 @@
 What a resume does: (1) a run directory belongs to one configuration; (2) a start in it restores
 the newest intact checkpoint; (3) the step number is the position in the data and in every random
 stream, so what follows is bitwise what would have followed; (4) records of metrics.jsonl behind
-that step are cut off and written again; (5) a finished run prints its result again.
+that step are cut off and written again; (5) an evaluation that a signal cut short comes first;
+(6) a finished run prints its result again.
 """
 
 import contextlib
@@ -13,11 +14,12 @@ import signal
 import time
 
 import jax
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
 import densejax
-from densejax import checkpoint, hosts, lock, metric_log, metrics, result, workdir
+from densejax import checkpoint, goodput, hosts, lock, metric_log, metrics, result, workdir
 from densejax.config import UserError
 from densejax.experiment import Experiment, build, describe
 from densejax.step import TrainState, train_step
@@ -40,13 +42,14 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
     describe(config)
     path = epath.Path(directory)
     is_run = (path / "config.json").exists()
+    found = result.read(path / "summary.json") if mode == "train" else None
+    finished = found and workdir.same_run(found["config"], config)
     if (mode == "eval" and (is_run or not config.train.weights)) or (is_run and not force):
-        workdir.check(path, config)
+        trains = mode == "train" and not finished
+        workdir.check(path, config, workdir.versions() if trains else {})
     if mode == "train" and jax.process_index() == 0:
         lock.require_free(path)
-    summary = path / "summary.json"
-    found = json.loads(summary.read_text()) if summary.exists() else None
-    if mode == "train" and found and workdir.same_run(found["config"], config):
+    if finished:
         result.say(result.line(found, path))
         return 0
     experiment = build(config)
@@ -64,7 +67,8 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
             )
         if start == 0:
             _ = experiment.weights  # refused, if they are, before anything is written
-    with workdir.open_run(path, config, force):
+    data_version = {"data": experiment.data.version}
+    with workdir.open_run(path, config, force, workdir.versions() | data_version):
         return train(experiment, path)
 
 
@@ -77,6 +81,9 @@ def train(experiment: Experiment, path: epath.Path) -> int:
         stack.enter_context(contextlib.closing(experiment.data))
         state = checkpoints.restore_latest(experiment.abstract_state)
         start = 0 if state is None else int(state.step)
+        began = densejax.STARTED
+        clock = goodput.Goodput(path / "goodput.json", start, began, config.log.seconds)
+        stack.callback(clock.write)
         facts = result.summarise(experiment, path, start)
         log = metric_log.MetricLog(
             path,
@@ -85,21 +92,29 @@ def train(experiment: Experiment, path: epath.Path) -> int:
             batch_size=config.train.batch_size,
             epoch_steps=experiment.data.train.steps_per_epoch,
             seconds=config.log.seconds,
+            evaluates_first=evaluates_first(experiment, checkpoints, start),
         )
         stack.enter_context(contextlib.closing(log))
         state = experiment.start() if state is None else state
-        state, first_step, last_metrics = fit(experiment, state, path, log, checkpoints, stop)
-        if stop.signal:
+        state, first_step, last_metrics = fit(
+            experiment, state, log, checkpoints, stop, clock, path / "profile"
+        )
+        with clock.spend("save"):
             checkpoints.wait()
+        if not stop.signal:
+            chosen = (
+                select(experiment, checkpoints) if config.checkpoint.select == "best" else state
+            )
+            with log.pause(), clock.spend("evaluation"):
+                known = last_metrics if chosen is state else {}
+                outcome = result.measure(experiment, chosen, known, stop.after_step)
+        clock.mark(int(state.step), checkpoints.steps())
+        if stop.signal:
             result.say(
                 f"{stop.signal.name}: saved step {int(state.step)}; the same command goes on from "
                 f"it"
             )
             return 128 + signal.SIGINT if stop.signal is signal.SIGINT else 0
-        chosen = select(experiment, checkpoints) if config.checkpoint.select == "best" else state
-        with log.pause():
-            known = last_metrics if chosen is state else {}
-            outcome = result.measure(experiment, chosen, known)
     outcome |= facts | {
         "seconds_to_first_step": first_step,
         "images_per_second": log.images_per_second,
@@ -107,18 +122,35 @@ def train(experiment: Experiment, path: epath.Path) -> int:
         "config": json.loads(config.to_json()),
     }
     if jax.process_index() == 0:
-        workdir.write_json(path / "summary.json", outcome)
+        try:
+            workdir.write_json(path / "summary.json", outcome)
+        except OSError as error:
+            raise UserError(
+                f"workdir={path}: the result cannot be written ({error}); all is saved: the same "
+                f"command writes it once there is room"
+            ) from error
     result.say(result.line(outcome, path))
     return 0
+
+
+def evaluates_first(
+    experiment: Experiment, checkpoints: checkpoint.Checkpoints, start: int
+) -> bool:
+    """Whether a signal cut the evaluation of the step that the run goes on from."""
+    evaluate = experiment.config.evaluate
+    every = evaluate.every_epochs * experiment.data.train.steps_per_epoch
+    error = checkpoints.metrics(start).get(f"{evaluate.split}_error", math.nan)
+    return start > 0 and due(start, every, experiment.steps) and math.isnan(error)
 
 
 def fit(
     experiment: Experiment,
     state: TrainState,
-    path: epath.Path,
     log: metric_log.MetricLog,
     checkpoints: checkpoint.Checkpoints,
     stop: hosts.Stop,
+    clock: goodput.Goodput,
+    traces: epath.Path,
 ) -> tuple[TrainState, float | None, dict[str, dict[str, float]]]:
     """Takes steps until the last, or until `stop` says that all processes stop.
 
@@ -136,33 +168,59 @@ def fit(
     take_step = experiment.map(train_step, donate=True)
     first_step, before, late, evaluated = None, None, [], {}
 
-    def finite_means(step, sums):
-        values = metrics.means(sums)
-        if not math.isfinite(values["loss"]):
-            raise UserError(
-                f"train_loss = {values['loss']} at step {step}: nothing after the last checkpoint "
-                f"is kept; lower optimizer.learning_rate"
-            )
-        return values
-
     def log_late():
         while late:
             step, sums = late.pop()
-            values = {f"train_{name}": value for name, value in finite_means(step, sums).items()}
+            values = metrics.means(sums) if int(sums["count"]) else {}  # 0: all were skipped
+            values = {f"train_{name}": value for name, value in values.items()}
+            values |= {"skipped_steps": int(sums["skipped"][0])}
             log.train(step, values | {"learning_rate": float(sums["learning_rate"])})
 
+    def require_finite(step, sums):
+        _, in_a_row = jax.device_get(sums["skipped"])
+        if in_a_row:
+            logging.warning("Step %d is skipped: it is not finite (%d in a row).", step, in_a_row)
+        if in_a_row >= config.train.max_skipped_steps:
+            raise UserError(
+                f"train.max_skipped_steps = {in_a_row}: so many steps in a row, up to {step}, were "
+                f"not finite; the newest checkpoint is of step {checkpoints.latest_step()}; look "
+                f"at the data or lower optimizer.learning_rate"
+            )
+
+    def evaluate(step):
+        """The error; NaN where a signal cuts the evaluation short."""
+        with clock.spend("evaluation"):
+            values = experiment.evaluate(state, split, stop.after_step)
+        if values is None:
+            return math.nan
+        evaluated.clear()
+        evaluated[split] = values
+        log.evaluation(step, split, values)
+        return 1 - values["accuracy"]
+
     start, profile = int(state.step), contextlib.ExitStack()
+    if evaluates_first(experiment, checkpoints, start):
+        with log.pause():
+            error = evaluate(start)
+        if stop.signal:
+            return state, first_step, evaluated
+        checkpoints.evaluated(start, {f"{split}_error": error})
     # Steps that lie behind a resume have been traced before it.
     first_traced, last_traced = config.profile.steps or (0, 0)
     for step in range(start + 1, last + 1):
         if step == max(first_traced, start + 1) <= last_traced and jax.process_index() == 0:
-            profile.enter_context(metric_log.trace(path / "profile"))
-        state, sums = take_step(state, experiment.data.train.batch(step - 1))
+            profile.enter_context(metric_log.trace(traces))
+        with clock.spend("input_wait"):
+            batch = experiment.data.train.batch(step - 1)
+        clock.turn("step" if first_step else "compile")
+        state, sums = take_step(state, batch)
         if first_step is None:
             jax.block_until_ready(sums)
             first_step = time.monotonic() - densejax.STARTED
-        jax.block_until_ready(before)  # one step is queued, no more: a signal need not wait long
-        before = sums
+            clock.turn("step")
+        if before:  # one step is queued, no more: a signal need not wait long
+            require_finite(*before)
+        before = (step, sums)
         if step == last_traced:
             jax.block_until_ready(sums)
             profile.close()
@@ -170,21 +228,26 @@ def fit(
         if due(step, config.log.every_steps, last):
             late.append((step, sums))
         stops = stop.after_step()  # a signal that arrives below this line waits for a step
-        evaluates = due(step, evaluate_every, last)
+        evaluates = due(step, evaluate_every, last) and not stops
         saves = stops or due(step, save_every, last) or (evaluates and best_is_kept)
         if evaluates or saves:
+            require_finite(*before)
+            before = None
             log_late()
-            jax.block_until_ready(sums)  # so that the pause holds no step
+            error = math.nan
             with log.pause():
                 if evaluates:
-                    evaluated = {split: experiment.evaluate(state, split)}
-                    log.evaluation(step, split, evaluated[split])
-                if saves:
-                    error = 1 - evaluated[split]["accuracy"] if evaluates else math.nan
-                    checkpoints.save(step, state, {f"{split}_error": error})
+                    error = evaluate(step)
+                    stops = stop.signal is not None
+                if saves or stops:
+                    with clock.spend("save"):
+                        checkpoints.save(step, state, {f"{split}_error": error}, log.problem)
+                    clock.mark(step, checkpoints.steps())
+        clock.write(now=saves)
         if stops:
             break
     profile.close()
+    clock.turn("step")
     return state, first_step, evaluated
 
 

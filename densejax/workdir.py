@@ -9,6 +9,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import pathlib
 import socket
 import sys
 import time
@@ -17,7 +18,6 @@ from collections.abc import Iterator
 import jax
 import ml_collections
 import numpy as np
-from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -28,6 +28,7 @@ from densejax.config import UserError, flatten
 RESUMABLE = (
     *("checkpoint.every_epochs", "checkpoint.keep_latest", "data.directory", "data.manual_dir"),
     *("data.workers", "evaluate.batch_size", "log", "parallel.mode", "profile", "train.epochs"),
+    "train.max_skipped_steps",
 )
 VISIBLE = 60.0  # seconds within which every host sees what process 0 wrote
 PACKAGES = ("densejax", "flax", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
@@ -78,9 +79,12 @@ def changes(path: epath.Path) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
+    """The versions that a result depends on; "code" is a digest of this package's files."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": sys.version.split()[0]} | found
+    code = hashlib.sha256()
+    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+        code.update(path.read_bytes())
+    return {"python": sys.version.split()[0], "code": code.hexdigest()[:12]} | found
 
 
 def write_json(path: epath.PathLike, value) -> None:
@@ -90,14 +94,19 @@ def write_json(path: epath.PathLike, value) -> None:
 
 @contextlib.contextmanager
 def open_run(
-    path: epath.PathLike, config: ml_collections.ConfigDict, force: bool = False
+    path: epath.PathLike,
+    config: ml_collections.ConfigDict,
+    force: bool = False,
+    found: dict[str, str] | None = None,
 ) -> Iterator[epath.Path]:
     """Makes or reopens the directory that all processes share, holds its lock, yields its path.
 
     The stored configuration may differ in the `RESUMABLE` keys, with `force` in any; `config.json`
-    then takes the new values and `history.jsonl` records the change. Raises WorkdirError on every
-    process when one of them refuses.
+    then takes the new values and `history.jsonl` records the change. The same holds for the
+    versions `found`, of the code, its packages and the data. Raises WorkdirError on every process
+    when one of them refuses.
     """
+    found = versions() if found is None else found
     path, config, is_writer = epath.Path(path), config.to_dict(), jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         for my_turn in (is_writer, not is_writer):  # process 0 writes, then the others compare
@@ -106,10 +115,12 @@ def open_run(
                 if my_turn and is_writer:
                     path.mkdir(parents=True, exist_ok=True, mode=0o700)
                     stack.enter_context(lock.hold(path))
-                    _record_start(path, config, _accepted_changes(path, config, force))
+                    _record_start(
+                        path, config, found, _accepted_changes(path, config, found, force)
+                    )
                 elif my_turn:
                     _wait_for(path / "config.json")
-                    _accepted_changes(path, config, force=False)
+                    _accepted_changes(path, config, found, force=False)
             except (WorkdirError, lock.LockError) as error:
                 problem = str(error)
             except (OSError, ValueError) as error:
@@ -119,26 +130,40 @@ def open_run(
         yield path
 
 
-def check(path: epath.PathLike, config: ml_collections.ConfigDict) -> None:
-    """For readers, who take no lock: WorkdirError unless `path` is a run of this configuration."""
+def check(
+    path: epath.PathLike, config: ml_collections.ConfigDict, found: dict[str, str] | None = None
+) -> None:
+    """For readers, who take no lock: WorkdirError unless `path` is a run of this configuration.
+
+    And of the versions `found`, for those who mean to train.
+    """
     path = epath.Path(path)
     try:
-        if _accepted_changes(path, config.to_dict(), force=False) is not None:
+        if _accepted_changes(path, config.to_dict(), found or {}, force=False) is not None:
             return
     except OSError as error:
         raise WorkdirError(f"workdir={path}: {error}.") from error
     raise WorkdirError(f"workdir={path}: not a run directory (it has no config.json).")
 
 
-def _accepted_changes(path, config, force) -> list[str] | None:
-    stored = path / "config.json"
+def _accepted_changes(path, config, found, force) -> list[str] | None:
+    stored, history = path / "config.json", path / "history.jsonl"
     if not stored.exists():
         return None
-    changes = difference(json.loads(stored.read_text()), config)
+    try:
+        changes = difference(json.loads(stored.read_text()), config)
+        before = json.loads(history.read_text().splitlines()[-1])["versions"] if found else {}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise WorkdirError(
+            f"workdir={path}: config.json or history.jsonl is damaged ({error}); restore it or "
+            f"choose another --workdir"
+        ) from error
+    before = {"versions": {name: before.get(name) for name in found}}
+    changes += difference(before, {"versions": found})
     refused = [line for line in changes if not _resumable(line.partition(":")[0])]
     if refused and not force:
         raise WorkdirError(
-            f"workdir={path} has another configuration ({'; '.join(refused)}). "
+            f"workdir={path} is of another configuration, code or data ({'; '.join(refused)}). "
             "Choose another --workdir, or --resume=force to take the new."
         )
     return changes
@@ -156,17 +181,15 @@ def _wait_for(stored) -> None:
         time.sleep(0.5)
 
 
-def _record_start(path, config, changes) -> None:
+def _record_start(path, config, found, changes) -> None:
     history = path / "history.jsonl"
     lines = history.read_text().splitlines() if history.exists() else []
-    if lines and (other := difference(json.loads(lines[-1])["versions"], versions())):
-        logging.warning("Versions differ from the last start: %s", ", ".join(other))
     start = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
-        "versions": versions(),
+        "versions": found,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "command": sys.argv,
+        "command": sys.argv,  # with --resume=force where it was forced
         "changes": changes or [],
     }
     files.write(history, "\n".join([*lines, json.dumps(start)]) + "\n")

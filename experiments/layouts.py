@@ -73,7 +73,7 @@ def losses(run: pathlib.Path) -> list[float]:
 def state(run: pathlib.Path) -> dict[str, str]:
     """SHA-256 of every leaf of the last checkpoint, and of metrics.jsonl."""
     last = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name))
-    record = json.loads((last / "record/metadata").read_text())
+    record = json.loads((last / "MANIFEST").read_text())
     return record["leaves"] | {"metrics.jsonl": (run / "metrics.jsonl").read_text()}
 
 

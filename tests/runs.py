@@ -89,12 +89,7 @@ def stepper(experiment):
 
 def build(config, devices=4):
     """The experiment on the first `devices` devices."""
-    whole = parallel.mesh
-    parallel.mesh = functools.partial(whole, devices=jax.devices()[:devices])
-    try:
-        return experiment.build(config)
-    finally:
-        parallel.mesh = whole
+    return experiment.build(config, jax.devices()[:devices])
 
 
 @functools.cache

@@ -1,8 +1,10 @@
 """Checkpoints come back bitwise or not at all."""
 
 import random
+import re
 import resource
 import shutil
+import time
 from typing import Any
 
 import flax
@@ -14,7 +16,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from densejax.checkpoint import CheckpointError, Checkpoints
+from densejax import checkpoint
+from densejax.checkpoint import MANIFEST, CheckpointError, Checkpoints
 
 # tensorstore calls back into an event loop that orbax has closed after the first bad leaf
 noisy = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -179,12 +182,15 @@ def test_flipped_bits_are_never_silently_wrong(two_steps, tmp_path):
     assert 10 in outcome  # else no flip hit anything that matters
 
 
+HARMS = ["truncate", "delete", "zero", "empty", "foreign", "manifest", "no_manifest"]
+
+
 @noisy
-@pytest.mark.parametrize("harm", ["truncate", "delete", "empty", "foreign", "record", "no_record"])
+@pytest.mark.parametrize("harm", HARMS)
 def test_half_written_step_is_named_passed_over_and_replaced(two_steps, tmp_path, harm, caplog):
     directory = shutil.copytree(two_steps, tmp_path / "checkpoints")
     step = directory / "20"
-    data = [path for path in (step / "state").rglob("*") if path.parent.name == "d"]
+    data = [path for path in step.rglob("*") if path.parent.name == "d"]
     if harm == "truncate":
         for path in data:
             path.write_bytes(path.read_bytes()[:100])
@@ -194,16 +200,20 @@ def test_half_written_step_is_named_passed_over_and_replaced(two_steps, tmp_path
     elif harm == "empty":
         shutil.rmtree(step)
         step.mkdir()
-    elif harm == "foreign":  # the record of one step on the state of another
-        shutil.rmtree(step / "state")
-        shutil.copytree(directory / "10" / "state", step / "state")
-    elif harm == "record":  # still good JSON, and the state is whole
-        path = step / "record" / "metadata"
+    elif harm == "foreign":  # the manifest of one step on the state of another
+        manifest = (step / MANIFEST).read_text()
+        shutil.rmtree(step)
+        shutil.copytree(directory / "10", step)
+        (step / MANIFEST).write_text(manifest)
+    elif harm == "zero":
+        (step / "_METADATA").write_bytes(b"")
+    elif harm == "manifest":  # still good JSON, and the state is whole
+        path = step / MANIFEST
         path.write_text(
             path.read_text().replace('"validation/loss": 0.05', '"validation/loss": 0.04')
         )
     else:
-        shutil.rmtree(step / "record")
+        (step / MANIFEST).unlink()
     checkpoints = Checkpoints(directory)
     assert_bitwise(checkpoints.restore_latest(abstract(make_state())), make_state(10))
     assert f"{step} is damaged" in caplog.text
@@ -217,7 +227,7 @@ def test_half_written_step_is_named_passed_over_and_replaced(two_steps, tmp_path
 def test_all_damaged_is_an_error_that_keeps_the_files(two_steps, tmp_path):
     directory = shutil.copytree(two_steps, tmp_path / "checkpoints")
     for step in "10", "20":
-        shutil.rmtree(directory / step / "state")
+        shutil.rmtree(directory / step / "d")
     with pytest.raises(CheckpointError, match="No checkpoint is intact"):
         restored_latest(directory)
     assert (directory / "10").exists() and (directory / "20").exists()
@@ -256,30 +266,73 @@ def test_another_model_is_a_readable_difference_not_damage(two_steps):
 
 
 @noisy
-def test_a_failed_save_is_reported_and_the_older_steps_stay(tmp_path):
+def test_a_full_disk_is_reported_keeps_the_older_steps_and_the_next_save_tries_again(
+    tmp_path, caplog
+):
     saved(tmp_path, [1, 2])
     checkpoints = Checkpoints(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # like a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a quota: the file ends there
     try:
         checkpoints.save(3, make_state(3, width=10_000), {})
-        with pytest.raises(CheckpointError, match="Cannot save in .*Is the disk full"):
+        with pytest.raises(CheckpointError, match="Step 3 could not be saved in .*"):
             checkpoints.wait()
+        checkpoints.save(4, make_state(4, width=10_000), {})  # raises nothing: the run goes on
     finally:
+        checkpoints._settle()
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "Step 4 could not be saved" in caplog.text
+    assert "The steps [1, 2] are there" in caplog.text
     assert checkpoints.steps() == [1, 2]
     assert_bitwise(checkpoints.restore_latest(abstract(make_state())), make_state(2))
-    checkpoints.save(4, make_state(4), {})
-    checkpoints.close()
-    assert_bitwise(restored_latest(tmp_path), make_state(4))
+    checkpoints.save(5, make_state(5), {})
+    checkpoints.close()  # the last save went well
+    assert_bitwise(restored_latest(tmp_path), make_state(5))
     assert not list(tmp_path.glob("*tmp*"))
 
 
 def test_a_directory_that_cannot_be_made_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     checkpoints = Checkpoints(tmp_path / "file" / "checkpoints")
-    with pytest.raises(CheckpointError, match="Cannot save in .*NotADirectory"):
-        checkpoints.save(1, make_state(1), {})
+    checkpoints.save(1, make_state(1), {})
+    with pytest.raises(CheckpointError, match="Step 1 could not be saved in .*NotADirectory"):
+        checkpoints.close()
+
+
+def test_a_problem_of_the_caller_is_a_failed_save(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(1), {}, problem="metrics.jsonl cannot be written")
+    assert checkpoints.steps() == []
+    with pytest.raises(CheckpointError, match="Step 1 .* metrics.jsonl cannot be written"):
+        checkpoints.wait()
+    checkpoints.save(2, make_state(2), {})
+    checkpoints.close()
+    assert Checkpoints(tmp_path).steps() == [2]
+
+
+def test_a_slow_disk_is_named(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("densejax.checkpoint.SLOW", 0.05)
+    write = checkpoint._write_manifest
+    monkeypatch.setattr(checkpoint, "_write_manifest", lambda *a: (time.sleep(0.3), write(*a)))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(1), {})
+    checkpoints.close()
+    assert re.search(r"Waited 0\.\d s for the save of step 1\.", caplog.text)
+
+
+@noisy
+def test_the_best_may_be_evaluated_late_and_damaged(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path, keep_latest=3, keep_best="loss")
+    checkpoints.save(1, make_state(1), {"loss": 0.5})
+    checkpoints.save(2, make_state(2), {"loss": float("nan")})
+    checkpoints.evaluated(2, {"loss": 0.25})
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, keep_best="loss")
+    assert checkpoints.best_step() == 2
+    assert_bitwise(checkpoints.restore_best(abstract(make_state())), make_state(2))
+    (tmp_path / "2" / "_METADATA").unlink()
+    assert_bitwise(checkpoints.restore_best(abstract(make_state())), make_state(1))
+    assert "2 is damaged" in caplog.text
     checkpoints.close()
 
 

@@ -29,6 +29,7 @@ OUT_OF_RANGE = {
     "data.workers": [-1],
     "data.corrupt_images": ["ignore"],
     "data.validation_size": [-1],
+    "data.train_size": [-1],
     "data.normalization": ["none"],
     "data.image_size": [-1],
     "augmentation.shift": [-1],
@@ -50,6 +51,7 @@ OUT_OF_RANGE = {
     "evaluate.every_epochs": [-1],
     "evaluate.split": ["train"],
     "evaluate.final_split": ["extra"],
+    "evaluate.train_images": [-1],
     "evaluate.resize_size": [0],
     "evaluate.crop_size": [-1],
     "evaluate.batch_size": [0],
@@ -191,6 +193,11 @@ CONFLICTS = [  # changes, the line, and a further change that settles it
     ({"data__corrupt_images": "skip"}, f"data.corrupt_images = 'skip': {NOT_STREAMED}", STREAM),
     ({"augmentation__crop_area": 0.5}, f"augmentation.crop_area = 0.5: {NOT_STREAMED}", STREAM),
     ({"evaluate__resize_size": 232}, f"evaluate.resize_size = 232: {NOT_STREAMED}", STREAM),
+    (
+        STREAM | {"evaluate__train_images": 100},
+        "evaluate.train_images = 100: only data.storage = 'memory' reads it",
+        {"data__storage": "memory"},
+    ),
     (
         STREAM | {"augmentation__shift": 4},
         "augmentation.shift = 4: set it to 0, data.storage = 'stream' crops otherwise",

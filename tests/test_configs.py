@@ -296,6 +296,46 @@ def test_held_out_images_of_svhn_are_of_its_first_part_whatever_the_seed(
     assert images_of(found.evaluation["test"]._images) == images_of(arrays["test"][0])
 
 
+def digits(seed=0, **changes):
+    """(training images of a tiny run, its evaluation sets) as bytes and arrays."""
+    mesh, config = parallel.mesh(), runs.tiny(seed=seed, **changes)
+    found = data.create(config, parallel.replicated(mesh), parallel.split(mesh))
+    return found.train, found.evaluation
+
+
+def test_a_larger_training_set_holds_every_smaller_one_whatever_the_seed():
+    small, evaluation = digits(data__train_size=300, evaluate__train_images=100)
+    large, _ = digits(data__train_size=600, seed=1)
+    every, _ = digits()
+    assert (small.size, large.size, every.size) == (300, 600, 1437)
+    sets = [
+        [image.tobytes() for image in np.asarray(part._images)] for part in (small, large, every)
+    ]
+    assert set(sets[0]) < set(sets[1]) < set(sets[2])
+    first, *_ = sorted(np.flatnonzero([image == sets[0][0] for image in sets[2]]))
+    assert np.asarray(small._labels)[0] == np.asarray(every._labels)[first]
+    # What is measured of them is what trains, from the first.
+    np.testing.assert_array_equal(evaluation["train"]._images, small._images[:100])
+    np.testing.assert_array_equal(evaluation["train"]._labels, small._labels[:100])
+
+
+def test_held_out_images_train_in_no_smaller_set():
+    small, evaluation = digits(
+        data__train_size=1337, data__validation_size=100, evaluate__final_split="validation"
+    )
+    assert not images_of(small._images) & images_of(evaluation["validation"]._images)
+
+
+def test_the_training_set_has_a_size_that_is_there():
+    assert experiment.describe(runs.tiny(data__train_size=600))[3] == 2 * 2
+    for changes, says in (
+        ({"data__train_size": 1338}, "data.train_size = 1338: must be at most the 1337 training"),
+        ({"data__train_size": 200}, "train.batch_size = 256: must be at most the 200 training"),
+    ):
+        with pytest.raises(UserError, match=says):
+            experiment.describe(runs.tiny(data__validation_size=100, **changes))
+
+
 def test_labels_stay_with_their_images(tmp_path, monkeypatch):
     config, arrays = tiny_card(tmp_path, monkeypatch, "svhn", "svhn")
     mesh = parallel.mesh()

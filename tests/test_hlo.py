@@ -154,6 +154,45 @@ def test_a_fusion_reads_a_slice_and_updates_a_part():
     assert found["kernels"] == 1
 
 
+TPU = """
+%inner (p0: bf16[8,8,64], p1: bf16[8,8,64]) -> bf16[8,8,16] {
+  %p0 = bf16[8,8,64]{0,2,1} parameter(0)
+  %p1 = bf16[8,8,64]{0,2,1} parameter(1)
+  %some = bf16[8,8,16]{0,2,1} slice(%p1), slice={[0:8], [0:8], [0:16]}
+  %more = bf16[8,8,16]{0,2,1} slice(%p0), slice={[0:8], [0:8], [16:32]}
+  ROOT %sum = bf16[8,8,16]{0,2,1} add(%some, %more)
+}
+
+%outer (q0: bf16[8,8,64], q1: bf16[8,8,64]) -> (f32[16], f32[16]) {
+  %q0 = bf16[8,8,64]{0,2,1} parameter(0)
+  %q1 = bf16[8,8,64]{0,2,1} parameter(1)
+  %z = bf16[8,8,16]{0,2,1} fusion(%q0, %q1), kind=kLoop, calls=%inner
+  %whole = bf16[8,8,64]{0,2,1} negate(%q1)
+  ROOT %sums = (f32[16]{0}, f32[16]{0}) reduce(%z, %whole), dimensions={0,1}, to_apply=%add
+}
+
+ENTRY %main (x: bf16[8,8,64], k: bf16[8,8,4,8]) -> (f32[16], f32[16]) {
+  %x = bf16[8,8,64]{0,2,1} parameter(0)
+  %y = bf16[2,4,1,1]{1,0,3,2} parameter(1)
+  %k = bf16[8,8,4,8]{3,2,1,0} parameter(2)
+  %start = ((bf16[8,8,64]{0,2,1}), bf16[2,8,64]{0,2,1:T(8,128)S(1)}, s32[]{:S(2)}) \
+slice-start(%x), slice={[0:2], [0:8], [0:64]}
+  %done = bf16[2,8,64]{0,2,1:T(8,128)S(1)} slice-done(%start)
+  %wide = bf16[2,8,8,8]{0,3,2,1} convolution(%y, %k), \
+window={size=8x8 pad=7_7x7_7 rhs_reversal=1x1}, dim_labels=bf01_01io->b01f
+  ROOT %r = (f32[16]{0}, f32[16]{0}) fusion(%x, %x), kind=kLoop, calls=%outer
+}
+"""
+
+
+def test_fusions_in_fusions_asynchronous_slices_and_a_tpus_way_to_widen_a_pixel():
+    found, part, image = hlo.read(TPU), 2 * 8 * 8 * 16, 2 * 8 * 8 * 64
+    product = 2 * (2 * 4 + 8 * 8 * 4 * 8 + 2 * 8 * 8 * 8)
+    assert found["bytes"] == image / 4 + product + part + image + 2 * 4 * 16
+    assert found["on_chip_bytes"] == image / 4
+    assert found["flops"] == 2 * (2 * 8 * 8 * 8) * 4  # of 64 places of the kernel one is the pixel
+
+
 CUDNN = """
 ENTRY %main (x: f32[2,16,16,8], k: f32[32,3,3,8], dy: f32[2,8,8,32]) -> f32[2,16,16,8] {
   %x = f32[2,16,16,8]{3,2,1,0} parameter(0)
@@ -177,6 +216,24 @@ def test_convolutions_of_a_gpu_are_custom_calls():
     assert found["bytes"] == 3 * 4 * sum(sizes.values())
 
 
+SWAPPED = """
+ENTRY %main (k: bf16[48,24,1,1], x: bf16[128,32,32,24]) -> bf16[128,32,32,48] {
+  %k = bf16[48,24,1,1]{1,0,3,2} parameter(0)
+  %x = bf16[128,32,32,24]{3,0,2,1} parameter(1)
+  ROOT %y = bf16[128,32,32,48]{3,0,2,1} convolution(%k, %x), window={size=32x32 \
+pad=31_31x31_31 rhs_reversal=1x1}, dim_labels=bf01_o01i->f01b
+}
+"""
+
+
+def test_a_convolution_whose_operands_are_swapped_is_the_same_work():
+    found = hlo.read(SWAPPED)
+    assert found["flops"] == 2 * 128 * 32 * 32 * 24 * 48
+    small = SWAPPED.replace("size=32x32 pad=31_31x31_31", "size=3x3 pad=1_1x1_1")
+    small = small.replace("[128,32,32,24]", "[128,3,3,24]")  # a kernel on one pixel, padded
+    assert hlo.read(small)["flops"] == 9 * found["flops"]
+
+
 @pytest.mark.parametrize(
     "kind, function, operand",
     [
@@ -194,3 +251,4 @@ def test_collectives(kind, function, operand):
     mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=out)
     found = counts(mapped, shape(4 * 64))
     assert {name: found[name] for name in found if "-" in name} == {kind: operand}
+    assert found["collectives"] == 1

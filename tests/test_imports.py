@@ -36,13 +36,23 @@ LEVELS = {
         "hosts",
         "parallel",
         "checkpoint",
+        "goodput",
         "lock",
         "workdir",
         "metric_log",
     ],
     2: ["step", "transfer", "pretrained", "analysis"],
     3: ["experiment", "result", ""],  # the package itself imports when its function is called
-    4: ["train", "command_line", "compile", "classifier", "predict", "export", "summary"],
+    4: [
+        "train",
+        "command_line",
+        "compile",
+        "classifier",
+        "predict",
+        "export",
+        "summary",
+        "analysis.reuse",
+    ],
     5: ["main"],
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}

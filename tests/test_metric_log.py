@@ -1,6 +1,7 @@
 """What the log leaves on disk and on the screen, read back from outside."""
 
 import builtins
+import errno
 import io
 import json
 import pathlib
@@ -13,7 +14,7 @@ from etils import epath
 from etils.epath import testing as epath_testing
 from tensorboardX.proto import event_pb2
 
-from densejax import metric_log
+from densejax import files, metric_log
 from densejax.config import UserError
 from densejax.formats import count, duration, percent, si, table
 from densejax.metric_log import MetricLog
@@ -87,7 +88,7 @@ def test_a_line_that_is_no_record_is_named(workdir):
         create(workdir, 10)
 
 
-def test_an_object_store_gets_whole_files(tmp_path, monkeypatch):
+def test_an_object_store_gets_whole_files(tmp_path):
     def local(path):
         return str(path).replace("gs://bucket", str(tmp_path))
 
@@ -101,14 +102,11 @@ def test_an_object_store_gets_whole_files(tmp_path, monkeypatch):
     def exists(original, path):
         return pathlib.Path(local(path)).exists()
 
-    class Board:
-        def __init__(self, *positional, **named): ...
-        def add_scalar(self, *positional): ...
-        def flush(self): ...
-        def close(self): ...
+    def mkdir(original, path, **options):
+        pathlib.Path(local(path)).mkdir(**options)
 
-    monkeypatch.setattr("tensorboardX.SummaryWriter", Board)
-    with epath_testing.mock_epath(open=open_object, replace=replace, exists=exists):
+    patches = {"open": open_object, "replace": replace, "exists": exists, "mkdir": mkdir}
+    with epath_testing.mock_epath(**patches):
         log = run(epath.Path("gs://bucket"), 0, 35)
         last = records(tmp_path / "metrics.jsonl")[-1]  # a save after it must find it written
         assert last["step"] == 20 and "validation_loss" in last
@@ -150,6 +148,16 @@ def test_without_a_terminal_a_line_every_few_seconds(workdir, clock, capsys):
     assert len(lines) == 11
 
 
+def test_a_screen_that_is_a_full_disk_ends_nothing(workdir, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    run(workdir, 0, 40).close()
+    assert records(workdir / "metrics.jsonl")[-1]["step"] == 40
+
+
 def test_on_a_terminal_a_bar(workdir, monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
@@ -164,6 +172,42 @@ def test_other_processes_write_nothing(workdir, monkeypatch, capsys):
     run(workdir, 0, 40).close()
     assert list(workdir.iterdir()) == []
     assert capsys.readouterr().err == ""
+
+
+def test_what_a_full_disk_refuses_is_written_once_there_is_room(workdir, monkeypatch, caplog):
+    log, write, full = create(workdir), files.Growing.write, [False]
+
+    def refuse(self):
+        if full[0] and self is not log.metrics:  # metrics.jsonl still has room, the others not
+            self._written = 0
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        write(self)
+
+    monkeypatch.setattr(files.Growing, "write", refuse)
+    for step in (5, 10, 15, 20, 25):
+        full[0] = step in (10, 15)
+        log.train(step, {"train_loss": 1.0})
+        assert bool(log.problem) == full[0]
+    assert caplog.text.count("the log cannot be written ([Errno 122] Disk quota exceeded)") == 1
+    assert caplog.text.count("the log is written again") == 1
+    for name in ("metrics", "timings"):
+        assert [r["step"] for r in records(workdir / f"{name}.jsonl")] == [5, 10, 15, 20, 25]
+    full[0] = True
+    log.train(30, {"train_loss": 1.0})
+    with pytest.raises(UserError, match="Disk quota exceeded.*make room and start again"):
+        log.close()
+
+
+def test_an_evaluation_that_comes_again_is_cut_off(workdir):
+    run(workdir, 0, 20).close()
+    whole = (workdir / "metrics.jsonl").read_text()
+    log = create(workdir, 20, evaluates_first=True)
+    log.evaluation(20, "validation", {"loss": 1 / 60, "accuracy": 0.5})
+    log.close()
+    assert [line["step"] for line in records(workdir / "metrics.jsonl")] == [
+        *(0, 5, 10, 15, 20, 20)
+    ]
+    assert (workdir / "metrics.jsonl").read_text().splitlines()[:-1] == whole.splitlines()[:-1]
 
 
 def test_tensorboard_drops_what_the_resume_writes_again(workdir):

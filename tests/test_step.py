@@ -147,6 +147,27 @@ def test_metrics_of_a_step_are_those_of_all_devices():
     assert 0 < means["loss"] < 10
 
 
+def test_a_step_that_is_not_finite_changes_nothing_but_the_step():
+    state, batch = after(1)[0], experiment().data.train.batch(1)
+
+    def filled(value):
+        return state.replace(params=jax.tree.map(lambda p: jnp.full_like(p, value), state.params))
+
+    for huge in (filled(3e38), filled(jnp.nan), state.replace(skipped=state.skipped + 2)):
+        new, sums = mapped()(huge, batch)
+        skips = huge.skipped is state.skipped
+        if skips:
+            for part in ("params", "batch_stats", "opt_state", "metrics"):
+                runs.assert_same_bits(getattr(new, part), getattr(huge, part))
+        assert int(new.step) == int(state.step) + 1
+        assert new.skipped.tolist() == ([1, 1] if skips else [2, 0])
+        assert sums["skipped"].tolist() == new.skipped.tolist()
+        done = 1 if skips else 1 - 2  # the schedule does not count what was skipped
+        assert float(sums["learning_rate"]) == pytest.approx(
+            float(experiment().task.learning_rate(done))
+        )
+
+
 def test_dropout_and_augmentation_are_on():
     task = experiment().task
     assert task.model.dropout_rate == 0.2

@@ -10,9 +10,10 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import pytest
 
-from densejax import checkpoint, train
+from densejax import checkpoint, goodput, train
 from densejax.config import UserError
 from densejax.data import builders, memory
 from densejax.train import due
@@ -101,7 +102,10 @@ def test_metrics_are_deterministic_and_timings_are_elsewhere(finished, tmp_path)
     ]
     training, evaluation = records(finished)[0], records(finished)[1]
     names = {"loss", "accuracy", "top5_accuracy"}
-    assert set(training) == {"step", "epoch", "learning_rate", *(f"train_{n}" for n in names)}
+    assert set(training) == {
+        *("step", "epoch", "learning_rate", "skipped_steps"),
+        *(f"train_{n}" for n in names),
+    }
     assert set(evaluation) == {"step", "epoch", *(f"test_{n}" for n in names)}
     assert records(finished)[-1]["test_accuracy"] == summary(finished)["test_accuracy"]
     assert [line["step"] for line in records(finished, "timings")] == [3, 6, 9, 10]
@@ -120,6 +124,17 @@ def test_tensorboard_and_checkpoints_are_there_and_the_lock_is_gone(finished):
     assert not (finished / "lock").exists()
 
 
+def test_where_the_time_went(finished):
+    found = json.loads((finished / "goodput.json").read_text())
+    assert found["starts"] == 1 and set(found["seconds"]) == set(goodput.KINDS)
+    assert all(found["seconds"][kind] > 0 for kind in ("step", "input_wait", "evaluation", "save"))
+    assert found["seconds"]["lost"] == found["seconds"]["down"] == 0
+    assert found["share_of_steps"] == pytest.approx(
+        found["seconds"]["step"] / sum(found["seconds"].values())
+    )
+    assert sorted(found["at_checkpoints"]) == ["10", "5"]
+
+
 # --- Stopping and going on.
 
 
@@ -134,7 +149,7 @@ def interrupted(monkeypatch, path, number, step, config=None):
     ("number", "step", "code"),
     [
         (signal.SIGTERM, 1, 0),
-        (signal.SIGTERM, 5, 0),  # an epoch ends: evaluated and saved anyway
+        (signal.SIGTERM, 5, 0),  # an epoch ends: saved now, evaluated by the next start
         (signal.SIGINT, 7, 130),
         (signal.SIGINT, 10, 130),  # the last step: the result alone is missing
     ],
@@ -163,10 +178,11 @@ def test_many_interruptions_are_one_run(finished, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "moment", [(checkpoint.Checkpoints, "save"), (memory.MemorySet, "evaluation")]
+    ("moment", "step"),
+    [((checkpoint.Checkpoints, "save"), 6), ((memory.MemorySet, "evaluation"), 5)],
 )
-def test_a_signal_during_a_save_or_an_evaluation_waits_for_the_next_step(
-    finished, tmp_path, monkeypatch, capsys, moment
+def test_a_signal_during_a_save_waits_for_a_step_and_one_cuts_an_evaluation(
+    finished, tmp_path, monkeypatch, capsys, moment, step
 ):
     owner, name = moment
     plain, once = getattr(owner, name), []
@@ -179,10 +195,25 @@ def test_a_signal_during_a_save_or_an_evaluation_waits_for_the_next_step(
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, killed)
         assert train.run(runs.tiny(), str(tmp_path), "train") == 0
-    assert "SIGTERM: saved step 6;" in capsys.readouterr().out
-    assert (tmp_path / "checkpoints" / "6").exists()
+    assert f"SIGTERM: saved step {step};" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints" / str(step)).exists()
     assert train.run(runs.tiny(), str(tmp_path), "train") == 0
     assert_same_run(finished, tmp_path)
+
+
+def test_a_signal_during_the_last_measurement_is_heard(finished, tmp_path, monkeypatch, capsys):
+    changes = {"evaluate__every_epochs": 0}
+
+    def killed(self, plain=memory.MemorySet.evaluation):
+        os.kill(os.getpid(), signal.SIGINT)
+        return plain(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory.MemorySet, "evaluation", killed)
+        assert train.run(runs.tiny(**changes), str(tmp_path), "train") == 130
+    assert "SIGINT: saved step 10;" in capsys.readouterr().out
+    assert train.run(runs.tiny(**changes), str(tmp_path), "train") == 0
+    assert summary(tmp_path)["test_loss"] == summary(finished)["test_loss"]
 
 
 def test_a_stopped_run_saves_where_no_save_is_due(tmp_path, monkeypatch):
@@ -191,9 +222,51 @@ def test_a_stopped_run_saves_where_no_save_is_due(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["5"]
 
 
-def test_a_loss_that_is_no_number_ends_the_run_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="train_loss = (nan|inf) at step 3: ") as caught:
-        train.run(runs.tiny(optimizer__learning_rate=1e30), str(tmp_path / "run"), "train")
+def test_a_batch_that_is_not_finite_is_skipped_named_and_counted(tmp_path, monkeypatch, caplog):
+    batch = memory.MemorySet.batch
+
+    def poisoned(self, step):
+        found = batch(self, step)
+        if step + 1 == 5:
+            found["image"] = found["image"].astype(jnp.float32) * jnp.float32(jnp.nan)
+        return found
+
+    monkeypatch.setattr(memory.MemorySet, "batch", poisoned)
+    config = runs.tiny(log__every_steps=1, train__max_skipped_steps=2)
+    assert train.run(config, str(tmp_path), "train") == 0
+    assert "Step 5 is skipped: it is not finite (1 in a row)." in caplog.text
+    assert caplog.text.count("is skipped") == 1 and summary(tmp_path)["skipped_steps"] == 1
+    lines = [line for line in records(tmp_path) if "skipped_steps" in line]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert [line["skipped_steps"] for line in lines] == [0] * 4 + [1] * 6
+    assert "train_loss" not in lines[4] and lines[5]["learning_rate"] == lines[4]["learning_rate"]
+
+
+def test_a_full_disk_delays_saves_and_the_run_ends_well_only_if_the_last_is_made(
+    finished, tmp_path, monkeypatch, caplog
+):
+    write, full = checkpoint._write_manifest, {5, 10}
+
+    def refuse(path, manifest):
+        if int(path.name.partition(".")[0]) in full:
+            raise OSError(28, "No space left on device")
+        write(path, manifest)
+
+    monkeypatch.setattr(checkpoint, "_write_manifest", refuse)
+    with pytest.raises(UserError, match="Step 10 could not be saved .* No space left on device"):
+        train.run(runs.tiny(), str(tmp_path), "train")
+    assert caplog.text.count("Step 5 could not be saved") == 1  # and the run went on
+    assert not (tmp_path / "summary.json").exists()
+    full.remove(10)
+    assert train.run(runs.tiny(), str(tmp_path), "train") == 0
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    runs.assert_same_bits(runs.restored(tmp_path), runs.restored(finished))
+
+
+def test_divergence_ends_the_run_in_one_line(tmp_path):
+    config = runs.tiny(optimizer__learning_rate=1e30, train__max_skipped_steps=3)
+    with pytest.raises(UserError, match="train.max_skipped_steps = 3: .* up to 4, ") as caught:
+        train.run(config, str(tmp_path / "run"), "train")
     assert "\n" not in str(caught.value) and "optimizer.learning_rate" in str(caught.value)
     assert not (tmp_path / "run" / "summary.json").exists()
     assert not (tmp_path / "run" / "lock").exists()
@@ -382,9 +455,9 @@ def script(monkeypatch):
         experiment = build(config)
         evaluate = experiment.evaluate
 
-        def spy(state, split):
+        def spy(state, split, stops):
             calls.append((split, int(state.step)))
-            values = evaluate(state, split)
+            values = evaluate(state, split, stops)
             if split == "validation":
                 values = values | {"accuracy": accuracies[int(state.step)]}
             return values

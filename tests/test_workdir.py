@@ -1,5 +1,6 @@
 """One run at a time per directory, and no run goes on with another configuration unnoticed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -257,15 +258,47 @@ def test_the_heart_beats_and_notices_a_lost_lock(tmp_path, monkeypatch, caplog):
     assert (tmp_path / "lock").read_text() == "{}"  # it is the other's now
 
 
-def test_changed_versions_are_logged(tmp_path, monkeypatch, caplog):
-    with open_run(tmp_path, make_config()):
+def test_other_code_or_data_are_refused_with_the_difference_and_only_forced(tmp_path):
+    config, found = make_config(), workdir.versions() | {"data": "0123"}
+    with open_run(tmp_path, config, found=found):
         pass
-    assert "Versions differ" not in caplog.text
-    text = (tmp_path / "history.jsonl").read_text()
-    (tmp_path / "history.jsonl").write_text(text.replace('"flax": "', '"flax": "0.0+'))
-    with open_run(tmp_path, make_config()):
+    with open_run(tmp_path, config, found=found):
         pass
-    assert 'Versions differ from the last start: flax: "0.0+' in caplog.text
+    other = found | {"data": "4567", "jax": "9.9"}
+    with pytest.raises(WorkdirError) as caught, open_run(tmp_path, config, found=other):
+        pass
+    assert f'(versions.data: "0123" -> "4567"; versions.jax: "{found["jax"]}" -> "9.9")' in str(
+        caught.value
+    )
+    with pytest.raises(WorkdirError, match="versions.code"):
+        workdir.check(tmp_path, config, workdir.versions() | {"code": "changed"})
+    workdir.check(tmp_path, config)  # to read is always allowed
+    with open_run(tmp_path, config, force=True, found=other):
+        pass
+    assert 'versions.data: "0123" -> "4567"' in history(tmp_path)[-1]["changes"]
+    assert history(tmp_path)[-1]["versions"] == other
+    assert any("versions.jax" in line for line in workdir.changes(tmp_path))
+
+
+def test_the_code_version_is_that_of_every_file(monkeypatch):
+    before = workdir.versions()["code"]
+    read = pathlib.Path.read_bytes
+
+    def changed(self):
+        return read(self) + (b"#" if self.name == "step.py" else b"")
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", changed)
+    assert workdir.versions()["code"] != before
+
+
+def test_a_full_disk_leaves_no_lock_and_no_half_of_a_file(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "replace", refuse)
+    with pytest.raises(WorkdirError, match="No space left"), open_run(tmp_path, make_config()):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 class Bucket(MemoryFileSystem):

@@ -134,3 +134,16 @@ def layers(model: nn.Module, image_shape: tuple[int, int, int], depth: int = 2) 
         row = rows.setdefault(path[:depth], Layer("/".join(path[:depth])))
         setattr(row, field, getattr(row, field) + amount)
     return [row for row in rows.values() if row.parameters or row.multiply_adds]
+
+
+def recomputed(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Multiply-adds of one image that a network's `recompute` does again, by the level's meaning.
+
+    The output of a layer's last convolution is no input of its backward pass: "layer" computes the
+    1x1 of every bottleneck again, "block" every convolution of the dense blocks, "norm" none.
+    """
+    wanted = {"layer": "conv1", "block": "conv"}.get(getattr(model, "recompute", "none"))
+    if wanted is None or (wanted == "conv1" and not model.bottleneck):
+        return 0
+    rows = [row for row in layers(model, image_shape, depth=3) if row.name.startswith("block")]
+    return sum(row.multiply_adds for row in rows if row.name.split("/")[2].startswith(wanted))

@@ -1,61 +1,36 @@
-"""The fastest that a training step can be on a device: its FLOPs, or the bytes that must move.
-
-Devices are described by `densejax/targets/*.json`; another one is another file.
-"""
+"""The fastest that a training step can be on a device: its FLOPs, or the bytes that must move."""
 
 import dataclasses
-import functools
-import json
+import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
-from etils import epath
 
 from densejax.analysis import counts
-from densejax.config import UserError
+from densejax.analysis.targets import Target
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A device, as its maker publishes it.
+def communication(target: Target, shape: Sequence[int], size: float, count: int) -> float:
+    """Seconds that the all-reduces of a step take at least, one after another.
 
-    Attributes:
-      device: its name.
-      bfloat16_flops_per_second: of matrix products, without sparsity.
-      memory_bytes_per_second: to and from the main memory.
-      memory_bytes: size of the main memory.
-      interconnect_bytes_per_second: to its neighbours, both directions together.
-      source: where that is published.
-      compiler: arguments of `jax.experimental.topologies.get_topology_desc`; "target_config" is
-        the text of an XLA GpuTargetConfig.
+    Ring all-reduce: of N devices each sends 2 (N - 1) / N of the bytes, over all of its links at
+    once (half of them where an axis is too short to close a ring), and 2 (d - 1) hops along each
+    axis of d devices pass before the last has its result.
+
+    Args:
+      target: the device.
+      shape: of the slice, such as (16, 16).
+      size: bytes of one device that are reduced, in all.
+      count: all-reduces.
     """
-
-    device: str
-    bfloat16_flops_per_second: float
-    memory_bytes_per_second: float
-    memory_bytes: float
-    interconnect_bytes_per_second: float
-    source: str
-    compiler: dict[str, str]
-
-
-@functools.cache
-def targets() -> dict[str, Target]:
-    """All devices that are described, by the name of their file."""
-    folder, found = epath.resource_path("densejax") / "targets", {}
-    for path in sorted(folder.glob("*.json")):
-        described = json.loads(path.read_text())
-        if config := described["compiler"].get("target_config"):
-            described["compiler"]["target_config"] = (folder / config).read_text()
-        found[path.stem] = Target(**described)
-    return found
-
-
-def target(name: str) -> Target:
-    """One device by name (raises UserError)."""
-    if name not in targets():
-        raise UserError(f"target = {name!r}: allowed are {', '.join(targets())}")
-    return targets()[name]
+    devices = math.prod(shape)
+    if devices == 1:
+        return 0.0
+    sends = target.interconnect_bytes_per_second / (2 if min(shape) >= target.ring_size else 4)
+    hops = sum(2 * (side - 1) for side in shape)
+    latency = target.collective_seconds + hops * target.hop_seconds
+    return 2 * (devices - 1) / devices * size / sends + count * latency
 
 
 @dataclasses.dataclass(frozen=True)

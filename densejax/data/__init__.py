@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 
 import jax
 import numpy as np
@@ -22,11 +23,15 @@ class Data:
 
     Attributes:
       train: training batches.
-      evaluation: "test" where it is measured and "validation" where images are held out.
+      evaluation: "test" where it is measured, "validation" where images are held out and "train"
+        where training images are measured as well.
+      version: digest of what is read: of all images and labels in memory; of a stream, which is
+        too large, of what TFDS records of its files, or of the names of a folder's images.
     """
 
     train: MemorySet | StreamSet
     evaluation: dict[str, MemorySet | StreamSet]
+    version: str
 
     def close(self) -> None:
         """Ends the processes that a stream has running."""
@@ -102,6 +107,13 @@ def train_size(config: ConfigDict, info: SetInfo) -> int:
             f"data.validation_size = {held_out}: must be below the {first} training images"
         )
     size = sum(info.splits[name] for name in names) - held_out
+    if wanted := config.data.train_size:
+        if len(names) > 1 or wanted > size:
+            raise UserError(
+                f"data.train_size = {wanted}: must be at most the {size} training images, of one "
+                f"split alone; here it is data.train_split = {config.data.train_split!r}"
+            )
+        size = wanted
     if config.train.batch_size > size:
         raise UserError(
             f"train.batch_size = {config.train.batch_size}: must be at most the {size} "
@@ -110,10 +122,14 @@ def train_size(config: ConfigDict, info: SetInfo) -> int:
     return size
 
 
-def hold_out(size: int, validation_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(indices that train, indices held out) of `size` examples, the same whatever the seed."""
+def hold_out(size: int, validation_size: int, train_size: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(indices that train, indices held out) of `size` examples, the same whatever the seed.
+
+    All that are not held out train, or the first `train_size` of them in the order drawn.
+    """
     order = permutation(seed=0, epoch=0, size=size)
-    return np.sort(order[validation_size:]), np.sort(order[:validation_size])
+    held_out, rest = np.split(order, [validation_size])
+    return np.sort(rest[: train_size or None]), np.sort(held_out)
 
 
 def prepare(config: ConfigDict) -> None:
@@ -146,17 +162,21 @@ def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Da
 
     first, *more = config.data.train_split.split("+")
     images, labels = read(first)
-    trains, held_out = hold_out(len(images), config.data.validation_size)
+    section = config.data
+    trains, held_out = hold_out(len(images), section.validation_size, section.train_size)
     arrays = {"test": read("test")} if "test" in measured else {}
     if len(held_out):
         arrays["validation"] = (images[held_out], labels[held_out])
-        images, labels = images[trains], labels[trains]
+    images, labels = images[trains], labels[trains]
     parts = [(images, labels), *map(read, more)]
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    if evaluate.train_images:
+        arrays["train"] = (images[: evaluate.train_images], labels[: evaluate.train_images])
     size = config.evaluate.batch_size
     return Data(
         MemorySet(images, labels, config.train.batch_size, config.seed, whole, split),
         {name: MemorySet(*pair, size, config.seed, whole, split) for name, pair in arrays.items()},
+        _digest(images, labels, *(array for name in sorted(arrays) for array in arrays[name])),
     )
 
 
@@ -171,7 +191,7 @@ def _streams(config: ConfigDict, split: NamedSharding, measured: set[str]) -> Da
         ) from error
     section, evaluate, batch_size = config.data, config.evaluate, config.train.batch_size
     _, splits = encoded.open_splits(section.name, section.directory, section.manual_dir)
-    trains, held_out = hold_out(len(splits["train"]), section.validation_size)
+    trains, held_out = hold_out(len(splits["train"]), section.validation_size, section.train_size)
     train = stream.Pieces(
         splits["train"],
         trains,
@@ -198,4 +218,13 @@ def _streams(config: ConfigDict, split: NamedSharding, measured: set[str]) -> Da
         for name, (examples, indices) in parts.items()
     }
     streams = {name: StreamSet(part, split, section.workers) for name, part in evaluation.items()}
-    return Data(StreamSet(train, split, section.workers), streams)
+    version = _digest(*(array for name in splits for array in splits[name].identity()))
+    return Data(StreamSet(train, split, section.workers), streams, version)
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:12]

@@ -29,7 +29,8 @@ class Preparation:
       flip: mirror half of the images.
       jitter: brightness, contrast and saturation change by factors of 1 - jitter to 1 + jitter.
       lighting: standard deviation of the shift along the principal colours, `LIGHTING`.
-      image_size: height and width after a bilinear resize; 0: as stored.
+      image_size: height and width after a bilinear resize, antialiased where it shrinks; 0: as
+        stored.
       crop_size: height and width of the ten crops that are evaluated; 0: the whole image.
       dtype: of the result.
     """

@@ -5,6 +5,7 @@ SHA-256 and parsed in memory (nothing is extracted, no code in it is run), once.
 """
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import io
@@ -22,6 +23,7 @@ from densejax.config import UserError
 from densejax.data.official import SETS, Arrays, File, SetInfo
 
 DIGESTS = "SHA256SUMS"  # beside the prepared files, as `sha256sum --check` reads it
+VERSION = "1.0.0"  # of how a set is prepared
 READ_AT_ONCE = 4096  # examples; bounds the memory beside the resulting arrays
 
 
@@ -55,21 +57,22 @@ def prepare(name: str, directory: str, manual_dir: str = "") -> Any:
                     f"prepared in {directory} ({type(error).__name__})"
                 ) from error
         builder_class = _builder_class(tfds, name, manual_dir)
-        builder = builder_class(data_dir=directory, file_format="array_record")
-        if not builder.data_path.exists():
+        make = functools.partial(builder_class, data_dir=directory, file_format="array_record")
+        folder = directory / name / VERSION
+        if not folder.exists():
             made = [directory / path for path in (name, "downloads/extracted", "downloads", "")]
             made = [path for path in made if not path.exists()]
             try:
-                builder.download_and_prepare()
+                make().download_and_prepare()
             except OSError as error:
-                if not builder.data_path.exists():  # else another process was first
+                if not folder.exists():  # else another process was first
                     raise DataError(f"data.name = {name}: {directory}: {_line(error)}") from error
             finally:
                 for path in made:  # for nothing: where TFDS left something, it stays
                     with contextlib.suppress(OSError, ValueError):  # epath's, of one not empty
                         path.rmdir()
-        _verify(name, builder.data_path)
-        return builder_class(data_dir=directory, file_format="array_record")
+        _verify(name, folder)  # before TFDS reads any of it
+        return make()
 
 
 def info(name: str, directory: str) -> SetInfo:
@@ -125,7 +128,7 @@ def _builder_class(tfds: Any, name: str, manual_dir: str) -> type:
     facts = SETS[name]
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version("1.0.0")
+        VERSION = tfds.core.Version(VERSION)
 
         def _info(self):
             image = tfds.features.Tensor(shape=facts.image_shape, dtype=np.uint8, encoding="bytes")
@@ -228,6 +231,7 @@ def _check(facts: SetInfo, split: str, count: int, images: np.ndarray, labels: n
         )
 
 
+@functools.cache  # once in a process; what raises is not kept
 def _verify(name: str, folder: epath.Path) -> None:
     try:
         expected, found = (folder / DIGESTS).read_text().splitlines(), _digests(folder)

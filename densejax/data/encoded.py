@@ -40,6 +40,10 @@ class Folder(Sequence[Example]):
         """The number of images."""
         return len(self.names)
 
+    def identity(self) -> tuple[np.ndarray, ...]:
+        """Arrays that change with the set."""
+        return self.names, self.labels
+
     def __getitem__(self, index):
         """Reads an image."""
         path = self.path / self.names[index].decode()
@@ -60,10 +64,16 @@ class Records(Sequence[Example]):
         except Exception as error:
             line = " ".join(str(error).split())
             raise DataError(f"data.name = {builder.name}: {self.place}: {line}") from error
+        facts = builder.info.splits[split]
+        self.version = f"{builder.info.full_name} {facts.num_bytes} {list(facts.shard_lengths)}"
 
     def __len__(self):
         """The number of images."""
         return len(self.source)
+
+    def identity(self) -> tuple[np.ndarray, ...]:
+        """Arrays that change with the set."""
+        return (np.frombuffer(self.version.encode(), np.uint8),)
 
     def __getitem__(self, index):
         """Reads an image."""

@@ -21,13 +21,22 @@ class Plan:
     Attributes:
       piece_bytes: a batch is worked through in pieces whose widest array has about so many bytes.
       products: narrow 3x3 convolutions are matrix products and sums of shifted results.
+      shrink: each layer of a dense block makes a new gradient, of the channels still needed; else
+        it is one buffer, updated in place.
     """
 
     piece_bytes: float = float("inf")
     products: bool = False
+    shrink: bool = False
 
 
-PLANS = {"cpu": Plan(piece_bytes=2e6, products=True), "default": Plan()}
+PLANS = {
+    "cpu": Plan(piece_bytes=2e6, products=True),
+    # Without an update in place XLA:TPU adds a layer's gradient up and sums it for BatchNorm in the
+    # kernel of the product that makes it, instead of writing it and reading it again.
+    "tpu": Plan(shrink=True),
+    "default": Plan(),
+}
 
 
 _platform = contextvars.ContextVar("platform", default="")

@@ -257,12 +257,16 @@ class _Layer:
                 dh = self.drop(through_norm2(cut(h), cut(dy)), keys)
                 dz, dconv = pointwise_backward(z, dh, self.params["conv1"])
             dz, sums = _through_relu(z, dz, x, stats.mean)
-            share = (wide(dz) * slope).astype(x.dtype)
-            return (dconv, sums), gradient[..., : self.channels] + share
+            share, gradient = wide(dz) * slope, gradient[..., : self.channels]
+            if self.plan.shrink:  # a rounded summand would be one more result of XLA:TPU's kernel
+                return (dconv, sums), (wide(gradient) + share).astype(x.dtype)
+            return (dconv, sums), gradient + share.astype(x.dtype)
 
         rate = lax.rsqrt(stats.variance + self.settings.epsilon)
         slope = self.params["norm1"]["scale"] * rate
         sums = _zeros(self.params["conv1"], self.params["norm1"])
+        if self.plan.shrink:
+            gradient = gradient[..., : self.channels]
         (dconv, sums), gradient = _in_pieces(self.plan, features, piece, sums, gradient)
         # The first norm's statistics are shared with all later layers.
         of_mean = of_statistics.mean.at[: self.channels].add(-slope * sums["bias"])

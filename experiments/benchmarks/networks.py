@@ -5,7 +5,6 @@ Both are made of abstract values, so that they compile for devices that are not 
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,13 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from densejax import config as schema
 from densejax import experiment, models, optimizer, parallel, step, transfer
-from densejax.analysis import roofline
+from densejax.analysis import targets
 from densejax.config import UserError
 from densejax.data.augment import Preparation
 from densejax.models.densenet import BLOCKS, RECOMPUTE, DenseNet
@@ -79,20 +77,11 @@ def mesh(target: str) -> Mesh:
     Raises:
       UserError: no such target, or its compiler is not installed.
     """
-    jax.config.update("jax_platforms", "cpu")  # a target's own devices are not wanted
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor is the machine that a TPU stands in
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     if target == "cpu":
-        devices = jax.devices("cpu")
+        jax.config.update("jax_platforms", "cpu")
+        devices = jax.devices()
     else:
-        compiler = roofline.target(target).compiler
-        try:
-            devices = topologies.get_topology_desc(**compiler).devices
-        except Exception as error:  # as many kinds as there are plugins
-            extra = {"tpu": "libtpu", "cuda": "jax[cuda13]"}[compiler["platform"]]
-            raise UserError(
-                f"target = {target!r}: its compiler cannot be had, install {extra} ({error})"
-            ) from error
+        devices = targets.target(target).devices()
     return Mesh(np.array(devices[:1]), (parallel.AXIS,), axis_types=(AxisType.Auto,))
 
 
@@ -146,15 +135,8 @@ def training(work: Work, name: str, mesh: Mesh) -> tuple[Callable, Any, Any]:
         log_every=1,
     )
     built = experiment.Experiment(config, mesh, None, task, steps=10**6)
-    return built.map(step.train_step, donate=True), built.abstract_state, _batch(work, mesh)
-
-
-def _batch(work: Work, mesh: Mesh) -> Any:
-    def abstract(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.split(mesh))
-
-    images = abstract((work.batch_size, *work.image_shape), jnp.uint8)
-    return {"image": images, "label": abstract((work.batch_size,), jnp.int32)}
+    batch = experiment.abstract_batch(mesh, work.image_shape, work.batch_size)
+    return built.map(step.train_step, donate=True), built.abstract_state, batch
 
 
 class PlainDenseNet(nn.Module):
@@ -264,4 +246,5 @@ def plain_training(work: Work, mesh: Mesh) -> tuple[Callable, Any, Any]:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
         jax.eval_shape(init),
     )
-    return jax.jit(take_step, donate_argnums=0), state, _batch(work, mesh)
+    batch = experiment.abstract_batch(mesh, work.image_shape, work.batch_size)
+    return jax.jit(take_step, donate_argnums=0), state, batch

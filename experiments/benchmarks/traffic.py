@@ -21,26 +21,10 @@ import networks
 from networks import Work
 
 from densejax import formats, hlo
-from densejax.analysis import counts, roofline
+from densejax.analysis import counts, roofline, targets
 from densejax.config import UserError
 
 LIMIT = 0.1  # share by which FLOPs may differ from what they should be
-
-
-def recomputed(work: Work, name: str) -> int:
-    """Multiply-adds that a recompute level does again for one image, from the level's meaning.
-
-    The output of a layer's last convolution is no input of its backward pass: "layer" computes the
-    1x1 of every bottleneck again, "block" every convolution of the dense blocks, "norm" none.
-    """
-    level = networks.changes(name, work.model).get("recompute", "none") if name != "flax" else ""
-    wanted = {"layer": "conv1", "block": "conv"}.get(level)
-    network = work.network()
-    if wanted is None or (wanted == "conv1" and not network.bottleneck):
-        return 0
-    rows = counts.layers(network, work.image_shape, depth=3)
-    inside = [row for row in rows if row.name.startswith("block")]
-    return sum(row.multiply_adds for row in inside if row.name.split("/")[2].startswith(wanted))
 
 
 def analyse(work: Work, name: str, target: str) -> dict[str, Any]:
@@ -53,7 +37,8 @@ def analyse(work: Work, name: str, target: str) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     found, memory = hlo.read(compiled.as_text()), compiled.memory_analysis()
     multiply_adds = counts.of_network(work.network(), work.image_shape)[1]
-    expected = work.batch_size * (6 * multiply_adds + 2 * recomputed(work, name))
+    again = 0 if name == "flax" else counts.recomputed(work.network(name), work.image_shape)
+    expected = work.batch_size * (6 * multiply_adds + 2 * again)
     row = {
         "implementation": name,
         "target": target,
@@ -73,7 +58,7 @@ def analyse(work: Work, name: str, target: str) -> dict[str, Any]:
         "compile_seconds": seconds,
     }
     if target != "cpu":
-        device, floor = roofline.target(target), floor_of(work)
+        device, floor = targets.target(target), floor_of(work)
         row["seconds_for_bytes"] = found["bytes"] / device.memory_bytes_per_second
         row["floor_bytes"] = floor.bytes
         row["floor_seconds"], row["floor_limit"] = floor.bound(device)

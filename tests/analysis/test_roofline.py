@@ -4,8 +4,7 @@ import flax.linen as nn
 import pytest
 
 from densejax import models
-from densejax.analysis import roofline
-from densejax.config import UserError
+from densejax.analysis import roofline, targets
 
 
 class Network(nn.Module):
@@ -32,23 +31,25 @@ def test_a_densenet_is_bound_by_bytes_on_every_device():
     inputs = sum(size * width for size, width in zip((1024, 256, 64), dense, strict=True))
     inputs += 1024 * (3 + 216) + 256 * 300 + 342  # stem, transitions, classifier
     assert work.bytes == 6 * (2 * 128 * inputs + 4 * 769_162)
-    for target in roofline.targets().values():
+    for target in targets.targets().values():
         seconds, limit = work.bound(target)
         assert limit == "bytes" and seconds == work.bytes / target.memory_bytes_per_second
 
 
 def test_a_matrix_product_is_bound_by_flops():
     seconds, limit = roofline.Work(bytes=3 * 2 * 8192**2, flops=2 * 8192**3).bound(
-        roofline.target("v5e")
+        targets.target("v5e")
     )
     assert limit == "flops" and seconds == pytest.approx(2 * 8192**3 / 197e12)
 
 
-def test_targets_are_described():
-    assert {"v5e", "v5p", "v6e", "h100"} <= set(roofline.targets())
-    assert roofline.target("v5e").memory_bytes_per_second == 819e9
-    assert "gpu_device_info" in roofline.target("h100").compiler["target_config"]
-    for target in roofline.targets().values():
-        assert target.source.startswith("https://")
-    with pytest.raises(UserError, match="target = 'v9': allowed are h100, v5e, v5p, v6e"):
-        roofline.target("v9")
+def test_ring_all_reduce_by_hand():
+    """Two links an axis of 50 GB/s a way each; an axis below 16 is no ring and has half of them."""
+    v5e = targets.target("v5e")
+    assert roofline.communication(v5e, (1, 1), 1e9, 9) == 0
+    one = roofline.communication(v5e, (2, 2), 1e9, 0)
+    assert one == pytest.approx(2 * 3 / 4 * 1e9 / 100e9)
+    pod = roofline.communication(v5e, (16, 16), 1e9, 7)
+    assert pod == pytest.approx(2 * 255 / 256 * 1e9 / 200e9 + 7 * 60e-6)
+    box = roofline.communication(targets.target("h100"), (8,), 0, 1)
+    assert box == pytest.approx(6.6e-6 + 14 * 0.6e-6)

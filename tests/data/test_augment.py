@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from PIL import Image
 
 from densejax.data.augment import Preparation, example_keys
 
@@ -106,6 +107,13 @@ def test_resize():
     training = Preparation(**PLAIN, image_size=4, shift=1, flip=True)
     shape = jax.eval_shape(training.training, jnp.asarray(columns), keys(1))
     assert shape.shape == (1, 4, 4, 1)
+
+
+def test_shrinking_is_antialiased_as_pillows():
+    image = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
+    found = Preparation(**PLAIN, image_size=14).evaluation(jnp.asarray(image)[None, ..., None])
+    expected = Image.fromarray(image.astype(np.float32)).resize((14, 14), Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(found[0, ..., 0], np.asarray(expected), rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

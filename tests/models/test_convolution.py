@@ -97,10 +97,14 @@ def test_a_pointwise_module_is_flaxs_convolution():
 
 
 @pytest.mark.parametrize(
-    "platform, plan", [("cpu", "cpu"), ("tpu", "default"), ("cuda", "default"), ("rocm", "default")]
+    "platform, plan", [("cpu", "cpu"), ("tpu", "tpu"), ("cuda", "default"), ("rocm", "default")]
 )
 def test_a_platforms_plan_is_the_one_that_is_compiled(platform, plan):
-    marks = {PLANS["cpu"]: 111.0, PLANS["default"]: 222.0}  # equal plans would be one
+    marks = {
+        PLANS["cpu"]: 111.0,
+        PLANS["tpu"]: 333.0,
+        PLANS["default"]: 222.0,
+    }  # equal plans would be one
     step = jax.jit(lambda x: per_platform(lambda plan, x: x + marks[plan], x))
     lowered = step.trace(jnp.float32(0)).lower(lowering_platforms=(platform,))
     found = [name for name in PLANS if f"{marks[PLANS[name]]:e}" in lowered.as_text()]

@@ -105,22 +105,24 @@ def by_concatenation(name, train):
     "name, train, recompute, piece_bytes, products",
     [
         ("bottleneck", True, "none", 1, True),
-        ("bottleneck", True, "layer", 1e9, False),
-        ("bottleneck", True, "block", 1e9, True),
+        ("bottleneck", True, "layer", np.inf, False),
+        ("bottleneck", True, "block", np.inf, True),
         ("bottleneck", False, "none", 1, True),
         ("plain", True, "layer", 1, False),
-        ("plain", True, "block", 1e9, True),
-        ("plain", False, "none", 1e9, False),
-        ("imagenet", True, "norm", 1e9, False),
+        ("plain", True, "block", np.inf, True),
+        ("plain", False, "none", np.inf, False),
+        ("imagenet", True, "norm", np.inf, False),
         ("plain_imagenet", True, "none", 1, True),
-        ("imagenet", False, "none", 1e9, True),
+        ("imagenet", False, "none", np.inf, True),
     ],
 )
 def test_results_statistics_and_gradients_are_those_of_concatenation(
     double, monkeypatch, name, train, recompute, piece_bytes, products
 ):
     variables, images, keys, expected = by_concatenation(name, train)
-    monkeypatch.setitem(convolution.PLANS, "cpu", convolution.Plan(piece_bytes, products))
+    shrink = not products  # as on a TPU
+    plan = convolution.Plan(piece_bytes, products, shrink)
+    monkeypatch.setitem(convolution.PLANS, "cpu", plan)
     model = tiny(**NETWORKS[name], block="in_place", recompute=recompute)
     assert_close(compiled(pull(model, train))(variables, images, keys), expected)
     (loss, (logits, stats)), (gradients, dx) = expected
@@ -143,10 +145,12 @@ def test_every_option_changes_the_program_or_the_result(double, monkeypatch):
     changes += [{"bottleneck": False}, {"recompute": "layer"}, {"recompute": "block"}]
     texts += [flags(base.clone(**change)) for change in changes]
     assert len(set(texts)) == len(texts)
-    for piece_bytes, products in ((1, True), (1, False), (1e9, False)):
-        monkeypatch.setitem(convolution.PLANS, "cpu", convolution.Plan(piece_bytes, products))
+    plans = ((1, True, False), (1, False, False), (np.inf, False, True), (np.inf, False, False))
+    for plan in plans:
+        monkeypatch.setitem(convolution.PLANS, "cpu", convolution.Plan(*plan))
         texts.append(flags(base))
-        assert (texts[-1].count("scan[") > texts[0].count("scan[")) == (piece_bytes == 1)
+    pieces, *_, whole = texts[-4:]
+    assert pieces.count("scan[") > whole.count("scan[")
     assert len(set(texts)) == len(texts) - (texts[0] == texts[-1])
 
 

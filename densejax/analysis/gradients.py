@@ -1,0 +1,53 @@
+"""How large each layer's gradient is before the first step: do gradients vanish with depth?"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from densejax import metrics, models
+from densejax.analysis import counts
+
+
+def kernel_norms(
+    model: nn.Module, images: jax.Array, labels: jax.Array, seed: int = 0
+) -> dict[str, float]:
+    """Euclidean norm of the training loss's gradient for each kernel, at initialisation.
+
+    Of a batch's mean cross-entropy, with batch statistics, as the first training step sees it.
+
+    Args:
+      model: from densejax.models.create.
+      images: float [batch, height, width, channels], normalised.
+      labels: int32 [batch].
+      seed: of the parameters.
+
+    Returns:
+      Norms by layer, such as "block1/layer1/conv1", from the image to the classifier; a shortcut's
+      projection stands behind the layers that it skips.
+    """
+    model = models.reference(model).clone(batch_norm_axis=None)
+    names = [row.name for row in counts.layers(model, images.shape[1:], depth=9)]
+    # XLA:CPU optimises these programs for minutes and gains little: each runs once.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
+    @functools.partial(jax.jit, compiler_options=options)
+    def norms(key, images, labels):
+        variables = model.init(key, images[:1])
+
+        def loss(params):
+            inputs = {"params": params, "batch_stats": variables["batch_stats"]}
+            (logits, _), _ = model.apply(inputs, images, train=True, mutable=["batch_stats"])
+            return metrics.cross_entropy(logits, labels).mean()
+
+        gradients = jax.tree_util.tree_leaves_with_path(jax.grad(loss)(variables["params"]))
+        kernels = {
+            "/".join(part.key for part in path[:-1]): jnp.linalg.norm(leaf.ravel())
+            for path, leaf in gradients
+            if path[-1].key == "kernel"
+        }
+        return kernels
+
+    found = jax.device_get(norms(jax.random.key(seed), images, labels))
+    return {name: float(found[name]) for name in names if name in found}

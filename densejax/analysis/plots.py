@@ -1,0 +1,134 @@
+"""The look of all figures: importing this module sets it for matplotlib.
+
+Colours have a contrast of at least 3 with white and with a dark page (WCAG 2.2, 1.4.11) and differ
+for colour-blind readers too (after Okabe and Ito, 2008); markers and dashes say the same again.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from densejax.config import UserError
+
+try:
+    import matplotlib
+except ModuleNotFoundError as error:
+    raise UserError("figures need matplotlib: pip install 'densejax[plots]'") from error
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+INK = "#3b4149"  # text and lines; on a page the colour of its text
+COLORS = ("#0072b2", "#d55e00", "#008f68", "#c4628f", "#9a7400", "#6f6fd6", "#7f7f7f", "#3f8fbf")
+MARKERS, DASHES = "os^DvPX*", ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))  # 24 different lines
+matplotlib.rcParams.update(
+    {
+        "axes.axisbelow": True,
+        "axes.edgecolor": INK,
+        "axes.grid": True,
+        "axes.labelcolor": INK,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlesize": 10,
+        "figure.titlesize": 10,
+        "font.size": 9,
+        "grid.alpha": 0.25,
+        "grid.color": INK,
+        "image.cmap": "cividis",
+        "legend.fontsize": 8,
+        "legend.frameon": False,
+        "errorbar.capsize": 2,
+        "lines.linewidth": 1.5,
+        "lines.markersize": 5,
+        "savefig.bbox": "tight",
+        "svg.fonttype": "none",
+        "svg.hashsalt": "densejax",  # equal figures are equal files
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+    }
+)
+
+
+def figure(columns: int = 1, width: float = 4.8, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    """A figure and its panels, beside each other, each of a size in inches."""
+    made = Figure(figsize=(columns * width, height), layout="constrained")
+    return made, list(made.subplots(1, columns, squeeze=False)[0])
+
+
+def style(number: int) -> dict[str, Any]:
+    """Colour, marker and dash of a figure's line `number`, from 0."""
+    color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+    return {"color": color, "marker": marker, "linestyle": DASHES[number % len(DASHES)]}
+
+
+def logarithmic(axis: Any, form: Callable[[float], str]) -> None:
+    """Makes `axes.xaxis` or `.yaxis`, with all data in it, logarithmic; labels: `form(value)`."""
+    setting = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
+    setting("log")
+    low, high = axis.get_view_interval()
+    decades = LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,))
+    axis.set_major_locator(MaxNLocator(4) if high < 5 * low else decades)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
+    axis.set_minor_locator(NullLocator())
+
+
+def legend(axes: Axes, columns: int = 2) -> None:
+    """A legend below the panel, where it hides nothing."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=columns)
+
+
+def heat_maps(maps: Sequence[Any]) -> Figure:
+    """Draws what `densejax.analysis.reuse.heat_maps` returns, a panel for each block.
+
+    Colours are the weights over their column's largest, so that 1 is the source which a target
+    reads most; a box marks the target behind the block.
+    """
+    widths = [max(columns, 4) + 3 for _, columns in (one.weights.shape for one in maps)]
+    rows = max(len(one.sources) for one in maps)
+    made = Figure(figsize=(0.19 * sum(widths) + 1.3, 0.19 * rows + 1.7), layout="constrained")
+    panels = made.subplots(1, len(maps), squeeze=False, width_ratios=widths)[0]
+    shares = [one.weights / np.nanmax(one.weights, axis=0, initial=1e-30) for one in maps]
+    lowest = min(0.9, *(np.floor(10 * np.nanmin(share)) / 10 for share in shares))
+    for axes, one, share in zip(panels, maps, shares, strict=True):
+        image = axes.imshow(share, vmin=lowest, vmax=1, interpolation="nearest")
+        for column, target in enumerate(one.targets):
+            if not target.startswith("layer"):
+                box = Rectangle((column - 0.5, -0.5), 1, len(share), fill=False, linewidth=1.8)
+                axes.add_patch(box).set(edgecolor=INK, clip_on=False)
+        for axis, names in ((axes.xaxis, one.targets), (axes.yaxis, one.sources)):
+            shown = range(0, len(names), 1 + len(names) // 20)
+            axis.set_ticks(shown, [names[number].removeprefix("layer") for number in shown])
+        axes.tick_params("x", rotation=90)
+        axes.grid(False)
+        axes.set_title(one.block.replace("_", "\n"))
+        axes.set_anchor("N")
+    made.supxlabel("target", fontsize=9)
+    panels[0].set_ylabel("source")
+    made.colorbar(image, ax=panels, label="mean |weight|\nover column's largest", shrink=0.7)
+    return made
+
+
+def save(figure: Figure, path: epath.PathLike) -> None:
+    """Writes a figure as PNG."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150)
+    epath.Path(path).write_bytes(file.getvalue())
+
+
+def svg(figure: Figure, title: str) -> str:
+    """A figure as an SVG element for a page, in the page's text colour and font."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None}, dpi=144)
+    text = file.getvalue()
+    text = re.sub(
+        r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.S
+    )
+    text = re.sub(r' id="[a-z0-9]+_\d+"', "", text)  # a page has several figures
+    text = text.replace(INK, "currentColor").replace("'DejaVu Sans'", "inherit")
+    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)

@@ -1,0 +1,478 @@
+"""Faults put into real runs, and counted: make test-faults.
+
+    python experiments/faults.py --folder=~/faults [--only="kill -9"]
+
+Each case is a small run of configs/digits.py that is hurt, started again and compared with one that
+was left alone: the arrays of the last checkpoint, metrics.jsonl and the result must be equal bit
+for bit. A case leaves one JSON in the folder, so that a second call does what is missing; the table
+of all comes last. Survived: the run ended as it should. Silent: it said that all is well, and it
+was not. What needs root (a disk of its own) is skipped aloud without. A run is a process of its
+own, forked from one that has imported the packages, which would take half of the time.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import logging
+import multiprocessing
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+ROOT, FOLDER = pathlib.Path(__file__).parents[1], pathlib.Path()
+EPOCH = 22  # steps; a run has eight epochs
+FLAGS = (
+    *("--config=configs/digits.py:depth=10,growth_rate=4", "--config.train.epochs=8"),
+    *("--config.evaluate.every_epochs=1", "--config.checkpoint.every_epochs=1"),
+    *("--config.evaluate.batch_size=8", "--config.log.every_steps=2"),
+)
+FORK = multiprocessing.get_context("fork")
+NAN = """
+import os, signal
+from densejax.data import memory
+plain = memory.MemorySet.batch
+def batch(self, step):
+    found = plain(self, step)
+    if step + 1 == {stop}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return found | ({{"image": found["image"] * float("nan")}} if step + 1 in {bad} else {{}})
+memory.MemorySet.batch = batch
+"""
+SLOW = """
+import time
+from densejax import checkpoint
+plain = checkpoint._write_manifest
+checkpoint._write_manifest = lambda *arguments: (time.sleep(1.5), plain(*arguments))
+"""
+
+
+class Failed(Exception):
+    """(what went wrong, whether the run was silent about it)."""
+
+
+def require(true, text, silent=False):
+    """Fails with a text where something is not true."""
+    if not true:
+        raise Failed(text, silent)
+
+
+class Run:
+    """A run in one process or in several; `victim` is the one that is hurt."""
+
+    def __init__(self, path, *flags, processes=1, victim=0, patch=""):
+        """Starts it, after the code `patch`."""
+        self.path, self.clock, self.last = path, 0.0, time.monotonic()
+        self.before, output = len(self.records()), FOLDER / "output"
+        output.mkdir(parents=True, exist_ok=True)
+        self.output = output / f"{path.parent.name}.{time.monotonic_ns()}"
+        flags = [*FLAGS, f"--config.data.directory={FOLDER / 'data'}", f"--workdir={path}", *flags]
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                flags.append(f"--coordinator=localhost:{free.getsockname()[1]}")
+            flags.append(f"--num_processes={processes}")
+        self.processes = []
+        for number in range(processes):
+            mine = flags + [f"--process_id={number}"] * (processes > 1)
+            self.processes.append(FORK.Process(target=self.work, args=(mine, patch)))
+            self.processes[-1].start()
+        self.victim = self.processes[victim]
+
+    def work(self, flags, patch):
+        """What the processes do: densejax.main."""
+        import densejax
+        from densejax import command_line, main
+
+        densejax.STARTED = time.monotonic()
+        with self.output.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.argv = ["densejax.main", *flags]
+        exec(patch, {})
+        command_line.run(main.main)
+
+    def records(self):
+        """The steps in timings.jsonl, which is never cut."""
+        file = self.path / "timings.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+
+    def until(self, condition):
+        """Waits; whether the victim is still there when the condition is met."""
+        while self.victim.is_alive():
+            if condition():
+                return True
+            time.sleep(0.002)
+            now = time.monotonic()
+            self.clock += min(now - self.last, 0.1)  # not the time that the whole machine stood
+            self.last = now
+            require(self.clock < 200, "it does not end")
+        return False
+
+    def until_records(self, count):
+        """Waits for so many more records."""
+        here = self.until(lambda: len(self.records()) >= self.before + count)
+        require(here, f"it ended too early: {self.said()[-500:]}")
+
+    def said(self):
+        """What it has printed."""
+        return self.output.read_text()
+
+    def end(self, *codes, says="", silent=False):
+        """Waits for the end, which must be with these exit codes, and with these words."""
+        for self.victim in self.processes:  # noqa: B020
+            self.until(lambda: False)
+        found = tuple(process.exitcode for process in self.processes)
+        require(found == codes, f"exit codes {found}: {self.said()[-500:]}", silent)
+        require(says in self.said(), f"it did not say {says!r}: {self.said()[-500:]}", True)
+
+
+def newest(path):
+    """(step, digests of its arrays by name) of the newest checkpoint."""
+    step = max(int(entry.name) for entry in (path / "checkpoints").glob("*[0-9]"))
+    return step, json.loads((path / f"checkpoints/{step}/MANIFEST").read_text())["leaves"]
+
+
+@functools.cache
+def reference(processes=1):
+    """A run that was left alone."""
+    path = FOLDER / "reference" / str(processes)
+    if not (path / "summary.json").exists():
+        Run(path, processes=processes).end(*[0] * processes)
+    return path
+
+
+def finish(path, *flags, says="", processes=1, patch=""):
+    """Runs to the end, which must be that of a run that was left alone."""
+    Run(path, *flags, processes=processes, patch=patch).end(*[0] * processes, says=says)
+    require(newest(path) == newest(reference(processes)), "other arrays", True)
+    for name, keys in (("metrics.jsonl", None), ("summary.json", ("test_loss", "test_accuracy"))):
+        texts = [(folder / name).read_text() for folder in (path, reference(processes))]
+        found = [{key: json.loads(text)[key] for key in keys} if keys else text for text in texts]
+        require(found[0] == found[1], f"another {name}", True)
+    return 1
+
+
+# --- The faults: each takes a folder for its run and random numbers, and returns its tries.
+
+
+def killed(path, draw, moment, processes=1):
+    """Kill -9, five times in one run; or of one of many processes, which the others notice."""
+    tries = 0
+    for _ in range(5 if processes == 1 else 1):
+        run = Run(path, processes=processes, victim=draw.randrange(processes))
+        if moment == "save":
+            run.until_records(draw.randint(1, 12))
+            before = saves(path)
+            run.until(lambda before=before: saves(path) - before)
+        elif moment == "evaluation":  # it follows the record of an epoch's last step
+            run.until(
+                lambda run=run: run.records()[run.before :][-1:] in [[EPOCH * i] for i in range(9)]
+            )
+        elif draw.random() < 0.25:  # while it starts
+            until = draw.uniform(0, 4)
+            run.until(lambda run=run, until=until: run.clock > until)
+        else:
+            run.until_records(draw.randint(1, 30))
+        time.sleep(draw.uniform(0, 0.03))
+        run.victim.kill()
+        run.victim.join()
+        tries += run.victim.exitcode == -signal.SIGKILL
+        if processes > 1:
+            for process in run.processes:
+                process.join(100)
+            codes = [process.exitcode for process in run.processes]
+            require(all(codes) and "another process died" in run.said(), f"exit codes {codes}")
+    finish(path, processes=processes)
+    return tries
+
+
+def saves(path):
+    """Where saves are under way, or were when they were killed."""
+    entries = os.scandir(path / "checkpoints") if (path / "checkpoints").exists() else ()
+    return {entry.inode() for entry in entries if "tmp" in entry.name}
+
+
+def stopped(path, draw, number, *codes):
+    """A signal to one process; all end within five seconds, their step saved."""
+    run = Run(path, processes=len(codes), victim=draw.randrange(len(codes)))
+    run.until_records(draw.randint(1, 70))
+    begin = run.clock
+    os.kill(run.victim.pid, number)
+    run.end(*codes)
+    require(run.clock - begin < 5, f"it took {run.clock - begin:.1f} s")
+    require(f"saved step {newest(path)[0]};" in run.said(), "it saved another step")
+    return finish(path, processes=len(codes))
+
+
+def flip(file, draw):
+    """One bit is another."""
+    content = bytearray(file.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    file.write_bytes(content)
+
+
+def cut(file, draw):
+    """The end of a file is missing, or all of its content, or the file."""
+    size = file.stat().st_size
+    os.truncate(file, draw.choice((0, draw.randrange(size))))
+    if draw.random() < 0.34:
+        file.unlink()
+
+
+def choose(folder, draw):
+    """A file: every file alike, or every byte."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.stat().st_size]
+    sizes = [file.stat().st_size for file in files]
+    return draw.choice(files) if draw.random() < 0.5 else draw.choices(files, sizes)[0]
+
+
+def damaged(path, draw, harm):
+    """A run goes on from a damaged newest checkpoint."""
+    run = Run(path)
+    run.until_records(draw.randint(25, 70))
+    os.kill(run.victim.pid, signal.SIGTERM)
+    run.end(0)
+    step, _ = newest(path)
+    harm(choose(path / f"checkpoints/{step}", draw), draw)
+    return finish(path, says=f"{step} is damaged")
+
+
+def restored(path, draw, harm, tries):
+    """The newest of two checkpoints is restored, damaged another way each time."""
+    from configs import digits
+    from densejax import checkpoint, experiment
+
+    whole, (newer, _) = reference() / "checkpoints", newest(reference())
+    config = digits.get_config("depth=10,growth_rate=4")
+    abstract, said = experiment.without_data(config).abstract_state, []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("absl").handlers[:] = [handler]
+    for _ in range(tries):
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(whole, path)
+        harm(choose(path / str(newer), draw), draw)
+        said.clear()
+        with contextlib.closing(checkpoint.Checkpoints(path)) as checkpoints:
+            state = checkpoints.restore_latest(abstract)
+        leaves = json.loads((whole / f"{state.step}/MANIFEST").read_text())["leaves"]
+        require(checkpoint._leaves(state) == leaves, "other arrays", True)
+        loud = any(f"{newer} is damaged" in line for line in said)
+        require(loud or state.step == newer, "it fell back without a word", True)
+    return tries
+
+
+def prepared(path, draw):
+    """A prepared data set with another bit is refused."""
+    (whole,) = (FOLDER / "data/digits").iterdir()
+    for number in range(5):
+        data = path.parent / f"data{number}"
+        flip(choose(shutil.copytree(whole, data / "digits" / whole.name), draw), draw)
+        run = Run(path, f"--config.data.directory={data}")
+        run.end(2, says="a prepared file is damaged or missing", silent=True)
+    return 5
+
+
+def refused(path, draw, disk, ends=False):
+    """A disk refuses for a while, or until the run has ended, which then says so."""
+    run = Run(path / "run")
+    run.until_records(draw.randint(1, 45))
+    with disk(run):
+        if ends:
+            run.end(2, says="could not be saved", silent=True)
+        else:
+            require(run.until(lambda: "could not be saved" in run.said()), "no save failed")
+    if not ends:
+        run.end(0)
+    return finish(path / "run")
+
+
+@contextlib.contextmanager
+def full(run):
+    """A disk without a free byte."""
+    filler = run.path.parent / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    yield
+    filler.unlink()
+
+
+@contextlib.contextmanager
+def read_only(run):
+    """A disk that is mounted again, read-only; until nobody writes, that is refused."""
+    mount = ["mount", run.path.parent, "-o"]
+    require(run.until(lambda: not subprocess.run([*mount, "remount,ro"]).returncode), "busy")
+    yield
+    subprocess.run([*mount, "remount,rw"], check=True)
+
+
+@contextlib.contextmanager
+def quota(run):
+    """No file may grow beyond 8 kB: the run's own output can, its checkpoints cannot."""
+    for size in (8000, resource.RLIM_INFINITY):
+        if run.victim.is_alive():
+            limits = (size, resource.RLIM_INFINITY)
+            resource.prlimit(run.victim.pid, resource.RLIMIT_FSIZE, limits)
+        if size == 8000:
+            yield
+
+
+def on_own_disk(path, draw, disk, ends=False):
+    """The same on a file system of 8 MiB."""
+    path.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", path], check=True)
+    try:
+        return refused(path, draw, disk, ends)
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
+def not_finite(path, draw):
+    """A batch of NaN changes nothing of what is trained, bit for bit, and is named."""
+    step, states = draw.randint(2, 60), []
+    for stop, bad in ((step - 1, ()), (step, (step,))):
+        run = Run(path / str(stop), patch=NAN.format(stop=stop, bad=bad))
+        run.end(0, says=f"Step {step} is skipped" if bad else "")
+        trained = ("params", "batch_stats", "opt_state")
+        states.append([leaf for leaf in newest(run.path)[1].items() if leaf[0].startswith(trained)])
+    require(states[0] == states[1] and states[0], "the state has moved", True)
+    return 1
+
+
+def slow(path, draw):
+    """Each save takes longer than the steps between two."""
+    return finish(path, says="s for the save of step", patch=SLOW)
+
+
+def never_finite(path, draw):
+    """Ten such batches in a row end the run, which goes on from its last checkpoint."""
+    step = EPOCH * draw.randint(1, 2) + draw.randint(1, 10)
+    run = Run(path, patch=NAN.format(stop=0, bad=tuple(range(step, step + 10))))
+    run.end(2, says=f"in a row, up to {step + 9}, were not finite", silent=True)
+    require(f"checkpoint is of step {newest(path)[0]};" in run.said(), "it names another")
+    return finish(path)
+
+
+def two_runs(path, draw):
+    """The second in a directory is refused and harms nothing."""
+    run = Run(path)
+    run.until_records(draw.randint(1, 20))
+    says = f"is in use on {socket.gethostname()} by process {run.victim.pid}"
+    Run(path).end(2, says=says, silent=True)
+    run.end(0)
+    return finish(path)
+
+
+def another_run(path, draw):
+    """Another configuration, code or data is refused with the difference, unless it is forced."""
+    run, history = Run(path), path / "history.jsonl"
+    run.until_records(draw.randint(25, 70))
+    os.kill(run.victim.pid, signal.SIGTERM)
+    run.end(0)
+    other = "--config.optimizer.momentum=0.8"
+    Run(path, other).end(2, says="optimizer.momentum: 0.9 -> 0.8", silent=True)
+    recorded = json.loads(history.read_text().splitlines()[-1])
+    for name in ("code", "data", "jax"):
+        versions = recorded["versions"] | {name: "other"}
+        history.write_text(json.dumps(recorded | {"versions": versions}) + "\n")
+        Run(path).end(2, says=f'versions.{name}: "other" -> ', silent=True)
+    finish(path, "--resume=force")
+    changes = json.loads(history.read_text().splitlines()[-1])["changes"]
+    require(any("versions.jax" in change for change in changes), "it is not recorded", True)
+    return 4
+
+
+DISK = os.getuid() == 0  # whether one can be mounted
+FAULTS = {  # name: (cases, what happens in one, and its other arguments)
+    "kill -9 at a random instant": (6, killed, "any"),
+    "kill -9 within a save": (2, killed, "save"),
+    "kill -9 within an evaluation": (2, killed, "evaluation"),
+    "kill -9 of one of two processes": (2, killed, "any", 2),
+    "SIGTERM": (5, stopped, signal.SIGTERM, 0),
+    "SIGINT": (5, stopped, signal.SIGINT, 130),
+    "SIGTERM to one of two processes": (3, stopped, signal.SIGTERM, 0, 0),
+    "a flipped bit in the newest checkpoint": (4, restored, flip, 50),
+    "the same, and the run goes on": (4, damaged, flip),
+    "a truncated, empty or missing file in it": (2, restored, cut, 25),
+    "that, and the run goes on": (2, damaged, cut),
+    "a flipped bit in a prepared data set": (4, prepared),
+    "a full disk, then room": (4, on_own_disk, full) if DISK else None,
+    "a disk full to the end": (2, on_own_disk, full, True) if DISK else None,
+    "a read-only disk, then writable": (2, on_own_disk, read_only) if DISK else None,
+    "a quota, then lifted": (3, refused, quota),
+    "a slow disk (1.5 s for each save)": (2, slow),
+    "a batch of NaN": (4, not_finite),
+    "ten batches of NaN in a row": (2, never_finite),
+    "two runs in one directory": (2, two_runs),
+    "another configuration, code or data": (1, another_run),
+}
+
+
+def table(folder):
+    """What the cases in a folder have shown, as Markdown."""
+    rows = ["| fault | tries | survived | silent errors |", "|---|---|---|---|"]
+    for name in FAULTS:
+        found = [json.loads(file.read_text()) for file in folder.glob(f"{name} [0-9]*.json")]
+        counts = [str(sum(one[key] for one in found)) for key in ("tries", "survived", "silent")]
+        rows.append(f"| {name} | {' | '.join(counts if found else ('not run', '', ''))} |")
+    return "\n".join(rows)
+
+
+def case(name, file, path):
+    """Does one case and leaves its JSON."""
+    result, begin = {"tries": 1, "survived": 0, "silent": 0, "problem": ""}, time.monotonic()
+    try:
+        tries = FAULTS[name][1](path, random.Random(file.name), *FAULTS[name][2:])
+        result |= {"tries": tries, "survived": tries}
+    except Failed as failure:
+        result |= {"problem": failure.args[0], "silent": int(failure.args[1])}
+    result["seconds"] = round(time.monotonic() - begin, 1)
+    file.write_text(json.dumps(result))
+    print(f"{file.stem}: {result}", flush=True)
+
+
+def main():
+    """Does the cases that are missing; returns 1 if a fault was not survived."""
+    global FOLDER
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", type=pathlib.Path, required=True, help="for runs and results")
+    parser.add_argument("--only", default="", help="a part of the names of the faults to do")
+    arguments = parser.parse_args()
+    FOLDER = arguments.folder.expanduser().resolve()
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(FOLDER / "compiled")
+    import tensorboardX.record_writer  # noqa: F401
+    import tensorflow_datasets  # noqa: F401
+
+    from densejax import main  # noqa: F401
+
+    wanted = {name: fault for name, fault in FAULTS.items() if arguments.only in name}
+    for name in (name for name, fault in wanted.items() if fault is None):
+        print(f"skipped, it needs root: {name}", flush=True)
+    cases = [(n, name) for name, fault in wanted.items() for n in range(fault[0] if fault else 0)]
+    for number, name in sorted(cases, key=lambda case: case[0]):
+        file = FOLDER / f"{name} {number}.json"
+        if not file.exists():
+            path = FOLDER / "runs" / name.replace(" ", "_") / "run"
+            shutil.rmtree(path.parent, ignore_errors=True)
+            process = FORK.Process(target=case, args=(name, file, path))
+            process.start()
+            process.join()
+    print(table(FOLDER))
+    results = [json.loads(file.read_text()) for file in FOLDER.glob("*.json")]
+    return int(len(results) < len(cases) or any(result["problem"] for result in results))
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT)]
+    sys.exit(main())

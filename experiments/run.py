@@ -1,0 +1,401 @@
+"""Runs a sweep: python experiments/run.py --sweep=growth_rate --config=CARD --root=DIR.
+
+Any number of processes, on any machines that share DIR, work on it without a server. Each claims a
+run by a lock in its directory, ROOT/SWEEP/RUN, and trains it in a process of its own, so that its
+memory is freed and its failure is its own. What is finished is skipped; what a dead process left is
+taken over and resumed. --config.section.key=value holds for every run. `taskset -c 0 python ...`
+and `taskset -c 1 python ...` beside it give each of two workers a core.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import fnmatch
+import functools
+import json
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+from sweeps import SWEEPS, Run, image_shape, runs
+
+from densejax import command_line, experiment, formats, lock, parallel, workdir
+from densejax.analysis import counts
+from densejax.config import UserError
+from densejax.step import train_step
+
+SWEEP = flags.DEFINE_enum("sweep", None, list(SWEEPS), "What is varied.", required=True)
+ROOT = flags.DEFINE_string("root", None, "Where results are: ROOT/SWEEP/RUN.", required=True)
+SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each point, from the card's seed.", lower_bound=1)
+ONLY = flags.DEFINE_list("only", "*", "Names of runs, or patterns: 'k12_*,k16_seed0'.")
+LEARNING_RATES = flags.DEFINE_string(
+    "learning_rates", None, "ROOT/learning_rate: each kind's peak is the best of that sweep."
+)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs and the hours they would take.")
+LATENCY = flags.DEFINE_bool("latency", False, "Time classification; let nothing else run beside.")
+LIST = flags.DEFINE_enum("list", None, ["shell", "slurm"], "Print commands, or an array script.")
+POLL = 2.0  # seconds between two looks at runs that others have claimed, and at the table
+SLURM = """#!/usr/bin/env bash
+# One run for each task: sbatch THIS_FILE; again after a time limit, finished runs are skipped.
+#SBATCH --job-name={sweep}
+#SBATCH --array=0-{last}
+#SBATCH --ntasks=1
+#SBATCH --signal=TERM@120
+#SBATCH --open-mode=append
+runs=({names})
+exec {command} --only="${{runs[$SLURM_ARRAY_TASK_ID]}}"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One run of the sweep and its directory.
+
+    Attributes:
+      run: from the sweep.
+      path: ROOT/SWEEP/RUN.
+      arguments: what `densejax.main` is called with, but for --workdir.
+    """
+
+    run: Run
+    path: epath.Path
+    arguments: tuple[str, ...]
+
+    @property
+    def sweep(self) -> str:
+        """The name of the sweep."""
+        return self.path.parent.name
+
+    @property
+    def point(self) -> str:
+        """The name of the run without its seed."""
+        return self.run.name.rpartition("_seed")[0]
+
+    @property
+    def command(self) -> list[str]:
+        """What trains, or resumes, the run."""
+        return [sys.executable, "-m", "densejax.main", *self.arguments, f"--workdir={self.path}"]
+
+    @functools.cached_property
+    def config(self) -> ConfigDict:
+        """The whole configuration, read as the command reads it."""
+        values, arguments = flags.FlagValues(), ["run", *self.arguments]
+        holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+        values(arguments)
+        return holder.value
+
+    def result(self) -> dict[str, Any] | None:
+        """The summary of the finished run; None where it is not finished, or is another's."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            summary = json.loads((self.path / "summary.json").read_text())
+            return summary if workdir.same_run(summary["config"], self.config) else None
+
+    def accuracy(self) -> float:
+        """The accuracy of the finished run on the images that the card asks for."""
+        return self.result()[f"{self.config.evaluate.final_split}_accuracy"]
+
+    def state(self) -> str:
+        """What a table says of it: its result, how far it is, or that nobody works on it."""
+        if self.result():
+            return formats.percent(self.accuracy())
+        try:
+            lock.require_free(self.path / "claim")
+            return "waiting"
+        except lock.LockError:
+            lines = []
+            with contextlib.suppress(FileNotFoundError):
+                lines = (self.path / "metrics.jsonl").read_text().splitlines()
+            done = json.loads(lines[-1])["epoch"] / self.config.train.epochs if lines else 0.0
+            return f"running, {done:.0%}"
+
+
+def works() -> list[Work]:
+    """The runs that the flags ask for, in the order in which they are tried."""
+    if "://" in ROOT.value:
+        raise UserError(f"--root={ROOT.value}: give a folder, of a disk that all workers share")
+    given = sys.argv[1:]
+    card = flags.FLAGS["config"].config_filename
+    overrides = [word for word in given if word.lstrip("-").startswith("config.")]
+    rates = best_rates(epath.Path(LEARNING_RATES.value)) if LEARNING_RATES.value else None
+    found = []
+    for run in runs(SWEEP.value, command_line.CONFIG.value, SEEDS.value):
+        if not any(fnmatch.fnmatchcase(run.name, pattern) for pattern in ONLY.value):
+            continue
+        own = dict(run.overrides)
+        if rates is not None:
+            kind = run.axes.get("kind", "dense")
+            if kind not in rates:
+                raise UserError(f"--learning_rates={LEARNING_RATES.value}: no result of {kind!r}")
+            own.setdefault("optimizer.learning_rate", rates[kind])
+        kept = [word for word in overrides if _key(word) not in own]
+        if run.model:  # what was said of the card's network does not fit another
+            kept = [word for word in kept if not _key(word).startswith("model.")]
+        model = f"{',' if ':' in card else ':'}model={run.model}" if run.model else ""
+        arguments = [f"--config={card}{model}", *kept]
+        arguments += [f"--config.{key}={value}" for key, value in own.items()]
+        path = epath.Path(ROOT.value) / SWEEP.value / run.name
+        found.append(Work(run, path, tuple(arguments)))
+    if not found:
+        raise UserError(f"--only={','.join(ONLY.value)}: no run of {SWEEP.value} has such a name")
+    return found
+
+
+def _key(word: str) -> str:
+    return word.lstrip("-").removeprefix("config.").partition("=")[0]
+
+
+def best_rates(path: epath.Path) -> dict[str, float]:
+    """Of each kind of network the rate with the best mean over seeds on held-out images."""
+    found = collections.defaultdict(list)
+    for file in sorted(path.glob("*/summary.json")):
+        axes = json.loads((file.parent / "sweep.json").read_text())["axes"]
+        accuracy = json.loads(file.read_text()).get("validation_accuracy")
+        if accuracy is None:
+            raise UserError(f"--learning_rates={path}: {file} was not measured on held-out images")
+        found[axes["kind"], axes["learning_rate"]].append(accuracy)
+    means = sorted((statistics.mean(values), point) for point, values in found.items())
+    return {kind: rate for _, (kind, rate) in means}  # the best of a kind comes last
+
+
+class Worker:
+    """Takes one run after the other until none is left that nobody works on."""
+
+    def __init__(self, all_works: list[Work]):
+        """Nothing is claimed yet."""
+        self.works, self.failed, self.child, self.stopped = all_works, {}, None, None
+        self.said = {}
+
+    def stop(self, number, frame) -> None:
+        """Hands a signal on: the run saves its step and ends, then the worker does."""
+        self.stopped = signal.Signals(number)
+        if self.child:
+            self.child.send_signal(number)
+
+    def work(self) -> int:
+        """Returns the exit code: 1 where a run failed."""
+        while not self.stopped and (left := self.left()):
+            if not any(self.attempt(work) for work in left):
+                self.show()
+                time.sleep(POLL)
+        self.show()
+        print(table_of_results(self.works))
+        self.failed = {
+            w.run.name: self.failed[w.run.name] for w in self.works if self.has_failed(w)
+        }
+        for name, reason in self.failed.items():
+            print(f"failed: {name}: {reason}", file=sys.stderr)
+        if self.stopped:
+            return 128 + signal.SIGINT if self.stopped is signal.SIGINT else 0
+        return int(bool(self.failed))
+
+    def left(self) -> list[Work]:
+        """What is neither finished nor has failed here; others may be working on it."""
+        return [w for w in self.works if w.run.name not in self.failed and not w.result()]
+
+    def has_failed(self, work: Work) -> bool:
+        """Whether a run failed here and nobody has finished it since."""
+        return work.run.name in self.failed and not work.result()
+
+    def attempt(self, work: Work) -> bool:
+        """Trains a run unless somebody else does; whether it did."""
+        if self.stopped:
+            return True
+        claim = work.path / "claim"
+        claim.mkdir(parents=True, exist_ok=True)
+        try:
+            with lock.hold(claim):
+                lock.require_free(work.path)  # whoever held the claim may be dead and its run alive
+                if not work.result():
+                    self.train(work)
+                return True
+        except lock.LockError:
+            return False
+
+    def train(self, work: Work) -> None:
+        """Trains, or resumes, a claimed run in a process of its own; notes what went wrong."""
+        facts = {"sweep": work.sweep, "run": work.run.name, "axes": work.run.axes}
+        facts |= {"seed": work.run.axes["seed"], "mismatch": work.run.mismatch}
+        facts["command"] = shlex.join(work.command)
+        workdir.write_json(work.path / "sweep.json", facts)
+        output = work.path / "output.txt"
+        with open(output, "a") as file:
+            # A session of its own: Ctrl-C reaches it through this process alone, once.
+            self.child = subprocess.Popen(
+                work.command, stdout=file, stderr=file, start_new_session=True
+            )
+            if self.stopped:  # before there was a child
+                self.child.send_signal(self.stopped)
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = self.child.wait(POLL)
+                    break
+                self.show()
+        self.child = None
+        if not work.result() and not self.stopped:
+            last = output.read_text().splitlines()[-1:] or ["it said nothing"]
+            self.failed[work.run.name] = f"exit code {code}, {last[0]} ({output})"
+
+    def show(self) -> None:
+        """The table of all runs on a terminal, elsewhere a line for each that has changed."""
+        states = {w.run.name: w.state() for w in self.works}
+        states |= dict.fromkeys(self.failed, "failed")
+        done = sum(w.result() is not None for w in self.works)
+        title = f"{self.works[0].sweep}: {done} of {len(states)} runs are finished"
+        if sys.stdout.isatty():
+            print(f"\x1b[H\x1b[J{formats.table(list(states.items()))}\n{title}", flush=True)
+            return
+        for name, state in states.items():
+            word = state.partition(",")[0]
+            if self.said.get(name, "waiting") != word:
+                print(f"{title}; {name}: {word}", flush=True)
+            self.said[name] = word
+
+
+def table_of_results(all_works: list[Work]) -> str:
+    """Each point of the sweep with its finished seeds: their number, mean and deviation."""
+    points = collections.defaultdict(list)
+    for work in all_works:
+        if work.result():
+            points[work.point].append(work.accuracy())
+    rows = [("run", "seeds", "accuracy", "deviation")]
+    for name, values in points.items():
+        spread = formats.percent(statistics.stdev(values)) if len(values) > 1 else "-"
+        mean = formats.percent(statistics.mean(values))
+        rows.append((name, str(len(values)), mean, spread))
+    return formats.table(rows, right=3)
+
+
+def dry_run(all_works: list[Work]) -> None:
+    """Prints every run with its counts, how far equal ones differ, and the hours that are left.
+
+    Seconds come from a few steps on this machine's devices, once for each network that is left.
+    """
+    parallel.start()  # what it compiles is kept for the runs
+    measured, rows, total = {}, [], 0.0
+    for work in all_works:
+        config, result = work.config, work.result()
+        steps, hours = experiment.describe(config)[3], "finished"
+        parts = (config.model, config.augmentation, config.train.batch_size, config.train.dtype)
+        network = "\n".join(map(str, parts))
+        if result:
+            found = result["parameters"], result["multiply_adds"]
+        else:
+            if network not in measured:
+                print(f"measuring a step of {work.run.name}", file=sys.stderr, flush=True)
+                measured[network] = step_seconds(config)
+            *found, start, step = measured[network]
+            total += (seconds := start + steps * step)
+            hours = f"{seconds / 3600:.3f}"
+        equal = "" if work.run.mismatch is None else f"{work.run.mismatch:+.2%}"
+        row = (work.run.name, formats.count(found[0]), formats.si(found[1]), equal)
+        rows.append((*row, formats.count(steps), hours))
+    head = ("run", "parameters", "multiply-adds", "mismatch", "steps", "hours")
+    print(formats.table([head, *rows], right=5))
+    print(f"{total / 3600:.2f} hours by one worker on {jax.devices()[0].device_kind}")
+
+
+def step_seconds(config: ConfigDict) -> tuple[int, int, float, float]:
+    """(parameters, multiply-adds, seconds until a first step, seconds of a step), measured."""
+    begin = time.perf_counter()
+    built = experiment.build(config)
+    found = counts.of_network(built.task.model, image_shape(config, built.task.image_shape))
+    step, state, number = built.map(train_step, donate=True), built.start(), 0
+    with contextlib.closing(built.data):
+        state, _ = jax.block_until_ready(step(state, built.data.train.batch(0)))
+        start = time.perf_counter()
+        while time.perf_counter() - start < 3.0:
+            number += 1
+            state, _ = jax.block_until_ready(step(state, built.data.train.batch(number)))
+    return *found, start - begin, (time.perf_counter() - start) / number
+
+
+def latency(all_works: list[Work]) -> None:
+    """Writes ROOT/SWEEP/latency.json: seconds of classifying 1 and 64 images, by point.
+
+    Medians of ten rounds in which all networks take turns: what slows the machine slows them all.
+    """
+    programs, random = {}, np.random.default_rng(0)
+
+    def weights(leaf):  # of a plausible size; a norm's are ones
+        drawn = random.normal(0, 0.05, leaf.shape) if leaf.ndim > 1 else np.ones(leaf.shape)
+        return jnp.asarray(drawn, leaf.dtype)
+
+    for point, work in {work.point: work for work in all_works}.items():
+        info, model, *_ = experiment.describe(work.config)
+        images = jnp.ones(
+            (64, *image_shape(work.config, info.image_shape)), work.config.train.dtype
+        )
+        variables = jax.eval_shape(model.init, jax.random.key(0), images[:1])
+        variables = jax.tree.map(weights, variables)
+        program = jax.jit(lambda variables, images, model=model: model.apply(variables, images)[0])
+        for size in (1, 64):
+            compiled = program.lower(variables, images[:size]).compile()
+            programs[point, size] = compiled, variables, images[:size]
+    seconds = collections.defaultdict(list)
+    for _ in range(11):
+        for key, (program, *arguments) in programs.items():
+            start = time.perf_counter()
+            for _ in range(10):
+                jax.block_until_ready(program(*arguments))
+            seconds[key].append((time.perf_counter() - start) / 10)
+    found = {"device": jax.devices()[0].device_kind, "seconds": collections.defaultdict(dict)}
+    for (point, batch_size), values in seconds.items():
+        found["seconds"][point][batch_size] = statistics.median(values[1:])
+    folder = all_works[0].path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    workdir.write_json(folder / "latency.json", found)
+    rows = [
+        (point, *(f"{1000 * value:.3f}" for value in values.values()))
+        for point, values in found["seconds"].items()
+    ]
+    print(formats.table([("run", "ms for 1 image", "ms for 64"), *rows], right=2))
+
+
+def commands(all_works: list[Work], form: str) -> str:
+    """The runs that are left as shell lines, or as a SLURM array script."""
+    words = [word for word in sys.argv if not word.lstrip("-").startswith(("list=", "only="))]
+    command = shlex.join([sys.executable, *words])
+    names = [work.run.name for work in all_works if not work.result()]
+    if not names:
+        raise UserError(f"--list={form}: every run is finished")
+    if form == "shell":
+        return "".join(f"{command} --only={name}\n" for name in names)
+    return SLURM.format(
+        sweep=all_works[0].sweep, last=len(names) - 1, names=shlex.join(names), command=command
+    )
+
+
+def main() -> int:
+    """Does what the flags say; returns the exit code."""
+    if not (
+        DRY_RUN.value or LATENCY.value
+    ):  # this process only counts and waits: the devices are its children's
+        jax.config.update("jax_platforms", "cpu")
+    all_works = works()
+    if LIST.value:
+        print(commands(all_works, LIST.value), end="")
+        return 0
+    if DRY_RUN.value:
+        dry_run(all_works)
+        return 0
+    if LATENCY.value:
+        latency(all_works)
+        return 0
+    worker = Worker(all_works)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, worker.stop)
+    return worker.work()
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,364 @@
+"""Sweeps as data: each makes of a card's DenseNet the runs that answer one question.
+
+A run is a name, its place on the sweep's axes and the overrides of the card that make it. The
+card's own network is the dense one of every comparison; what must be equal to it is found by a
+search over widths with `densejax.analysis.counts`, at the same number of convolutions: two basic
+3x3 in a residual block for the 1x1 and the 3x3 of a bottleneck layer. `seed` is an axis of all.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from densejax import data, experiment, models
+from densejax.analysis import counts
+from densejax.config import UserError
+
+TOLERANCE = 0.02  # share by which what is called equal may differ
+KINDS = ("plain", "residual", "dense", "one_shot")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training of a sweep.
+
+    Attributes:
+      name: unique in the sweep; of its directory.
+      axes: what the sweep varies, by name.
+      overrides: of the card, by dotted key.
+      model: what the card takes as its argument `model`; "": its own network.
+      mismatch: share by which what should be equal differs from the card's network; None: nothing
+        should be.
+    """
+
+    name: str
+    axes: dict[str, Any]
+    overrides: dict[str, Any]
+    model: str = ""
+    mismatch: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A named network, "" for the card's, and the fields that are changed in it."""
+
+    model: str
+    fields: dict[str, Any]
+
+    def run(self, name: str, axes: dict[str, Any], mismatch: float | None = None, **more) -> Run:
+        """The run of this network; `more` overrides by dotted key, `__` for the dot."""
+        overrides = {f"model.{field}": value for field, value in self.fields.items()}
+        overrides |= {key.replace("__", "."): value for key, value in more.items()}
+        return Run(name, axes, overrides, self.model, mismatch)
+
+
+def image_shape(config: ConfigDict, stored: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(height, width, channels) that a card's network reads of images that are `stored` so."""
+    size = config.data.image_size
+    return (size, size, stored[-1]) if size else stored
+
+
+class Base:
+    """A card's configuration, and what the sweeps ask of its DenseNet.
+
+    Raises:
+      UserError: a configuration that is wrong, or of another network than a DenseNet.
+    """
+
+    def __init__(self, config: ConfigDict):
+        """Reads the facts of the data set, but none of its images."""
+        info, model, _, self.steps = experiment.describe(config)
+        if config.model.family != "densenet":
+            raise UserError(
+                f"model.family = {config.model.family!r}: a sweep starts from a DenseNet"
+            )
+        self.config, self.num_classes = config, info.num_classes
+        self.image_shape = image_shape(config, info.image_shape)
+        self.train_images = data.train_size(config, info)
+        self.layers, self.growth_rates = model.block_depths(), model.growth_rates()
+        # Convolutions of each block: what all kinds of networks have the same number of.
+        self.convolutions = tuple(n * (2 if model.bottleneck else 1) for n in self.layers)
+        self.blocks = tuple(math.ceil(n / 2) for n in self.convolutions)
+        self.counts = functools.cache(self._counts)
+        self.equal = functools.cache(self._equal)
+
+    def dense(
+        self, layers: Sequence[int] = (), growth_rates: Sequence[int] = (), **fields
+    ) -> Network:
+        """The card's network with other layers or growth rates of its blocks, or other fields."""
+        if layers and tuple(layers) != self.layers:
+            fields |= {"depth": None} if self.config.model.depth is not None else {}
+            fields["blocks"] = tuple(layers)
+        if growth_rates and tuple(growth_rates) != self.growth_rates:
+            one = len(set(growth_rates)) == 1
+            fields["growth_rate"] = growth_rates[0] if one else tuple(growth_rates)
+        return Network("", fields)
+
+    def network(self, kind: str, widths: Sequence[int], blocks: Sequence[int]) -> Network:
+        """A network of a kind, of so many residual blocks or bottleneck layers, and its widths."""
+        blocks = tuple(blocks)
+        if kind == "dense":
+            bottleneck = self.config.model.bottleneck
+            return self.dense(blocks if bottleneck else tuple(2 * n for n in blocks), widths)
+        if kind == "one_shot":  # without bottlenecks, as its paper has it: twice the layers
+            layers = tuple(2 * n for n in blocks)
+            return self.dense(layers, widths, join="one_shot", bottleneck=False)
+        if kind == "vovnet":
+            first, second, third = widths
+            return Network(
+                "vovnet39",
+                {
+                    "modules": (1, 1, 1),
+                    "widths": (first, second, third),
+                    "output_widths": (2 * first, 3 * second, 4 * third),
+                    "stem_widths": (math.ceil(first / 2), math.ceil(first / 2), first),
+                },
+            )
+        fields = {"blocks": blocks, "widths": tuple(widths)}
+        if self.config.model.stem != "cifar":
+            fields["stem"] = self.config.model.stem
+        return Network({"plain": "plain20_cifar", "residual": "resnet20_cifar"}[kind], fields)
+
+    def of(self, network: Network) -> dict[str, int]:
+        """Parameters and multiply-adds of a network on the card's images."""
+        return self.counts(network.model, tuple(sorted(network.fields.items())))
+
+    def _counts(self, model, fields):
+        if model:
+            section = models.fields(model, **dict(fields))
+        else:
+            section = _changed(self.config, Network(model, dict(fields))).model
+        found = counts.of_network(models.create(section, self.num_classes), self.image_shape)
+        return dict(zip(("parameters", "multiply_adds"), found, strict=True))
+
+    def _equal(
+        self, kind: str, what: str = "parameters", blocks: tuple[int, ...] | None = None
+    ) -> tuple[Network, float]:
+        """The network of a kind whose count comes near the card's, and by which share it differs.
+
+        Args:
+          kind: "vovnet" or one of KINDS.
+          what: "parameters" or "multiply_adds".
+          blocks: as `network` takes them; None: those of the card.
+
+        Raises:
+          UserError: no widths come within `TOLERANCE`.
+        """
+        ratios = {"dense": self.growth_rates, "one_shot": self.growth_rates, "vovnet": (4, 5, 6)}
+        doubling = tuple(2**stage for stage in range(len(self.blocks)))  # as He et al. have it
+        blocks = blocks or self.blocks
+        return self.search(
+            lambda widths: self.network(kind, widths, blocks), ratios.get(kind, doubling), what
+        )
+
+    def search(
+        self, make: Callable[[tuple[int, ...]], Network], ratios: Sequence[int], what: str
+    ) -> tuple[Network, float]:
+        """As `equal`, of what `make` builds from widths: whole numbers of about these ratios.
+
+        All grow together until the count is met; then each may change by one.
+        """
+        target = self.of(Network("", {}))[what]
+
+        def mismatch(widths):
+            return self.of(make(widths))[what] / target - 1
+
+        def scaled(by):
+            return tuple(max(1, round(by * ratio)) for ratio in ratios)
+
+        scale, seen = sum(self.growth_rates) / sum(ratios), set()
+        while (widths := scaled(scale)) not in seen:
+            seen.add(widths)
+            if abs(mismatch(widths)) < TOLERANCE / 2:
+                return make(widths), mismatch(widths)
+            scale /= math.sqrt(1 + mismatch(widths))  # it grows about as the square of the widths
+
+        def moved(step):
+            return tuple(max(1, width + by) for width, by in zip(widths, step, strict=True))
+
+        units = [tuple(int(i == j) for j in range(len(ratios))) for i in range(len(ratios))]
+        slopes = [mismatch(moved(unit)) - mismatch(widths) for unit in units]
+
+        def promise(step):  # few changes that should do, then those that come nearest
+            left = abs(mismatch(widths) + sum(map(operator.mul, slopes, step)))
+            return (0, sum(map(abs, step))) if left < TOLERANCE / 4 else (1, left)
+
+        steps = sorted(itertools.product(range(-2, 3), repeat=len(ratios)), key=promise)[:8]
+        near = [moved(step) for step in steps]
+        good = (widths for widths in near if abs(mismatch(widths)) < TOLERANCE / 2)
+        best = next(good, None) or min(near, key=lambda widths: abs(mismatch(widths)))
+        if abs(mismatch(best)) > TOLERANCE:
+            raise UserError(
+                f"{make(best)}: no widths near these come within {TOLERANCE:.0%} of the card's "
+                f"{target} {what}; take a larger network"
+            )
+        return make(best), mismatch(best)
+
+
+def growth_rate(base: Base) -> Iterator[Run]:
+    """Feature maps that a layer adds: k of the paper, section 3; all else as in the card."""
+    for k in (1, 4, 8, 12, 16, 24, 32):
+        yield base.dense(growth_rate=k).run(f"k{k}", {"growth_rate": k})
+
+
+def depth_width(base: Base) -> Iterator[Run]:
+    """Deep and narrow, or shallow and wide, at equal parameters; a ResNet and a VoVNet beside."""
+    factors = (1 / 3, 2 / 3, 1, 2, 4)
+    depths = [tuple(max(1, round(factor * n)) for n in base.blocks) for factor in factors]
+    for blocks in dict.fromkeys(depths):  # few layers: two factors may mean the same
+        network, mismatch = base.equal("dense", blocks=blocks)
+        axes = {"kind": "dense", "layers": sum(blocks)}
+        yield network.run(f"dense_layers{sum(blocks)}", axes, mismatch)
+    for kind in ("residual", "vovnet"):
+        network, mismatch = base.equal(kind)
+        layers = sum(base.blocks) if kind == "residual" else 15
+        yield network.run(kind, {"kind": kind, "layers": layers}, mismatch)
+
+
+def degradation(base: Base) -> Iterator[Run]:
+    """Depth 20, 32 and 56 (He et al. 2015, section 4.2): is the *training* error worse if deeper?
+
+    n = 3, 5 and 9 residual blocks, or bottleneck layers, in each block of the network: 6n + 2
+    layers with weights, 6n + 4 of a DenseNet. Widths stay those at which the shallowest networks
+    have the parameters of the shallowest DenseNet, of the card's growth rate.
+    """
+    stages = len(base.blocks)
+    shallow = Base(_changed(base.config, base.network("dense", base.growth_rates, (3,) * stages)))
+    widths = shallow.equal("residual")[0].fields["widths"]
+    for n, kind in itertools.product((3, 5, 9), KINDS[:3]):
+        network = base.network(
+            kind, base.growth_rates if kind == "dense" else widths, (n,) * stages
+        )
+        depth = 2 * stages * n + 2
+        yield network.run(f"{kind}{depth}", {"kind": kind, "depth": depth})
+
+
+def connectivity(base: Base) -> Iterator[Run]:
+    """How layers are joined, at equal parameters and at equal multiply-adds."""
+    yield base.dense().run("dense", {"kind": "dense", "equal": "both"}, 0.0)
+    for what, kind in itertools.product(("parameters", "multiply_adds"), KINDS):
+        if kind != "dense":
+            network, mismatch = base.equal(kind, what)
+            yield network.run(f"{kind}_equal_{what}", {"kind": kind, "equal": what}, mismatch)
+
+
+def variants(base: Base) -> Iterator[Run]:
+    """DenseNet, -B, -C and -BC of one growth rate and one number of convolutions."""
+    for variant, fields in models.VARIANTS.items():
+        layers = base.blocks if fields["bottleneck"] else base.convolutions
+        yield base.dense(layers, **fields).run(variant, {"variant": variant})
+
+
+def growth_schedule(base: Base) -> Iterator[Run]:
+    """One growth rate for all blocks, or twice the rate in each block, at equal parameters."""
+    for name, factor in (("constant", 1), ("doubling", 2)):
+        ratios = tuple(factor**block for block in range(len(base.layers)))
+        network, mismatch = base.search(lambda k: base.dense((), k), ratios, "parameters")
+        yield network.run(name, {"schedule": name}, mismatch)
+
+
+def train_size(base: Base) -> Iterator[Run]:
+    """Few images, with and without augmentation, at equal parameters: who over-fits?
+
+    All take about as many steps as the card asks for, so few images are seen more often: epochs,
+    and the cadences that count in epochs, grow as the set shrinks.
+    """
+    config, batch_size = base.config, base.config.train.batch_size
+    sizes = [size for size in (500, 2000, 8000) if size < base.train_images]
+    for size, kind, augmented in itertools.product((*sizes, 0), KINDS[:3], (True, False)):
+        network, mismatch = base.equal(kind)
+        changes = {} if augmented else {"augmentation__shift": 0, "augmentation__flip": False}
+        if size:
+            per_epoch = size // batch_size
+            epochs = round(base.steps / per_epoch)
+            factor = epochs / config.train.epochs
+            changes |= {"data__train_size": size, "train__epochs": epochs}
+            for section, key in (("checkpoint", "every_epochs"), ("evaluate", "every_epochs")):
+                if every := config[section][key]:
+                    changes[f"{section}__{key}"] = max(1, round(factor * every))
+            if warmup := config.optimizer.warmup_epochs:
+                changes["optimizer__warmup_epochs"] = round(factor * warmup, 3)
+        images = size or base.train_images
+        name = f"{kind}_n{size or 'all'}_{'augmented' if augmented else 'plain_images'}"
+        axes = {"kind": kind, "train_size": images, "augmented": augmented}
+        yield network.run(name, axes, mismatch, **changes)
+
+
+def compression(base: Base) -> Iterator[Run]:
+    """Share of the channels that a transition keeps: theta of the paper, section 3."""
+    for theta in (0.25, 0.5, 0.75, 1.0):
+        yield base.dense(compression=theta).run(f"theta{theta}", {"compression": theta})
+
+
+def dropout(base: Base) -> Iterator[Run]:
+    """Dropout after every convolution, with and without augmentation (paper: 0.2 without)."""
+    for rate, augmented in itertools.product((0.0, 0.1, 0.2), (True, False)):
+        changes = {} if augmented else {"augmentation__shift": 0, "augmentation__flip": False}
+        name = f"dropout{rate}_{'augmented' if augmented else 'plain_images'}"
+        axes = {"dropout_rate": rate, "augmented": augmented}
+        yield base.dense(dropout_rate=rate).run(name, axes, **changes)
+
+
+def learning_rate(base: Base) -> Iterator[Run]:
+    """The peak for each kind of network at equal parameters, measured on held-out images.
+
+    A twelfth of an epoch's images is held out where the card holds out none; test images are not
+    read.
+    """
+    config, peak = base.config, base.config.optimizer.learning_rate
+    changes = {"evaluate__split": "validation", "evaluate__final_split": "validation"}
+    if not config.data.validation_size:
+        epoch = base.steps // config.train.epochs * config.train.batch_size
+        changes["data__validation_size"] = epoch // 12
+    for kind, factor in itertools.product(KINDS, (0.25, 0.5, 1, 2)):
+        network, mismatch = base.equal(kind)
+        rate = peak * factor
+        yield network.run(
+            f"{kind}_rate{rate:g}",
+            {"kind": kind, "learning_rate": rate},
+            mismatch,
+            optimizer__learning_rate=rate,
+            **changes,
+        )
+
+
+SWEEPS = {
+    sweep.__name__: sweep
+    for sweep in (
+        *(growth_rate, depth_width, degradation, connectivity, variants, growth_schedule),
+        *(train_size, compression, dropout, learning_rate),
+    )
+}
+
+
+def runs(sweep: str, config: ConfigDict, seeds: int = 3) -> list[Run]:
+    """All runs of a sweep of a card: first the first seed of every one.
+
+    Raises:
+      UserError: a card that the sweep cannot start from.
+    """
+    points = list(SWEEPS[sweep](Base(config)))
+    return [
+        dataclasses.replace(
+            run,
+            name=f"{run.name}_seed{seed}",
+            axes=run.axes | {"seed": seed},
+            overrides=run.overrides | {"seed": seed},
+        )
+        for seed in range(config.seed, config.seed + seeds)
+        for run in points
+    ]
+
+
+def _changed(config: ConfigDict, network: Network) -> ConfigDict:
+    """A card's configuration with fields of its own network changed."""
+    changed = config.copy_and_resolve_references()
+    with changed.model.unlocked(), changed.model.ignore_type():
+        changed.model.update(network.fields)
+    return changed

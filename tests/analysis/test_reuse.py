@@ -1,0 +1,139 @@
+"""Heat maps of kernels made by hand, whose mean |weight| is known for every source."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib.patches import Rectangle
+
+from densejax import models
+from densejax.analysis import plots, reuse
+from densejax.config import UserError
+from tests.test_command_line import command, one_line  # noqa: F401
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+VARIANT = {"depth": None, "blocks": (2, 3), "growth_rate": 4}
+VOVNET = {
+    "modules": (1, 2),
+    "widths": (3, 4),
+    "output_widths": (5, 6),
+    "module_depth": 2,
+    "stem_widths": (2, 2, 7),
+}
+# Feature maps of each source, worked out by hand.
+BC = {"block1": (8, 4, 4), "block2": (8, 4, 4, 4)}  # stem 2k, half of 16 after the transition
+PLAIN = {"block1": (16, 4, 4), "block2": (24, 4, 4, 4)}  # stem 16, no compression
+MODULES = {"stage1_module1": (7, 3, 3), "stage2_module1": (5, 4, 4), "stage2_module2": (6, 4, 4)}
+
+
+def network(name, **fields):
+    """A network and parameters of ones."""
+    model = models.create(models.fields(name, **fields), 10)
+    draw = functools.partial(model.init, jax.random.key(0))
+    shapes = jax.eval_shape(draw, jnp.zeros((1, 32, 32, 3)))["params"]
+    return model, jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
+
+
+def known_kernels(params, widths):
+    """Makes the mean |weight| s + 1 for source s in every kernel that reads several sources."""
+    for block, sizes in widths.items():
+        by_channel = np.repeat(np.arange(len(sizes)) + 1.0, sizes)
+        ends = set(np.cumsum(sizes))
+        readers = [params[block], params.get(block.replace("block", "transition"), {})]
+        readers += [params["head"]] if block == list(widths)[-1] else []
+        for path, leaf in jax.tree_util.tree_leaves_with_path(readers):
+            if path[-1].key == "kernel" and leaf.shape[-2] in ends:
+                signs = (-1.0) ** np.arange(leaf.shape[-1])
+                leaf[...] = by_channel[: leaf.shape[-2], None] * signs
+
+
+def test_mean_weights():
+    kernel = np.zeros((3, 3, 5, 2))
+    kernel[:, :, :2] = -0.5
+    kernel[:, :, 2:, 0], kernel[:, :, 2:, 1] = 3, -1
+    np.testing.assert_allclose(reuse.mean_weights(kernel, (2, 3)), [0.5, 2])
+    found = reuse.mean_weights(kernel, (2, 3, 4))  # the third is beyond what it reads
+    np.testing.assert_array_equal(found, [0.5, 2, np.nan])
+    np.testing.assert_allclose(reuse.mean_weights(kernel[0, 0], (2, 3)), [0.5, 2])  # a classifier
+    with pytest.raises(ValueError):  # sources that do not end where the kernel's channels do
+        reuse.mean_weights(kernel, (2, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "widths"),
+    [
+        ("densenet_bc_40_12", VARIANT, BC),
+        ("densenet_40_12", VARIANT, PLAIN),
+        ("densenet_one_shot_40_20", VARIANT, PLAIN),
+        ("vovnet39", VOVNET, MODULES),
+    ],
+)
+def test_known_kernels_give_the_known_heat_map(name, fields, widths):
+    model, params = network(name, **fields)
+    known_kernels(params, widths)
+    maps = reuse.heat_maps(model, params)
+    assert [one.block for one in maps] == list(widths)
+    for one, sizes in zip(maps, widths.values(), strict=True):
+        assert one.sources == ("input", *(f"layer{n + 1}" for n in range(len(sizes) - 1)))
+        first = len(sizes) if len(one.targets) == 1 else 1  # sources of the first target
+        expected = np.repeat(np.arange(len(sizes))[:, None] + 1.0, len(one.targets), axis=1)
+        reads = np.arange(len(sizes))[:, None] < np.arange(len(one.targets)) + first
+        np.testing.assert_allclose(one.weights, np.where(reads, expected, np.nan))
+
+
+def test_targets_and_what_stands_behind_a_block():
+    def targets(*arguments, **fields):
+        return [one.targets for one in reuse.heat_maps(*network(*arguments, **fields))]
+
+    layers = [("layer1", "layer2"), ("layer1", "layer2", "layer3")]
+    ends = [("transition1",), ("classifier",)]
+    assert targets("densenet_bc_40_12", **VARIANT) == [layers[0] + ends[0], layers[1] + ends[1]]
+    assert targets("densenet_one_shot_40_20", **VARIANT) == ends
+    assert targets("vovnet39", **VOVNET) == [("aggregation",)] * 3
+    model, params = network("densenet_bc_40_12", **VARIANT)
+    maps = reuse.heat_maps(model.clone(num_classes=0), params)
+    assert maps[-1].targets == layers[-1]
+    with pytest.raises(UserError, match="ResNet: its layers read one source"):
+        reuse.heat_maps(*network("resnet20_cifar"))
+
+
+def test_the_picture_marks_the_ends_and_scales_by_column():
+    model, params = network("densenet_bc_40_12", **VARIANT)
+    known_kernels(params, BC)
+    first, second, _ = plots.heat_maps(reuse.heat_maps(model, params)).axes
+    for axes, column in ((first, 2), (second, 3)):
+        (box,) = (patch for patch in axes.patches if isinstance(patch, Rectangle))
+        assert (box.get_x(), box.get_width()) == (column - 0.5, 1)
+        assert box.get_height() == column + 1
+    shares = first.images[0].get_array()
+    np.testing.assert_allclose(shares[:, 2], [1 / 3, 2 / 3, 1])
+    np.testing.assert_allclose(shares[0], [1, 1 / 2, 1 / 3])
+    assert np.ma.getmaskarray(shares).tolist() == [
+        [False] * 3,
+        [True, False, False],
+        [True, True, False],
+    ]
+
+
+def test_command(command, tmp_path, monkeypatch):  # noqa: F811
+    model, params = network("densenet_bc_40_12", **VARIANT)
+    known_kernels(params, BC)
+    opened = []
+
+    def load(path):
+        opened.append(path)
+        return types.SimpleNamespace(model=model, variables={"params": params})
+
+    monkeypatch.setattr(reuse.classifier, "load", load)
+    say = functools.partial(command, main=reuse.main, config="unused")
+    code, output, error = say("--workdir=runs/mine", f"--output={tmp_path}")
+    assert (code, error, opened) == (0, "", ["runs/mine"])
+    assert f"{tmp_path}/reuse.png shows 2 blocks" in output
+    assert (tmp_path / "reuse.png").read_bytes().startswith(b"\x89PNG")
+    with np.load(tmp_path / "reuse.npz") as arrays:
+        assert arrays["block2/targets"].tolist() == ["layer1", "layer2", "layer3", "classifier"]
+        np.testing.assert_allclose(arrays["block2/weights"][:, -1], [1, 2, 3, 4])
+    assert one_line(say()) == "--workdir: name a run's directory, or one of weights\n"

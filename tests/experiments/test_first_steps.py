@@ -1,0 +1,28 @@
+"""The script for students runs from its top to its bottom; on a smaller network, for one epoch."""
+
+import pathlib
+import runpy
+import sys
+
+import densejax
+from densejax import models
+from tests import runs  # noqa: F401  where compiled programs are kept
+
+SCRIPT = pathlib.Path(densejax.__file__).parents[1] / "experiments" / "first_steps.py"
+
+
+def test_first_steps(tmp_path, monkeypatch, capsys):
+    fields = models.fields
+
+    def small(name, **changes):
+        return fields(name, **changes | {"blocks": (1, 1), "growth_rate": 4})
+
+    monkeypatch.setattr(models, "fields", small)
+    monkeypatch.setattr(sys, "argv", ["first_steps.py", f"--output={tmp_path}", "--epochs=1"])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    output = capsys.readouterr().out
+    # Stem 8, a layer of four and half of twelve: 6 + 4 feature maps, ten classes and their biases.
+    assert "head         10" in output and "         110  " in output
+    assert "test accuracy" in output
+    assert [line.split()[0] for line in output.splitlines()[-2:]] == ["input", "layer1"]
+    assert (tmp_path / "reuse.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,308 @@
+"""Every sweep names runs once, of configurations that build; what is called equal is."""
+
+import ast
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import densejax
+from densejax import experiment, lock, models
+from densejax.analysis import counts
+from densejax.config import UserError
+from tests import runs
+
+ROOT = pathlib.Path(densejax.__file__).parents[1]
+sys.path.insert(0, str(ROOT / "experiments"))  # where Python looks when one of them is run
+
+import run as runner  # noqa: E402
+import sweeps  # noqa: E402
+
+# How ml_collections loads a card.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+CHANGES = {"model__blocks": (1, 1, 1), "model__growth_rate": 12, "model__dropout_rate": 0.0}
+
+
+@pytest.fixture(scope="module")
+def base():
+    return sweeps.Base(runs.tiny(**CHANGES))
+
+
+@pytest.fixture
+def card(tmp_path):
+    """A card that takes another network by its argument, as those of configs/ do."""
+    path = tmp_path / "card.py"
+    path.write_text(
+        "from densejax import models\nfrom tests import runs\n\n\n"
+        "def get_config(arg=None):\n"
+        f"    config = runs.tiny(**{CHANGES!r})\n"
+        "    if arg:\n"
+        "        config.model = models.fields(arg.removeprefix('model='))\n"
+        "    return config\n"
+    )
+    return path
+
+
+def read(run, card):
+    """The configuration of a run, as its command line has it."""
+    model = f":model={run.model}" if run.model else ""
+    overrides = [f"--config.{key}={value}" for key, value in run.overrides.items()]
+    return runner.Work(run, None, (f"--config={card}{model}", *overrides)).config
+
+
+@pytest.mark.parametrize("sweep", sweeps.SWEEPS)
+def test_runs_of_a_sweep(sweep, base, card):
+    found = list(sweeps.SWEEPS[sweep](base))
+    assert len({run.name for run in found}) == len(found) > 1
+    assert len({json.dumps(run.axes) for run in found}) == len(found)
+    assert len({tuple(run.axes) for run in found}) == 1  # the columns of one table
+    for run in found:
+        experiment.describe(read(run, card))
+        assert run.mismatch is None or abs(run.mismatch) <= 0.02
+
+
+def test_what_is_called_equal_is(base, card):
+    found = {run.name: run for run in sweeps.connectivity(base)}
+    found |= {run.name: run for run in sweeps.depth_width(base) if run.name == "vovnet"}
+    counted = {
+        name: counts.of_network(experiment.describe(read(run, card))[1], (8, 8, 1))
+        for name, run in found.items()
+    }
+    for name, run in found.items():
+        which = int(name.endswith("multiply_adds"))
+        share = counted[name][which] / counted["dense"][which] - 1
+        assert abs(share) <= 0.02
+        assert share == pytest.approx(run.mismatch)
+
+
+def test_the_kinds_differ_in_how_they_are_joined(base, card):
+    networks = {
+        run.axes["kind"]: experiment.describe(read(run, card))[1]
+        for run in sweeps.connectivity(base)
+        if run.axes["equal"] != "multiply_adds"
+    }
+    joins = {kind: network.join for kind, network in networks.items()}
+    assert joins == {"plain": "none", "residual": "add", "dense": "dense", "one_shot": "one_shot"}
+    assert networks["plain"].widths == networks["residual"].widths
+    # Three layers of two convolutions each, in every kind.
+    assert networks["dense"].block_depths() == networks["plain"].blocks == (1, 1, 1)
+    assert networks["one_shot"].block_depths() == (2, 2, 2)
+
+
+def test_few_images_are_seen_as_often(base, card, monkeypatch):
+    monkeypatch.setattr(base, "steps", 100)
+    monkeypatch.setattr(base, "train_images", 1437)
+    found = {run.axes["train_size"]: read(run, card) for run in sweeps.train_size(base)}
+    assert sorted(found) == [500, 1437]
+    assert found[500].train.epochs == 100  # one batch of 256 in each
+    assert experiment.describe(found[500])[3] == 100
+    # As many steps of warm-up and between two checkpoints as the card has, whose epoch has five.
+    assert (found[500].optimizer.warmup_epochs, found[500].checkpoint.every_epochs) == (25.0, 50)
+    assert found[500].data.train_size == 500 and found[1437].data.train_size == 0
+
+
+def test_test_images_choose_no_learning_rate(base, card):
+    for run in sweeps.learning_rate(base):
+        config = read(run, card)
+        assert (config.evaluate.split, config.evaluate.final_split) == ("validation",) * 2
+        assert config.data.validation_size == 106
+        assert config.optimizer.learning_rate == run.axes["learning_rate"]
+
+
+def test_a_sweep_starts_from_a_densenet():
+    config = runs.tiny()
+    config.model = models.fields("resnet20_cifar")
+    with pytest.raises(UserError, match="model.family = 'resnet': a sweep starts from a DenseNet"):
+        sweeps.Base(config)
+
+
+def test_what_cannot_be_equal_is_said(base):
+    def doubled(widths):  # one width, of which each changes the count by much
+        return base.dense(growth_rate=100 * widths[0])
+
+    with pytest.raises(UserError, match="no widths near these come within 2%"):
+        base.search(doubled, (1,), "parameters")
+
+
+STUB = """
+import json, pathlib, sys, time
+path, log = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+with log.open("a") as file:
+    file.write(path.name + "\\n")
+time.sleep(0.2)
+if path.name in sys.argv[4:]:
+    sys.exit("the network has diverged")
+summary = {"config": json.loads(sys.argv[3]), "test_accuracy": 0.5}
+(path / "summary.json").write_text(json.dumps(summary))
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path, card, monkeypatch):
+    """(six runs of a sweep, the file where each start is noted, names that are to fail).
+
+    Their command is a stub: what is tested is who starts what.
+    """
+    log, failing = tmp_path / "log", []
+
+    def command(work):
+        facts = (str(work.path), str(log), work.config.to_json())
+        return [sys.executable, "-S", "-c", STUB, *facts, *failing]
+
+    monkeypatch.setattr(runner.Work, "command", property(command))
+    monkeypatch.setattr(runner, "POLL", 0.05)
+    works = [
+        runner.Work(
+            sweeps.Run(f"n{n}_seed0", {"n": n, "seed": 0}, {}),
+            runner.epath.Path(tmp_path / "variants" / f"n{n}_seed0"),
+            (f"--config={card}",),
+        )
+        for n in range(6)
+    ]
+    return works, log, failing
+
+
+def test_workers_share_a_sweep(sweep, capsys):
+    works, log, _ = sweep
+    codes = []
+    threads = [
+        threading.Thread(target=lambda: codes.append(runner.Worker(works).work())) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [0, 0, 0]
+    assert sorted(log.read_text().split()) == [f"n{n}_seed0" for n in range(6)]
+    assert "variants: 6 of 6 runs are finished" in capsys.readouterr().out
+    facts = json.loads((works[3].path / "sweep.json").read_text())
+    assert (facts["sweep"], facts["run"], facts["seed"]) == ("variants", "n3_seed0", 0)
+    assert facts["axes"] == {"n": 3, "seed": 0} and str(works[3].path) in facts["command"]
+    runner.Worker(works).work()  # what is finished is skipped, also what was just finished
+    assert runner.Worker(works).attempt(works[0])
+    assert len(log.read_text().split()) == 6
+
+
+def test_a_failure_is_its_own(sweep, capsys):
+    works, log, failing = sweep
+    failing.append("n1_seed0")
+    assert runner.Worker(works).work() == 1
+    assert len(log.read_text().split()) == 6
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("failed: n1_seed0: exit code 1, the network has diverged (")
+    assert [bool(work.result()) for work in works] == [True, False, *[True] * 4]
+    failing.clear()
+    assert runner.Worker(works).work() == 0
+
+
+def test_a_dead_workers_run_is_taken_over(sweep):
+    works, log, _ = sweep
+    program = (
+        "import os, sys; from densejax import lock; held = lock.hold(sys.argv[1]); "
+        "held.__enter__(); os._exit(9)"
+    )
+    claim = works[0].path / "claim"
+    claim.mkdir(parents=True)
+    subprocess.run([sys.executable, "-c", program, claim], cwd=ROOT, check=False)
+    assert (claim / "lock").exists()
+    assert runner.Worker(works[:1]).work() == 0
+    assert log.read_text().split() == ["n0_seed0"]
+
+
+@pytest.mark.parametrize("held", ["claim", "."])
+def test_what_lives_is_left_alone(sweep, held):
+    """A claimed run, and one whose worker is dead while it goes on."""
+    works, log, _ = sweep
+    (works[0].path / "claim").mkdir(parents=True)
+    worker = runner.Worker(works[:1])
+    with lock.hold(works[0].path / held):
+        assert not worker.attempt(works[0]) and not log.exists()
+        assert (works[0].state() == "running, 0%") is (held == "claim")
+    assert worker.attempt(works[0]) and log.exists()
+
+
+def test_a_signal_ends_the_run_and_the_worker(sweep, monkeypatch):
+    works, *_ = sweep
+    endless = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(runner.Work, "command", property(lambda work: endless))
+    worker, codes = runner.Worker(works), []
+    thread = threading.Thread(target=lambda: codes.append(worker.work()))
+    thread.start()
+    while not worker.child:
+        time.sleep(0.01)
+    worker.stop(runner.signal.SIGTERM, None)
+    thread.join(timeout=10)
+    assert codes == [0] and not worker.failed
+
+
+@pytest.mark.parametrize("form", ["shell", "slurm"])
+def test_commands_of_the_runs_that_are_left(sweep, monkeypatch, tmp_path, form):
+    works, _, _ = sweep
+    runner.Worker(works[:2]).work()
+    words = ["--sweep=variants", "--root=a folder", f"--list={form}", "--only=n*"]
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "run.py"), *words])
+    (tmp_path / "run.py").write_text("import sys; print(sys.argv[1:])")
+    script, found = runner.commands(works, form), ""
+    for task in range(4) if form == "slurm" else (0,):
+        environment = os.environ | {"SLURM_ARRAY_TASK_ID": str(task)}
+        found += subprocess.check_output(["bash", "-c", script], text=True, env=environment)
+    expected = [["--sweep=variants", "--root=a folder", f"--only=n{n}_seed0"] for n in range(2, 6)]
+    assert [ast.literal_eval(line) for line in found.splitlines()] == expected
+    assert (form == "slurm") is ("#SBATCH --array=0-3\n" in script)
+    runner.Worker(works).work()
+    with pytest.raises(UserError, match="every run is finished"):
+        runner.commands(works, form)
+
+
+def test_the_best_rate_of_each_kind(tmp_path):
+    for kind, rate, seed, accuracy in (
+        *(("dense", 0.1, seed, accuracy) for seed, accuracy in enumerate((0.7, 0.9))),
+        *(("dense", 0.2, seed, accuracy) for seed, accuracy in enumerate((0.75, 0.75))),
+        ("plain", 0.2, 0, 0.5),
+    ):
+        folder = tmp_path / f"{kind}_rate{rate}_seed{seed}"
+        folder.mkdir()
+        axes = {"kind": kind, "learning_rate": rate, "seed": seed}
+        (folder / "sweep.json").write_text(json.dumps({"axes": axes}))
+        (folder / "summary.json").write_text(json.dumps({"validation_accuracy": accuracy}))
+    assert runner.best_rates(runner.epath.Path(tmp_path)) == {"dense": 0.1, "plain": 0.2}
+    (folder / "summary.json").write_text(json.dumps({"test_accuracy": 0.5}))
+    with pytest.raises(UserError, match="was not measured on held-out images"):
+        runner.best_rates(runner.epath.Path(tmp_path))
+
+
+def call(*words):
+    environment = os.environ | runs.ENVIRONMENT
+    return subprocess.run(
+        [sys.executable, ROOT / "experiments" / "run.py", *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+
+
+def test_a_sweep_from_the_command_line(tmp_path):
+    card, root = runs.card(tmp_path, train__epochs=1), tmp_path / "root"
+    words = ("--sweep=growth_rate", f"--config={card}", f"--root={root}", "--seeds=1")
+    done = call(*words, "--only=k4_*", "--config.seed=3", "--config.evaluate.train_images=100")
+    assert done.returncode == 0, done.stderr
+    assert "k4" in done.stdout.splitlines()[-1]
+    path = root / "growth_rate" / "k4_seed3"
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["config"]["seed"] == 3 and summary["config"]["model"]["growth_rate"] == 4
+    assert (summary["train_examples"], summary["test_examples"]) == (100, 360)
+    assert "growth_rate=4" in json.loads((path / "sweep.json").read_text())["command"]
+
+
+def test_bad_input_is_one_line(tmp_path):
+    words = ("--sweep=growth_rate", f"--config={runs.card(tmp_path)}", f"--root={tmp_path}")
+    done = call(*words, "--only=k5_*")
+    assert (done.returncode, done.stdout) == (2, "")
+    says = "densejax: --only=k5_*: no run of growth_rate has such a name\n"
+    assert done.stderr == says
