@@ -34,8 +34,8 @@ from densejax.analysis import counts
 from densejax.config import UserError
 from densejax.step import train_step
 
-SWEEP = flags.DEFINE_enum("sweep", None, list(SWEEPS), "What is varied.", required=True)
-ROOT = flags.DEFINE_string("root", None, "Where results are: ROOT/SWEEP/RUN.", required=True)
+SWEEP = flags.DEFINE_enum("sweep", None, list(SWEEPS), "What is varied.")
+ROOT = flags.DEFINE_string("root", None, "Where results are: ROOT/SWEEP/RUN.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each point, from the card's seed.", lower_bound=1)
 ONLY = flags.DEFINE_list("only", "*", "Names of runs, or patterns: 'k12_*,k16_seed0'.")
 LEARNING_RATES = flags.DEFINE_string(
@@ -43,7 +43,7 @@ LEARNING_RATES = flags.DEFINE_string(
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs and the hours they would take.")
 LATENCY = flags.DEFINE_bool("latency", False, "Time classification; let nothing else run beside.")
-LIST = flags.DEFINE_enum("list", None, ["shell", "slurm"], "Print commands, or an array script.")
+PRINT = flags.DEFINE_enum("print", None, ["shell", "slurm"], "Commands, or an array script.")
 POLL = 2.0  # seconds between two looks at runs that others have claimed, and at the table
 SLURM = """#!/usr/bin/env bash
 # One run for each task: sbatch THIS_FILE; again after a time limit, finished runs are skipped.
@@ -121,6 +121,8 @@ class Work:
 
 def works() -> list[Work]:
     """The runs that the flags ask for, in the order in which they are tried."""
+    if not (SWEEP.value and ROOT.value):
+        raise UserError("--sweep and --root: say what is varied, and where results are")
     if "://" in ROOT.value:
         raise UserError(f"--root={ROOT.value}: give a folder, of a disk that all workers share")
     given = sys.argv[1:]
@@ -363,11 +365,11 @@ def latency(all_works: list[Work]) -> None:
 
 def commands(all_works: list[Work], form: str) -> str:
     """The runs that are left as shell lines, or as a SLURM array script."""
-    words = [word for word in sys.argv if not word.lstrip("-").startswith(("list=", "only="))]
+    words = [word for word in sys.argv if not word.lstrip("-").startswith(("print=", "only="))]
     command = shlex.join([sys.executable, *words])
     names = [work.run.name for work in all_works if not work.result()]
     if not names:
-        raise UserError(f"--list={form}: every run is finished")
+        raise UserError(f"--print={form}: every run is finished")
     if form == "shell":
         return "".join(f"{command} --only={name}\n" for name in names)
     return SLURM.format(
@@ -382,8 +384,8 @@ def main() -> int:
     ):  # this process only counts and waits: the devices are its children's
         jax.config.update("jax_platforms", "cpu")
     all_works = works()
-    if LIST.value:
-        print(commands(all_works, LIST.value), end="")
+    if PRINT.value:
+        print(commands(all_works, PRINT.value), end="")
         return 0
     if DRY_RUN.value:
         dry_run(all_works)

@@ -63,7 +63,8 @@ def test_groups_lie_between_all_devices_and_each_alone(reference):
         state, _ = runs.stepper(experiment)(first_state(), experiment.data.train.batch(0))
         return jax.device_get(state)
 
-    runs.assert_same_bits(grouped(4), trained(4, "shard_map", steps=1))
+    whole = trained(4, "shard_map", steps=1)
+    assert runs.distance(grouped(4), whole) < 1e-6  # as all devices, reduced along two axes
     replica = trained(4, "shard_map", "replica", steps=1)
     assert runs.distance(grouped(1), replica) < 1e-6  # as each alone, with sums over one device
     assert runs.distance(grouped(2).batch_stats, grouped(1).batch_stats) > 1e-4

@@ -244,7 +244,7 @@ def test_a_signal_ends_the_run_and_the_worker(sweep, monkeypatch):
 def test_commands_of_the_runs_that_are_left(sweep, monkeypatch, tmp_path, form):
     works, _, _ = sweep
     runner.Worker(works[:2]).work()
-    words = ["--sweep=variants", "--root=a folder", f"--list={form}", "--only=n*"]
+    words = ["--sweep=variants", "--root=a folder", f"--print={form}", "--only=n*"]
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "run.py"), *words])
     (tmp_path / "run.py").write_text("import sys; print(sys.argv[1:])")
     script, found = runner.commands(works, form), ""

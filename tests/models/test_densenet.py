@@ -376,7 +376,7 @@ def test_mistyped_fields_are_said_in_one_line(field, value, kind):
 
 def test_an_epsilon_below_zero_is_refused():
     with pytest.raises(UserError, match="model.batch_norm_epsilon = -1.0: must be above 0"):
-        DenseNet(10, depth=40, batch_norm_epsilon=-1.0).check()
+        models.create(models.fields("densenet_40_12", batch_norm_epsilon=-1.0), 10)
 
 
 def test_a_transition_of_no_channels_is_a_user_error():
