@@ -77,6 +77,9 @@ def against(groups: Sequence[Any], quantity: str, numbers: str = "") -> Figure:
             point, text = (place, 100 * group.mean("error")), say(group.axes[numbers])
             axes.annotate(text, point, (5, 4), textcoords="offset points", fontsize=8)
     axes.margins(0.1)
+    low, high = axes.dataLim.intervalx
+    if high < 1.2 * low:  # counts that are about equal stand at about the same place
+        axes.set_xlim(0.75 * low, high / 0.75)
     plots.logarithmic(axes.xaxis, formats.si)
     plots.logarithmic(axes.yaxis, "{:.3g}".format)
     axes.set(xlabel=quantity.replace("_", "-"), ylabel="error (%)")
