@@ -129,7 +129,7 @@ _CHECKS = {
     "train.max_skipped_steps": _POSITIVE,
     "train.label_smoothing": _FRACTION,
     "train.dtype": _one_of("float32", "bfloat16", "float64"),
-    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.learning_rate": (lambda value: 0 < value < float("inf"), "a finite number above 0"),
     "optimizer.reference_batch_size": _NOT_NEGATIVE,
     "optimizer.momentum": _FRACTION,
     "optimizer.weight_decay": _NOT_NEGATIVE,

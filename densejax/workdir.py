@@ -9,6 +9,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import socket
 import sys
@@ -113,7 +114,8 @@ def open_run(
             problem = ""
             try:
                 if my_turn and is_writer:
-                    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+                    is_remote = "://" in os.fspath(path)  # object stores have no modes
+                    path.mkdir(parents=True, exist_ok=True, mode=None if is_remote else 0o700)
                     stack.enter_context(lock.hold(path))
                     _record_start(
                         path, config, found, _accepted_changes(path, config, found, force)

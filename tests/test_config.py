@@ -40,6 +40,7 @@ OUT_OF_RANGE = {
     "train.batch_size": [0, -64],
     "train.accumulate_steps": [0, -1],
     "train.label_smoothing": [-0.1, 1.0, float("nan")],
+    "train.max_skipped_steps": [0],
     "train.dtype": ["float16", "int8"],
     "optimizer.learning_rate": [0.0, -0.1, float("nan")],
     "optimizer.reference_batch_size": [-1],

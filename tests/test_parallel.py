@@ -55,26 +55,19 @@ def test_statistics_of_each_replica_differ_from_global_ones_and_agree_between_mo
     assert runs.distance(shard_map.params, reference.params) > 1e-3
 
 
-def test_groups_lie_between_all_devices_and_each_alone():
-    """On one dense layer: each of the five layouts is a program of its own to compile."""
-    first = None
-
-    def stepped(**changes):
-        nonlocal first
-        experiment = runs.build(runs.tiny(model__blocks=(1,), **changes))
-        first = first or jax.device_get(experiment.init())
-        state, _ = runs.stepper(experiment)(first, experiment.data.train.batch(0))
+def test_groups_lie_between_all_devices_and_each_alone(reference):
+    def grouped(size):
+        experiment = runs.build(
+            runs.tiny(parallel__batch_norm="groups", parallel__batch_norm_group_size=size)
+        )
+        state, _ = runs.stepper(experiment)(first_state(), experiment.data.train.batch(0))
         return jax.device_get(state)
 
-    def grouped(size):
-        return stepped(parallel__batch_norm="groups", parallel__batch_norm_group_size=size)
-
-    each, pairs, whole = (grouped(size) for size in (1, 2, 4))
-    runs.assert_same_bits(whole, stepped())
-    replica = stepped(parallel__batch_norm="replica")
-    assert runs.distance(each, replica) < 1e-6  # as each alone, with sums over one device
-    assert runs.distance(pairs.batch_stats, each.batch_stats) > 1e-4
-    assert runs.distance(pairs.batch_stats, whole.batch_stats) > 1e-4
+    runs.assert_same_bits(grouped(4), trained(4, "shard_map", steps=1))
+    replica = trained(4, "shard_map", "replica", steps=1)
+    assert runs.distance(grouped(1), replica) < 1e-6  # as each alone, with sums over one device
+    assert runs.distance(grouped(2).batch_stats, grouped(1).batch_stats) > 1e-4
+    assert runs.distance(grouped(2).batch_stats, grouped(4).batch_stats) > 1e-4
 
 
 def test_groups_that_do_not_divide_the_devices_are_refused():

@@ -138,6 +138,7 @@ class DenseNet(nn.Module):
             ("compression", 0 < self.compression <= 1, "in (0, 1]"),
             ("dropout_rate", 0 <= self.dropout_rate < 1, "in [0, 1)"),
             ("survival", 0 < self.survival <= 1, "in (0, 1]"),
+            ("batch_norm_epsilon", self.batch_norm_epsilon > 0, "above 0"),
             ("bottleneck_width", self.bottleneck_width >= 1, "at least 1"),
             ("stem_width", self.stem_width is None or self.stem_width >= 1, "at least 1"),
         ):

@@ -74,16 +74,22 @@ def _windows(x, rows, columns):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _max_pool(x, rows, columns):
-    return _max_pool_forward(x, rows, columns)[0]
+    return _largest(x, rows, columns)[0]
 
 
-def _max_pool_forward(x, rows, columns):
+def _largest(x, rows, columns):
+    """The largest value of each window, and its place from 0 to 8."""
     first, *others = _windows(x, rows, columns)
     largest, place = first, jnp.zeros(first.shape, jnp.uint8)
     for number, value in enumerate(others, 1):
         larger = (value > largest) | jnp.isnan(value)  # what is not a number is not hidden
         largest = jnp.where(larger, value, largest)
         place = jnp.where(larger, jnp.uint8(number), place)
+    return largest, place
+
+
+def _max_pool_forward(x, rows, columns):
+    largest, place = _largest(x, rows, columns)
     return largest, (per_platform(_stored, place), jnp.zeros_like(x, shape=(*x.shape[1:3], 0)))
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from densejax import data, parallel, train
+from densejax import data, parallel
 from densejax.config import UserError
 from densejax.data import encoded, images, stream
 from densejax.data.builders import DataError
@@ -377,7 +377,7 @@ def test_a_worker_that_is_killed_ends_the_stream_with_a_line(root):
         streams.close()
 
 
-def test_a_run_from_a_folder_to_its_result(root, tmp_path, capsys):
+def test_a_run_from_a_folder_to_its_result(root, tmp_path):
     card = tmp_path / "card.py"
     changes = {"data__workers": 1, "train__epochs": 1, "augmentation__jitter": 0.4}
     card.write_text(
@@ -392,6 +392,7 @@ def test_a_run_from_a_folder_to_its_result(root, tmp_path, capsys):
     assert "leaked" not in result.stderr and "Traceback" not in result.stderr
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["test_examples"] == 10 and summary["steps"] == 3
-    again = config(root, **changes | {"data__workers": 0})
-    assert train.run(again, str(tmp_path / "run"), "eval") == 0
-    assert json.loads(capsys.readouterr().out)["test_loss"] == summary["test_loss"]
+    command += ["--mode=eval", "--config.data.workers=0"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["test_loss"] == summary["test_loss"]
