@@ -114,7 +114,7 @@ class Run:
             now = time.monotonic()
             self.clock += min(now - self.last, 0.1)  # not the time that the whole machine stood
             self.last = now
-            require(self.clock < 200, "it does not end")
+            require(self.clock < 1000, "it does not end")
         return False
 
     def until_records(self, count):

@@ -92,7 +92,7 @@ def test_padding_is_masked_and_images_come_in_order():
 def test_an_image_that_evaluation_loses_is_an_error(monkeypatch):
     experiment = runs.build(runs.tiny())
     test = experiment.data.evaluation["test"]
-    first = next(type(test).evaluation(test))
+    first = next(test.evaluation())
     monkeypatch.setattr(test, "evaluation", lambda: (batch for batch in [first]))
     with pytest.raises(RuntimeError, match="256 images were evaluated, there are 360"):
         experiment.evaluate(random_state(experiment), "test")
