@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import optax
 from flax import struct
@@ -88,8 +89,9 @@ def train_step(
 ) -> tuple[TrainState, metrics.Sums]:
     """One step of SGD on this replica's share of the batch.
 
-    Where the loss or anything of the new parameters, optimizer state or running statistics is not
-    finite, all of them stay as they were, on every replica: the step is skipped.
+    Where the loss, the gradient or the new running statistics are not finite (or so large that
+    their squares are not), parameters, optimizer state and running statistics stay as they were, on
+    every replica: the step is skipped.
 
     Args:
       task: what stays the same.
@@ -154,7 +156,9 @@ def train_step(
     seen = jax.lax.psum(seen, axis)
     old = (state.params, state.batch_stats, state.opt_state, jax.tree.map(jnp.zeros_like, seen))
     new = (optax.apply_updates(state.params, updates), batch_stats, opt_state, seen)
-    good = _finite((new[:2], seen))  # SGD's momentum is finite where the parameters are
+    # One pass over all. What SGD makes of a gradient whose square is finite is finite, too.
+    flat, _ = jax.flatten_util.ravel_pytree((gradient, batch_stats, seen["loss"]))
+    good = jnp.isfinite(jnp.vdot(flat, flat))
     params, batch_stats, opt_state, seen = jax.tree.map(
         lambda new, old: jnp.where(good, new, old), new, old
     )
@@ -201,8 +205,3 @@ def _statistics_differ_over(task: Task) -> tuple[str, ...]:
         return (axis,) if isinstance(axis, str) else (axis or ())
 
     return tuple(name for name in names(task.axis) if name not in names(task.model.batch_norm_axis))
-
-
-def _finite(tree: Any) -> jax.Array:
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
