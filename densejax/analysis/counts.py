@@ -50,8 +50,10 @@ def convolution_inputs(model: nn.Module, image_shape: tuple[int, int, int]) -> i
 def _trace(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[Any, Any]:
     """(abstract variables, jaxpr of the forward pass on one image) of a network's literal form."""
     model, image = models.reference(model), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    return variables, jax.make_jaxpr(model.apply)(variables, image).jaxpr
+    # One trace for both: the draws of the variables are neither convolutions nor products.
+    trace = jax.make_jaxpr(model.init_with_output, return_shape=True)
+    jaxpr, (_, variables) = trace(jax.random.key(0), image)
+    return variables, jaxpr.jaxpr
 
 
 def _by_scope(
