@@ -317,7 +317,7 @@ def test_a_slow_disk_is_named(tmp_path, monkeypatch, caplog):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, make_state(1), {})
     checkpoints.close()
-    assert re.search(r"Waited 0\.\d s for the save of step 1\.", caplog.text)
+    assert re.search(r"Waited \d+\.\d s for the save of step 1\.", caplog.text)
 
 
 @noisy
