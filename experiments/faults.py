@@ -318,12 +318,12 @@ def read_only(run):
 
 @contextlib.contextmanager
 def quota(run):
-    """No file may grow beyond 8 kB: the run's own output can, its checkpoints cannot."""
-    for size in (8000, resource.RLIM_INFINITY):
+    """No file may grow beyond 20 kB: what the run prints can, its checkpoints cannot."""
+    for size in (20000, resource.RLIM_INFINITY):
         if run.victim.is_alive():
             limits = (size, resource.RLIM_INFINITY)
             resource.prlimit(run.victim.pid, resource.RLIMIT_FSIZE, limits)
-        if size == 8000:
+        if size == 20000:
             yield
 
 
