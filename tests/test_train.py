@@ -157,11 +157,11 @@ def interrupted(monkeypatch, path, number, step, config=None):
 def test_an_interrupted_run_ends_as_if_it_had_not_been(
     finished, tmp_path, monkeypatch, capsys, number, step, code
 ):
-    path = tmp_path / "run"
+    path, before = tmp_path / "run", signal.getsignal(number)
     assert interrupted(monkeypatch, path, number, step) == (code, list(range(1, step + 1)))
     assert f"{number.name}: saved step {step};" in capsys.readouterr().out
     assert not (path / "summary.json").exists() and not (path / "lock").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is before
     taken = spy_on_steps(monkeypatch)
     assert train.run(runs.tiny(), str(path), "train") == 0
     assert taken == list(range(step + 1, 11))
