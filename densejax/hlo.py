@@ -180,9 +180,9 @@ def _traffic(program, line: _Instruction, lines) -> Counts:
         operand, part = line.arrays[:2]
         return _size([part, part._replace(place=operand.place)])
     if kind in _SLICES:
-        return _size(line.arrays * 2)
+        return _size(line.arrays + _there(line.arrays, operands[0]))
     if kind == "dynamic-update-slice":
-        return _size(operands[1] * 2)
+        return _size(operands[1] + _there(operands[1], line.arrays))
     if kind in ("copy-start", "all-gather-start", "collective-permute-start"):
         return _size(line.arrays)  # it names the operand, too
     if kind != "fusion":
@@ -191,8 +191,8 @@ def _traffic(program, line: _Instruction, lines) -> Counts:
     for key, each in inner.items():  # what is read
         if each.opcode != "parameter" or key == "ROOT":
             continue
-        parts = _parts(program, key, inner)
-        total.update(_size(operands[int(each.operands[0])] if parts is None else parts))
+        parts, operand = _parts(program, key, inner), operands[int(each.operands[0])]
+        total.update(_size(operand if parts is None else _there(parts, operand)))
     root = inner["ROOT"]
     written = [root] * len(line.arrays)  # more than one of a reduction of several arrays
     if root.opcode == "tuple":
@@ -201,8 +201,14 @@ def _traffic(program, line: _Instruction, lines) -> Counts:
         while each.opcode == "bitcast":
             each = inner[each.operands[0]]
         is_update = each.opcode == "dynamic-update-slice"
-        total.update(_size(inner[each.operands[1]].arrays if is_update else [array]))
+        update = [array] if not is_update else _there(inner[each.operands[1]].arrays, [array])
+        total.update(_size(update))
     return total
+
+
+def _there(parts: list[_Array], whole: list[_Array]) -> list[_Array]:
+    """Parts of an array, which lie where it lies."""
+    return [part._replace(place=whole[0].place) for part in parts]
 
 
 def _parts(program, name: str, lines) -> list[_Array] | None:

@@ -154,6 +154,11 @@ def test_a_fusion_reads_a_slice_and_updates_a_part():
     assert found["kernels"] == 1
 
 
+def test_a_part_lies_where_its_array_lies():
+    found = hlo.read(FUSED.replace("%x = f32[1024,64]{1,0}", "%x = f32[1024,64]{1,0:T(8,128)S(1)}"))
+    assert (found["on_chip_bytes"], found["bytes"]) == (4 * 8 * 64, 2 * 4 * 8 * 64 + 4)
+
+
 TPU = """
 %inner (p0: bf16[8,8,64], p1: bf16[8,8,64]) -> bf16[8,8,16] {
   %p0 = bf16[8,8,64]{0,2,1} parameter(0)

@@ -285,7 +285,7 @@ def _layers(settings, plan, layers, keys, channels):
 
 def _forward(settings: Settings, plan: Plan, x, layers, keys):
     """(features, their statistics, bottlenecks' outputs or None, bottlenecks' statistics)."""
-    features = _widen(x, layers)
+    features = plan.laid_out(_widen(x, layers))
     stats, outputs, bottlenecks = statistics(x, settings.axis), [], []
     for layer in _layers(settings, plan, layers, keys, x.shape[-1]):
         h = inner = None
@@ -305,6 +305,7 @@ def _forward(settings: Settings, plan: Plan, x, layers, keys):
 def _backward(settings: Settings, plan: Plan, saved, gradient, of_statistics):
     """Gradients of the block's input and of its layers' parameters."""
     features, stats, outputs, bottlenecks, layers, keys = saved
+    gradient = plan.laid_out(gradient)
     gradients, scratch, last = [], None, features.shape[-1]
     first = last - sum(map(_growth, layers))
 

@@ -120,8 +120,8 @@ def test_results_statistics_and_gradients_are_those_of_concatenation(
     double, monkeypatch, name, train, recompute, piece_bytes, products
 ):
     variables, images, keys, expected = by_concatenation(name, train)
-    shrink = not products  # as on a TPU
-    plan = convolution.Plan(piece_bytes, products, shrink)
+    of_a_tpu = {} if products else {"shrink": True, "lanes": len(images)}
+    plan = convolution.Plan(piece_bytes, products, **of_a_tpu)
     monkeypatch.setitem(convolution.PLANS, "cpu", plan)
     model = tiny(**NETWORKS[name], block="in_place", recompute=recompute)
     assert_close(compiled(pull(model, train))(variables, images, keys), expected)
@@ -145,8 +145,8 @@ def test_every_option_changes_the_program_or_the_result(double, monkeypatch):
     changes += [{"bottleneck": False}, {"recompute": "layer"}, {"recompute": "block"}]
     texts += [flags(base.clone(**change)) for change in changes]
     assert len(set(texts)) == len(texts)
-    plans = ((1, True, False), (1, False, False), (np.inf, False, True), (np.inf, False, False))
-    for plan in plans:
+    plans = ((1, True), (1, False), (np.inf, False, True), (np.inf, False, False, 1))
+    for plan in (*plans, (np.inf, False)):
         monkeypatch.setitem(convolution.PLANS, "cpu", convolution.Plan(*plan))
         texts.append(flags(base))
     pieces, *_, whole = texts[-4:]
