@@ -11,13 +11,13 @@ from densejax import models
 
 
 def get_config(arg: str | None = None):
-    """The card; `arg` may set depth and growth_rate."""
-    args = schema.parse_arg(arg, depth=22, growth_rate=12)
+    """The card; `arg` may set model, variant, depth and growth_rate."""
+    args = schema.parse_arg(arg, model="", **models.CHANGES)
     config = schema.default()
     config.name = "digits"
-    config.model = models.fields(
-        "densenet_bc_40_12", depth=args.depth, growth_rate=args.growth_rate
-    )
+    depth = {} if args.model else {"depth": 22}
+    name = args.model or "densenet_bc_40_12"
+    config.model = models.fields(name, **depth | models.changes(args))
     config.data.name = "digits"
     config.augmentation.shift = 1
     config.augmentation.flip = False

@@ -15,12 +15,13 @@ from densejax import models
 
 
 def get_config(arg: str | None = None):
-    """The card; `arg` may set variant (plain, b, c, bc), depth and growth_rate."""
-    args = schema.parse_arg(arg, **models.CHANGES)
+    """The card; `arg` may set model, variant (plain, b, c, bc), depth and growth_rate."""
+    args = schema.parse_arg(arg, model="densenet_bc_100_12", **models.CHANGES)
     config = schema.default()
     config.name = "svhn"
-    changes = models.changes(args)
-    config.model = models.fields("densenet_bc_100_12", dropout_rate=0.2, **changes)
+    config.model = models.fields(args.model, **models.changes(args))
+    if config.model.family == "densenet":
+        config.model.dropout_rate = 0.2
     config.data.name = "svhn"
     config.data.train_split = "train+extra"
     config.data.validation_size = 6000

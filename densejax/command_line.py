@@ -39,7 +39,7 @@ def _parse(argv: list[str], config: str, arguments: bool) -> list[str]:
     try:
         left = flags.FLAGS(argv)
     except Exception as error:  # a card is Python: anything may come out of it
-        _stop(_explain(error, argv))
+        _stop(explain(error, argv))
     if left[1:] and not arguments:
         _stop(f"{left[1]!r} is no flag; flags look like --config=configs/digits.py")
     if CONFIG.value is None and config == "required":
@@ -57,7 +57,8 @@ def _stop(text: str) -> NoReturn:
     sys.exit(2)
 
 
-def _explain(error: Exception, argv: list[str]) -> str:
+def explain(error: Exception, argv: list[str]) -> str:
+    """What a user is told of an error in reading flags: one line."""
     text = str(error)
     given = dict(re.findall(r"^--?config\.([\w.]+)=?(.*)$", "\n".join(argv), re.MULTILINE))
     known = flatten(default())

@@ -50,7 +50,7 @@ SLURM = """#!/usr/bin/env bash
 #SBATCH --job-name={sweep}
 #SBATCH --array=0-{last}
 #SBATCH --ntasks=1
-#SBATCH --signal=TERM@120
+#SBATCH --signal=B:TERM@120
 #SBATCH --open-mode=append
 runs=({names})
 exec {command} --only="${{runs[$SLURM_ARRAY_TASK_ID]}}"
@@ -88,10 +88,13 @@ class Work:
 
     @functools.cached_property
     def config(self) -> ConfigDict:
-        """The whole configuration, read as the command reads it."""
+        """The whole configuration, read as the command reads it (raises UserError)."""
         values, arguments = flags.FlagValues(), ["run", *self.arguments]
         holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
-        values(arguments)
+        try:
+            values(arguments)
+        except Exception as error:  # a card is Python: anything may come out of it
+            raise UserError(f"{self.run.name}: {command_line.explain(error, arguments)}") from error
         return holder.value
 
     def result(self) -> dict[str, Any] | None:
@@ -120,7 +123,7 @@ class Work:
 
 
 def works() -> list[Work]:
-    """The runs that the flags ask for, in the order in which they are tried."""
+    """The runs that the flags ask for, in the order in which they are tried (raises UserError)."""
     if not (SWEEP.value and ROOT.value):
         raise UserError("--sweep and --root: say what is varied, and where results are")
     if "://" in ROOT.value:
@@ -147,6 +150,7 @@ def works() -> list[Work]:
         arguments += [f"--config.{key}={value}" for key, value in own.items()]
         path = epath.Path(ROOT.value) / SWEEP.value / run.name
         found.append(Work(run, path, tuple(arguments)))
+        _ = found[-1].config  # a card that takes no `model` is told before anything is trained
     if not found:
         raise UserError(f"--only={','.join(ONLY.value)}: no run of {SWEEP.value} has such a name")
     return found
@@ -159,14 +163,19 @@ def _key(word: str) -> str:
 def best_rates(path: epath.Path) -> dict[str, float]:
     """Of each kind of network the rate with the best mean over seeds on held-out images."""
     found = collections.defaultdict(list)
-    for file in sorted(path.glob("*/summary.json")):
-        axes = json.loads((file.parent / "sweep.json").read_text())["axes"]
+    for sweep in sorted(path.glob("*/sweep.json")):
+        axes, file = json.loads(sweep.read_text())["axes"], sweep.parent / "summary.json"
+        if not file.exists():
+            raise UserError(f"--learning_rates={path}: {sweep.parent.name} is not finished")
         accuracy = json.loads(file.read_text()).get("validation_accuracy")
         if accuracy is None:
             raise UserError(f"--learning_rates={path}: {file} was not measured on held-out images")
         found[axes["kind"], axes["learning_rate"]].append(accuracy)
     means = sorted((statistics.mean(values), point) for point, values in found.items())
-    return {kind: rate for _, (kind, rate) in means}  # the best of a kind comes last
+    rates = {kind: rate for _, (kind, rate) in means}  # the best of a kind comes last
+    if "one_shot" in rates:
+        rates["vovnet"] = rates["one_shot"]  # joined alike
+    return rates
 
 
 class Worker:

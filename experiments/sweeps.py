@@ -270,7 +270,7 @@ def train_size(base: Base) -> Iterator[Run]:
     and the cadences that count in epochs, grow as the set shrinks.
     """
     config, batch_size = base.config, base.config.train.batch_size
-    sizes = [size for size in (500, 2000, 8000) if size < base.train_images]
+    sizes = [size for size in (500, 2000, 8000) if batch_size <= size < base.train_images]
     for size, kind, augmented in itertools.product((*sizes, 0), KINDS[:3], (True, False)):
         network, mismatch = base.equal(kind)
         changes = {} if augmented else {"augmentation__shift": 0, "augmentation__flip": False}

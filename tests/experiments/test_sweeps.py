@@ -106,6 +106,11 @@ def test_few_images_are_seen_as_often(base, card, monkeypatch):
     assert found[500].data.train_size == 500 and found[1437].data.train_size == 0
 
 
+def test_no_set_is_smaller_than_a_batch():
+    base = sweeps.Base(runs.tiny(**CHANGES, train__batch_size=600))
+    assert {run.axes["train_size"] for run in sweeps.train_size(base)} == {base.train_images}
+
+
 def test_test_images_choose_no_learning_rate(base, card):
     for run in sweeps.learning_rate(base):
         config = read(run, card)
@@ -263,16 +268,20 @@ def test_the_best_rate_of_each_kind(tmp_path):
     for kind, rate, seed, accuracy in (
         *(("dense", 0.1, seed, accuracy) for seed, accuracy in enumerate((0.7, 0.9))),
         *(("dense", 0.2, seed, accuracy) for seed, accuracy in enumerate((0.75, 0.75))),
-        ("plain", 0.2, 0, 0.5),
+        ("one_shot", 0.2, 0, 0.5),
     ):
         folder = tmp_path / f"{kind}_rate{rate}_seed{seed}"
         folder.mkdir()
         axes = {"kind": kind, "learning_rate": rate, "seed": seed}
         (folder / "sweep.json").write_text(json.dumps({"axes": axes}))
         (folder / "summary.json").write_text(json.dumps({"validation_accuracy": accuracy}))
-    assert runner.best_rates(runner.epath.Path(tmp_path)) == {"dense": 0.1, "plain": 0.2}
+    found = {"dense": 0.1, "one_shot": 0.2, "vovnet": 0.2}  # a VoVNet's layers are joined alike
+    assert runner.best_rates(runner.epath.Path(tmp_path)) == found
     (folder / "summary.json").write_text(json.dumps({"test_accuracy": 0.5}))
     with pytest.raises(UserError, match="was not measured on held-out images"):
+        runner.best_rates(runner.epath.Path(tmp_path))
+    (folder / "summary.json").unlink()
+    with pytest.raises(UserError, match="one_shot_rate0.2_seed0 is not finished"):
         runner.best_rates(runner.epath.Path(tmp_path))
 
 
@@ -306,3 +315,7 @@ def test_bad_input_is_one_line(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     says = "densejax: --only=k5_*: no run of growth_rate has such a name\n"
     assert done.stderr == says
+    words = ("--sweep=connectivity", "--config=configs/d2l_fashion_mnist.py", f"--root={tmp_path}")
+    done = call(*words, "--dry_run")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "plain_equal_parameters_seed0: config argument 'model=plain20_cifar'" in done.stderr
