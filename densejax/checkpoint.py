@@ -56,8 +56,7 @@ class Checkpoints:
             self._handler,
             checkpoint_metadata_store=_NoRecord(),
         )
-        found = path.glob("*") if path.is_dir() else ()
-        steps = [int(entry.name) for entry in found if entry.name.isdecimal()]
+        steps = _agreed(path)
         self._metrics = {step: _manifest(self._directory / str(step))["metrics"] for step in steps}
 
     def steps(self) -> list[int]:
@@ -261,6 +260,27 @@ class _Restore(ocp.args.StandardRestore):
 def _is_news(record) -> bool:
     # Orbax logs with a traceback what it raises anyway, and this module says in one line.
     return record.levelname != "ERROR" or "/orbax/" not in record.pathname
+
+
+def _agreed(path: epath.Path) -> list[int]:
+    # The steps that process 0 sees: with a list of its own each could go on from another one.
+    found = path.glob("*") if path.is_dir() else ()
+    steps = sorted(int(entry.name) for entry in found if entry.name.isdecimal())
+    if jax.process_count() == 1:
+        return steps
+    whole = [(path / str(step) / MANIFEST).exists() for step in steps]
+    number = int(multihost_utils.broadcast_one_to_all(np.asarray(len(steps))))
+    mine = np.zeros((number, 2), int) if jax.process_index() else np.stack([steps, whole], -1)
+    agreed = multihost_utils.broadcast_one_to_all(mine.reshape(number, 2))
+    unseen = [n for n, whole in agreed if whole and not files.appears(path / str(n) / MANIFEST)]
+    if not multihost_utils.process_allgather(np.asarray(not unseen)).all():
+        raise CheckpointError(
+            f"{path}: process {jax.process_index()} does not see the steps {unseen} that process 0 "
+            f"sees"
+            if unseen
+            else f"{path}: another process does not see what process 0 sees"
+        )
+    return [int(step) for step, _ in agreed]
 
 
 def _require_everywhere(path: epath.Path, problem: str) -> None:

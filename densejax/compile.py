@@ -46,17 +46,22 @@ def compile_step(built: Experiment, trains: bool, batch_size: int) -> Any:
 
 
 def multiply_adds(built: Experiment, trains: bool) -> int:
-    """What the network needs for one image: forward, and backward with what it recomputes."""
+    """What the network's implementation needs for one image: forward, and backward with what it
+    recomputes.
+    """
     model, preparation, shape = built.task.model, built.task.preparation, built.task.image_shape
     crop = 0 if trains else preparation.crop_size
     if size := crop or preparation.image_size:
         shape = (size, size, shape[-1])
-    once = counts.of_network(model, shape)[1]
+    once = counts.of_network(model, shape)[1] - counts.pooled_first(model, shape, trains)
     return 3 * once + counts.recomputed(model, shape) if trains else once * (10 if crop else 1)
 
 
 def total_bytes(program: Any) -> float:
-    """All that a device holds while a compiled step runs; of none, which does not fit, infinite."""
+    """What a compiled step takes, results included; of none, which does not fit, infinite.
+
+    An evaluation reads no momentum: a run keeps it beside, and batches that are read ahead, too.
+    """
     if program is None:
         return math.inf
     memory = program.memory_analysis()
@@ -94,12 +99,13 @@ def analyse(
         "collective_bytes": {kind: found[kind] for kind in hlo.COLLECTIVES if found[kind]},
         **{name: found[name] for name in ("collectives", "convolutions", "unknown_loops")},
     }
-    if target:
-        seconds, limit = work.bound(target)
-        sent = sum(row["collective_bytes"].values())
-        waits = roofline.communication(target, shape, sent, found["collectives"])
-        row |= {"step_seconds": seconds, "step_limit": limit, "communication_seconds": waits}
-        row["efficiency"] = seconds / (seconds + waits)
+    if target and not found["unknown_loops"]:  # whose turns count once: no time follows from it
+        row["step_seconds"], row["step_limit"] = work.bound(target)
+        if built.config.parallel.batch_norm != "groups":  # priced as if over the whole slice
+            sent = sum(row["collective_bytes"].values())
+            waits = roofline.communication(target, shape, sent, found["collectives"])
+            row["communication_seconds"] = waits
+            row["efficiency"] = row["step_seconds"] / (row["step_seconds"] + waits)
     return row
 
 
@@ -112,19 +118,26 @@ def largest_batch(built: Experiment, room: float, images: int, used: float) -> t
       images: of a device in the step that is known.
       used: bytes that it takes; infinite where it does not fit, and less must do.
     """
-    parts, points = built.config.train.accumulate_steps, []
-    while images:
-        if used < math.inf:
-            points.append((images, used))
-        if len(points) == 2:
-            break
-        images = images // 2 // parts * parts
-        used = total_bytes(compile_step(built, True, images * built.mesh.size)) if images else 0
-    if len(points) < 2:
-        return 0, False
-    (more, much), (less, little) = points
-    largest = int(less + (room - little) * (more - less) / (much - little)) // parts * parts
-    return largest, total_bytes(compile_step(built, True, largest * built.mesh.size)) <= room
+
+    def memory(images):
+        return total_bytes(compile_step(built, True, images * built.mesh.size))
+
+    # Multiples of what the known size is one of: 128 images lie in a TPU's lanes, 127 do not.
+    unit = math.lcm(built.config.train.accumulate_steps, math.gcd(images, 128))
+    points = {images: used} if used < math.inf else {}
+    while len(points) < 2:
+        images = images // 2 // unit * unit or 2 * max(points, default=0)
+        if not images or (size := memory(images)) == math.inf and points:
+            return max(points, default=0), bool(points)
+        points |= {images: size} if size < math.inf else {}
+    less, more = sorted(points)
+    slope = (points[more] - points[less]) / (more - less)
+    if slope <= 0:  # so small that padding hides the images
+        return more, points[more] <= room
+    largest = int(less + (room - points[less]) / slope) // unit * unit
+    if largest not in points:
+        points[largest] = memory(largest) if largest > 0 else math.inf
+    return largest, points[largest] <= room
 
 
 def table(result: dict[str, Any]) -> str:
@@ -140,16 +153,17 @@ def table(result: dict[str, Any]) -> str:
         yield from (size(step[key]) for key in ("argument_bytes", "temp_bytes", "hbm_bytes"))
         void = " (the program's are VOID)" if step["program_flops_are_void"] else ""
         yield formats.si(step["flops"]) + void
-        yield size(step["bytes_accessed"])
+        yield size(step["bytes_accessed"]) + (" at least" if step["unknown_loops"] else "")
         sent = (f"{kind} {size(number)}" for kind, number in step["collective_bytes"].items())
         yield f"{step['collectives']:,}: {', '.join(sent) or '-'}"
         if "step_seconds" in step:
             yield f"{1e3 * step['step_seconds']:.3g} ms by {step['step_limit']}"
+        if "efficiency" in step:
             yield f"{1e3 * step['communication_seconds']:.3g} ms"
             yield formats.percent(step["efficiency"])
 
     names = ["images", "arguments", "temporaries", "memory in all", "FLOPs", "bytes moved"]
-    names += ["collectives", "roofline", "collectives take", "weak scaling at best"]
+    names += ["collectives", "roofline", "collectives take", "t / (t + collectives)"]
     steps = [[*cells(step)] for step in (result, result["evaluation"])]
     longest = max(map(len, steps))
     columns = [names[:longest], *(step + ["-"] * (longest - len(step)) for step in steps)]

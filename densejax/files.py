@@ -2,8 +2,24 @@
 
 import contextlib
 import os
+import time
 
 from etils import epath
+
+VISIBLE = 60.0  # seconds within which every host sees what process 0 wrote
+
+
+def appears(path: epath.Path) -> bool:
+    """Whether a file is there, now or within `VISIBLE` seconds.
+
+    A network disk may show what another host wrote only after its cache has expired.
+    """
+    deadline = time.monotonic() + VISIBLE
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def write(path: epath.Path, content: str | bytes) -> None:

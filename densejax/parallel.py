@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from densejax.config import UserError
@@ -60,8 +60,10 @@ def mesh(group_size: int = 0, devices: Sequence[jax.Device] | None = None) -> Me
         )
     shape = (count // group_size, group_size) if group_size else (count,)
     names = (GROUP, MEMBER) if group_size else (AXIS,)
+    # Of a TPU slice's axis of 16, a group may be half: only so is that allowed.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     # Explicit axes, JAX's default, would ask linen's layers for shardings they do not know.
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def axis(mesh: Mesh) -> Axis:

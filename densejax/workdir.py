@@ -13,7 +13,6 @@ import os
 import pathlib
 import socket
 import sys
-import time
 from collections.abc import Iterator
 
 import jax
@@ -31,7 +30,6 @@ RESUMABLE = (
     *("data.workers", "evaluate.batch_size", "log", "parallel.mode", "profile", "train.epochs"),
     "train.max_skipped_steps",
 )
-VISIBLE = 60.0  # seconds within which every host sees what process 0 wrote
 PACKAGES = ("densejax", "flax", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
 
 
@@ -172,15 +170,11 @@ def _accepted_changes(path, config, found, force) -> list[str] | None:
 
 
 def _wait_for(stored) -> None:
-    # A network disk may show what another host wrote only after its cache has expired.
-    deadline = time.monotonic() + VISIBLE
-    while not stored.exists():
-        if time.monotonic() > deadline:
-            raise WorkdirError(
-                f"workdir={stored.parent}: process {jax.process_index()} does not see what process "
-                f"0 wrote there. Choose a --workdir that all hosts share."
-            )
-        time.sleep(0.5)
+    if not files.appears(stored):
+        raise WorkdirError(
+            f"workdir={stored.parent}: process {jax.process_index()} does not see what process "
+            f"0 wrote there. Choose a --workdir that all hosts share."
+        )
 
 
 def _record_start(path, config, found, changes) -> None:

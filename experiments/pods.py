@@ -18,6 +18,8 @@ import pathlib
 import subprocess
 import sys
 
+from densejax.analysis import roofline, targets
+
 IMAGENET = "--config=configs/imagenet.py"
 NETWORKS = {  # name: (images of each device, flags)
     "densenet121": (64, (IMAGENET,)),
@@ -64,13 +66,26 @@ def compile_cell(name: str, place: str, python: str, path: pathlib.Path) -> None
     path.write_text(json.dumps(json.loads(done.stdout) | {"network": name}, indent=1) + "\n")
 
 
+def scaling(cell: dict, place: str) -> dict:
+    """What the all-reduces of a compiled step cost, by the links as they are described now."""
+    device, _, shape = place.partition(":")
+    sent = sum(cell["collective_bytes"].values())
+    found = {"sent": sent}
+    if "step_seconds" in cell:
+        shape = tuple(map(int, shape.split("x")))
+        waits = roofline.communication(targets.target(device), shape, sent, cell["collectives"])
+        found["communication_seconds"] = waits
+        found["efficiency"] = cell["step_seconds"] / (cell["step_seconds"] + waits)
+    return found
+
+
 def report(folder: pathlib.Path) -> str:
     """The table of all cells that are there, in markdown."""
     lines = [["network", "topology", *COLUMNS], ["---"] * (2 + len(COLUMNS))]
     for name, place in sorted(CELLS, key=lambda cell: [*NETWORKS].index(cell[0])):
         if (path := folder / f"{name}-{place.replace(':', '-')}.json").exists():
             cell = {"collective_bytes": {}} | json.loads(path.read_text())
-            cell["sent"] = sum(cell["collective_bytes"].values())
+            cell |= scaling(cell, place)
             void = " (FLOPs void)" if cell.get("program_flops_are_void") else ""
             fits = "" if cell["fits"] else " DOES NOT FIT"
             figures = [(cell.get(key, math.nan), unit) for key, unit in COLUMNS.values()]

@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from densejax import lock, workdir
+from densejax import files, lock, workdir
 from densejax.workdir import WorkdirError, difference, digest, open_run, write_json
 
 
@@ -341,7 +341,7 @@ def test_a_run_directory_in_an_object_store(bucket):
 
 
 def test_a_directory_that_hosts_do_not_share_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(workdir, "VISIBLE", 0.0)
+    monkeypatch.setattr(files, "VISIBLE", 0.0)
     monkeypatch.setattr(workdir.jax, "process_index", lambda: 1)
     with pytest.raises(WorkdirError, match="process 1 does not see .* all hosts share"):
         with open_run(tmp_path, make_config()):

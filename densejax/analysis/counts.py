@@ -147,3 +147,19 @@ def recomputed(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
         return 0
     rows = [row for row in layers(model, image_shape, depth=3) if row.name.startswith("block")]
     return sum(row.multiply_adds for row in rows if row.name.split("/")[2].startswith(wanted))
+
+
+def pooled_first(model: nn.Module, image_shape: tuple[int, int, int], trains: bool) -> int:
+    """Multiply-adds of one image that an in-place DenseNet's forward pass does without.
+
+    Its transitions pool before their 1x1 convolution, which commutes but for dropout.
+    """
+    if getattr(model, "block", None) != "in_place" or (trains and model.dropout_rate):
+        return 0
+    left_out = 0
+    for row in layers(model, image_shape, depth=2):
+        if row.name.startswith("transition") and row.multiply_adds:
+            height, width = row.output_shape[:2]
+            a_pixel = row.multiply_adds // (height * width)
+            left_out += row.multiply_adds - a_pixel * (height // 2) * (width // 2)
+    return left_out

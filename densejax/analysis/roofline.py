@@ -14,9 +14,10 @@ from densejax.analysis.targets import Target
 def communication(target: Target, shape: Sequence[int], size: float, count: int) -> float:
     """Seconds that the all-reduces of a step take at least, one after another.
 
-    Ring all-reduce: of N devices each sends 2 (N - 1) / N of the bytes, over all of its links at
-    once (half of them where an axis is too short to close a ring), and 2 (d - 1) hops along each
-    axis of d devices pass before the last has its result.
+    Ring all-reduce: of N devices each sends 2 (N - 1) / N of the bytes over the links of all axes
+    at once, of which a line (an axis too short to close a ring) has half. Before the last device
+    has its result, 2 (d - 1) hops pass along each axis of d devices, d where a closed ring is used
+    both ways (https://jax-ml.github.io/scaling-book/sharding).
 
     Args:
       target: the device.
@@ -27,8 +28,12 @@ def communication(target: Target, shape: Sequence[int], size: float, count: int)
     devices = math.prod(shape)
     if devices == 1:
         return 0.0
-    sends = target.interconnect_bytes_per_second / (2 if min(shape) >= target.ring_size else 4)
-    hops = sum(2 * (side - 1) for side in shape)
+    rings = [side >= target.ring_size for side in shape if side > 1]
+    share = sum(1.0 if ring else 0.5 for ring in rings) / len(shape)
+    sends = target.interconnect_bytes_per_second / 2 * share
+    hops = sum(
+        side if target.both_ways and side >= target.ring_size else 2 * (side - 1) for side in shape
+    )
     latency = target.collective_seconds + hops * target.hop_seconds
     return 2 * (devices - 1) / devices * size / sends + count * latency
 

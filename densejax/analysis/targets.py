@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 
@@ -32,7 +33,9 @@ class Target:
       interconnect_bytes_per_second: over all its links, both directions together.
       source: where that is published.
       smallest: shape of the smallest slice that there is to compile for, such as "2x2".
+      largest: number of devices that its links join; 0: a slice may have any shape.
       ring_size: devices along an axis of a slice that close a ring; fewer are a line.
+      both_ways: whether a ring's messages go round both ways at once.
       collective_seconds: what every collective takes however little it sends.
       hop_seconds: what each of its hops to a neighbour adds.
       latency_source: where these two are from: they are assumed, not published.
@@ -47,7 +50,9 @@ class Target:
     interconnect_bytes_per_second: float
     source: str
     smallest: str
+    largest: int
     ring_size: int
+    both_ways: bool
     collective_seconds: float
     hop_seconds: float
     latency_source: str
@@ -111,7 +116,13 @@ def topology(text: str) -> tuple[Target | None, list[jax.Device], tuple[int, ...
         raise UserError(f"topology {text!r}: give a device and a shape of cpu:1, {known} or larger")
     sides = tuple(map(int, shape.split("x")))
     if name != "cpu":
-        return target(name), target(name).devices(shape), sides
+        found = target(name)
+        if found.largest and math.prod(sides) > found.largest:
+            raise UserError(
+                f"topology {text!r}: {found.largest} devices are joined by the links that are "
+                f"described; what lies between such boxes is not"
+            )
+        return found, found.devices(shape), sides
     jax.config.update("jax_platforms", "cpu")
     with contextlib.suppress(RuntimeError):  # JAX has started, with the devices that it has
         jax.config.update("jax_num_cpu_devices", sides[0])

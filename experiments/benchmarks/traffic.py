@@ -7,7 +7,8 @@ Command: python experiments/benchmarks/traffic.py --target=v5e [--model=densenet
 The target is a device of densejax/targets, which need not be there: a TPU's compiler is in libtpu
 (minutes for each step), an NVIDIA GPU's in jax[cuda13]; or `cpu`. Beside the figures stands the
 floor of densejax.analysis.roofline. A row whose FLOPs are not within 10 % of six per multiply-add
-and image, plus what its recompute level says, is void.
+and image, plus what its recompute level says and less what transitions that pool first leave out,
+is void.
 """
 
 import argparse
@@ -37,8 +38,11 @@ def analyse(work: Work, name: str, target: str) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     found, memory = hlo.read(compiled.as_text()), compiled.memory_analysis()
     multiply_adds = counts.of_network(work.network(), work.image_shape)[1]
-    again = 0 if name == "flax" else counts.recomputed(work.network(name), work.image_shape)
-    expected = work.batch_size * (6 * multiply_adds + 2 * again)
+    again = left_out = 0
+    if name != "flax":
+        again = counts.recomputed(work.network(name), work.image_shape)
+        left_out = counts.pooled_first(work.network(name), work.image_shape, True)
+    expected = work.batch_size * (6 * (multiply_adds - left_out) + 2 * again)
     row = {
         "implementation": name,
         "target": target,

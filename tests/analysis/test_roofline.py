@@ -50,6 +50,10 @@ def test_ring_all_reduce_by_hand():
     one = roofline.communication(v5e, (2, 2), 1e9, 0)
     assert one == pytest.approx(2 * 3 / 4 * 1e9 / 100e9)
     pod = roofline.communication(v5e, (16, 16), 1e9, 7)
-    assert pod == pytest.approx(2 * 255 / 256 * 1e9 / 200e9 + 7 * 60e-6)
+    assert pod == pytest.approx(2 * 255 / 256 * 1e9 / 200e9 + 7 * 32e-6)  # both ways round
+    line = roofline.communication(v5e, (4, 4), 0, 1)
+    assert line == pytest.approx(12e-6)
+    flat = roofline.communication(targets.target("v5p"), (2, 2, 1), 1e9, 0)  # 2 of its 6 links
+    assert flat == pytest.approx(2 * 3 / 4 * 1e9 / 200e9)
     box = roofline.communication(targets.target("h100"), (8,), 0, 1)
     assert box == pytest.approx(6.6e-6 + 14 * 0.6e-6)

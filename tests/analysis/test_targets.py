@@ -15,9 +15,11 @@ def test_targets_are_described():
     assert "gpu_device_info" in targets.target("h100").compiler["target_config"]
     for target in targets.targets().values():
         assert target.source.startswith("https://")
+        assert target.latency_source.startswith("https://")
     with pytest.raises(UserError, match="target = 'v9': allowed are h100, v5e, v5p, v6e"):
         targets.target("v9")
-        assert target.latency_source.startswith("https://")
+    with pytest.raises(UserError, match="topology 'h100:16': 8 devices are joined by the links"):
+        targets.topology("h100:16")
 
 
 def test_forced_devices():

@@ -242,6 +242,17 @@ def test_recomputed_multiply_adds():
         assert counts.recomputed(DENSE.network(name), DENSE.image_shape) == expected
 
 
+def test_what_transitions_leave_out():
+    """Widths 24 + 12 -> 18 and 18 + 12 -> 15; three quarters of the pixels at 32x32 and 16x16."""
+    left_out = 3 * (256 * 36 * 18 + 64 * 30 * 15)
+    in_place = DENSE.network("in_place")
+    assert counts.pooled_first(in_place, DENSE.image_shape, True) == left_out
+    assert counts.pooled_first(DENSE.network("concat"), DENSE.image_shape, True) == 0
+    random = in_place.clone(dropout_rate=0.2)  # of every pixel, before they are averaged
+    assert counts.pooled_first(random, DENSE.image_shape, True) == 0
+    assert counts.pooled_first(random, DENSE.image_shape, False) == left_out
+
+
 def test_traffic_of_a_small_step():
     work = networks.Work("densenet_bc_40_12", 4, dtype="bfloat16", fields={"depth": 10})
     with jax.numpy_dtype_promotion("standard"):  # as flax' pooling needs it
