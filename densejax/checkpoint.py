@@ -271,7 +271,7 @@ def _agreed(path: epath.Path) -> list[int]:
     whole = [(path / str(step) / MANIFEST).exists() for step in steps]
     number = int(multihost_utils.broadcast_one_to_all(np.asarray(len(steps))))
     mine = np.zeros((number, 2), int) if jax.process_index() else np.stack([steps, whole], -1)
-    agreed = multihost_utils.broadcast_one_to_all(mine.reshape(number, 2))
+    agreed = multihost_utils.broadcast_one_to_all(mine.reshape(number, 2)).tolist()
     unseen = [n for n, whole in agreed if whole and not files.appears(path / str(n) / MANIFEST)]
     if not multihost_utils.process_allgather(np.asarray(not unseen)).all():
         raise CheckpointError(
@@ -280,7 +280,7 @@ def _agreed(path: epath.Path) -> list[int]:
             if unseen
             else f"{path}: another process does not see what process 0 sees"
         )
-    return [int(step) for step, _ in agreed]
+    return [step for step, _ in agreed]
 
 
 def _require_everywhere(path: epath.Path, problem: str) -> None:

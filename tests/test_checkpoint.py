@@ -117,6 +117,26 @@ def test_no_checkpoint_is_none_and_opening_writes_nothing(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_every_process_takes_the_steps_that_process_0_sees(two_steps, monkeypatch):
+    """A network disk may show two hosts different steps: here as process 1, and 0's are told."""
+    told = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(checkpoint.files, "VISIBLE", 0.0)
+    multihost = checkpoint.multihost_utils
+    monkeypatch.setattr(multihost, "broadcast_one_to_all", lambda _: told.pop(0))
+    monkeypatch.setattr(multihost, "process_allgather", lambda ok: np.asarray([True, ok]))
+
+    def steps(*seen):
+        told[:] = np.asarray(len(seen)), np.asarray(seen).reshape(-1, 2)
+        return checkpoint._agreed(checkpoint.epath.Path(two_steps))
+
+    assert steps((10, 1)) == [10] and steps() == []
+    assert steps((10, 1), (20, 1), (30, 0)) == [10, 20, 30]  # damaged, as 0 sees it
+    with pytest.raises(CheckpointError, match=r"process 1 does not see the steps \[30\]"):
+        steps((10, 1), (30, 1))
+
+
 def test_buffers_may_be_donated_once_save_returns(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     state = make_state(1, width=4096)
