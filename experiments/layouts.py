@@ -5,7 +5,8 @@ Needs:   CPUs alone; processes on this machine talk over TCP. About 15 minutes o
 
 Every row is real processes of `python -m densejax.main` on the digits card with a small network,
 whose loss is logged after each of its 66 steps, of which the first 50 are compared. Writes
-layouts.csv and kill.json, and prints both as tables. Runs are kept under --runs: a second start
+layouts.csv, kill.json and rounding.json (what one device does whose initial parameters are changed
+by one unit in the last place), and prints them. Runs are kept under --runs: a second start
 goes on from what is there.
 """
 
@@ -146,6 +147,42 @@ def kill(runs: pathlib.Path, victim: int) -> dict:
     }
 
 
+def rounding(draws: int = 8) -> list[dict]:
+    """What one device makes of initial parameters that differ by one unit in the last place."""
+    import jax
+    import numpy as np
+
+    from configs import digits
+    from densejax import experiment
+    from densejax.step import train_step
+
+    config = digits.get_config("depth=10,growth_rate=4")
+    config.train.epochs, config.evaluate.every_epochs = 3, 0
+    built = experiment.build(config)
+    step = built.map(train_step, donate=False)
+
+    def series(draw):
+        state, found, random = built.start(), [], np.random.default_rng(draw)
+        if draw:
+            params = jax.tree.map(
+                lambda x: np.nextafter(x, random.choice(np.float32([-9, 9]), x.shape)),
+                jax.device_get(state.params),
+            )
+            state = state.replace(params=jax.device_put(params, jax.tree.leaves(state)[0].sharding))
+        for number in range(STEPS):
+            state, sums = step(state, built.data.train.batch(number))
+            found.append(float(sums["loss"]) / config.train.batch_size)
+        return found
+
+    one, rows = series(0), []
+    for draw in range(1, draws + 1):
+        other = series(draw)
+        far = [n for n, (a, b) in enumerate(zip(one, other, strict=True), 1) if abs(a - b) > 1e-5]
+        row = {"draw": draw, "first step that differs by 1e-5": far[0] if far else None}
+        rows.append(row | {f"difference in {STEPS} steps": difference(one, other)})
+    return rows
+
+
 def main() -> None:
     """Runs what is not there yet, writes and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -164,7 +201,9 @@ def main() -> None:
         print("| " + " | ".join(cells) + " |")
     killed = [kill(options.runs, victim) for victim in (0, 1)]
     (options.output / "kill.json").write_text(json.dumps(killed, indent=2) + "\n")
-    print(json.dumps(killed, indent=2))
+    rounded = rounding()
+    (options.output / "rounding.json").write_text(json.dumps(rounded, indent=2) + "\n")
+    print(json.dumps(killed + rounded, indent=2))
 
 
 if __name__ == "__main__":
