@@ -147,17 +147,10 @@ def conv3x3_backward(x, dy, params: Params, products: bool) -> tuple[jax.Array, 
     """Gradients of x and of the parameters of `conv3x3`."""
     kernel = params["kernel"].astype(x.dtype)
     if not products:
-        (dx,) = jax.vjp(lambda x: _conv(x, kernel), x)[1](dy)
-        # Autodiff's form of it, but for its result, which is not rounded to the kernel's precision.
-        dkernel = lax.conv_general_dilated(
-            x,
-            dy,
-            (1, 1),
-            ((1, 1), (1, 1)),
-            dimension_numbers=lax.ConvDimensionNumbers((3, 0, 1, 2), (3, 0, 1, 2), (2, 3, 0, 1)),
-            preferred_element_type=params["kernel"].dtype,
-        )
-        return dx, {"kernel": dkernel} | _bias_gradient(dy, params)
+        # In bfloat16 the kernel's gradient is rounded to it, as in any flax network: a float32 result
+        # makes XLA:GPU convert operands, and DenseNet-BC-100's step move 4 % more.
+        dx, dkernel = jax.vjp(_conv, x, kernel)[1](dy)
+        return dx, {"kernel": dkernel.astype(params["kernel"].dtype)} | _bias_gradient(dy, params)
     _, height, width, channels = x.shape
     padded = jnp.pad(dy, ((0, 0), (1, 1), (1, 1), (0, 0)))
     # The nine shifts of the narrow output's gradient; both gradients are products with them.
