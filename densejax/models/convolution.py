@@ -147,8 +147,8 @@ def conv3x3_backward(x, dy, params: Params, products: bool) -> tuple[jax.Array, 
     """Gradients of x and of the parameters of `conv3x3`."""
     kernel = params["kernel"].astype(x.dtype)
     if not products:
-        # In bfloat16 the kernel's gradient is rounded to it, as in any flax network: a float32 result
-        # makes XLA:GPU convert operands, and DenseNet-BC-100's step move 4 % more.
+        # In bfloat16 the kernel's gradient is rounded to it, as in any flax network: for a float32
+        # result XLA:GPU converts operands, and DenseNet-BC-100's step moves 4 % more.
         dx, dkernel = jax.vjp(_conv, x, kernel)[1](dy)
         return dx, {"kernel": dkernel.astype(params["kernel"].dtype)} | _bias_gradient(dy, params)
     _, height, width, channels = x.shape
