@@ -7,8 +7,10 @@ Needs:   the extras `tpu` and `cuda` in the interpreters that are named; a CPU. 
 
 Each cell is kept in a JSON file of its own and not compiled again; table.md has all that are there.
 Efficiency is t / (t + c) at weak scaling: t is the roofline of the program's bytes and FLOPs on one
-device, c what its all-reduces take one after another, by `densejax.analysis.roofline.communication`
-and the bandwidths and latencies in densejax/targets; nothing is taken to overlap.
+device (its main memory alone: a TPU's own counts as free), c what its all-reduces take one after
+another, by `densejax.analysis.roofline.communication` and the bandwidths and latencies in
+densejax/targets; nothing is taken to overlap. Both are the least that it can be: a slower step, or
+one that overlaps, scales better.
 """
 
 import argparse
@@ -89,7 +91,8 @@ def report(folder: pathlib.Path) -> str:
             void = " (FLOPs void)" if cell.get("program_flops_are_void") else ""
             fits = "" if cell["fits"] else " DOES NOT FIT"
             figures = [(cell.get(key, math.nan), unit) for key, unit in COLUMNS.values()]
-            figures = [f"{number / unit:,.4g}" for number, unit in figures]
+            figures = [number / unit for number, unit in figures]
+            figures = [f"{n:,.0f}" if n >= 1000 else f"{n:.4g}" for n in figures]
             lines.append([name + void + fits, place, *figures])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
