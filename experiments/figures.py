@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from densejax import classifier, formats
+from densejax import config as schema
 from densejax.analysis import plots, reuse
 from densejax.config import UserError
 
@@ -151,10 +152,12 @@ def of_sweep(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:
 
 def of_all(groups: dict[str, list[Any]]) -> Iterator[tuple[str, str, Figure]]:
     """As `of_sweep`, of all sweeps whose points are networks under the one most common recipe."""
-    recipes = {}
+    recipes, defaults = {}, schema.default().to_dict()
     for group in itertools.chain.from_iterable(groups.values()):
+        # A key that is newer than a run is at its default.
         recipe = [
-            group.config[section] for section in ("data", "augmentation", "train", "evaluate")
+            defaults[section] | group.config[section]
+            for section in ("data", "augmentation", "train", "evaluate")
         ]
         networks = recipes.setdefault(json.dumps(recipe), {})
         networks.setdefault((group.kind, *map(group.mean, COUNTS)), group)
