@@ -16,8 +16,10 @@ def draw(workdir: pathlib.Path, output: pathlib.Path) -> None:
     records = [json.loads(line) for line in lines]
     summary_file = workdir / "summary.json"
     summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
-    smoothed = summary and summary["config"]["train"]["label_smoothing"] > 0
-    training = "training, augmented" + (", smoothed labels" if smoothed else "")
+    config = json.loads((workdir / "config.json").read_text())
+    augmented = config["augmentation"]["shift"] or config["augmentation"]["flip"]
+    training = "training" + (", augmented" if augmented else "")
+    training += ", smoothed labels" if config["train"]["label_smoothing"] else ""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, quantity in zip(axes, ("loss", "error"), strict=True):
         for split, color in (
