@@ -23,6 +23,7 @@ def test_targets_are_described():
 
 
 def test_forced_devices():
+    assert len(jax.devices()) == 4  # it has started: what runs alone or first would start with 3
     target, devices, shape = targets.topology("cpu:3")
     assert (target, devices, shape) == (None, jax.devices()[:3], (3,))
     with pytest.raises(UserError, match="topology 'cpu:9': JAX has started with 4 devices"):
