@@ -46,9 +46,7 @@ def compile_step(built: Experiment, trains: bool, batch_size: int) -> Any:
 
 
 def multiply_adds(built: Experiment, trains: bool) -> int:
-    """What the network's implementation needs for one image: forward, and backward with what it
-    recomputes.
-    """
+    """What an implementation needs for one image: forward, and backward with what is recomputed."""
     model, preparation, shape = built.task.model, built.task.preparation, built.task.image_shape
     crop = 0 if trains else preparation.crop_size
     if size := crop or preparation.image_size:
@@ -103,9 +101,8 @@ def analyse(
         row["step_seconds"], row["step_limit"] = work.bound(target)
         if built.config.parallel.batch_norm != "groups":  # priced as if over the whole slice
             sent = sum(row["collective_bytes"].values())
-            waits = roofline.communication(target, shape, sent, found["collectives"])
-            row["communication_seconds"] = waits
-            row["efficiency"] = row["step_seconds"] / (row["step_seconds"] + waits)
+            cost = row["step_seconds"], sent, found["collectives"]
+            row |= roofline.weak_scaling(target, shape, *cost)
     return row
 
 

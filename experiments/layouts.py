@@ -156,6 +156,7 @@ def rounding(draws: int = 8) -> list[dict]:
     from densejax import experiment
     from densejax.step import train_step
 
+    jax.config.update("jax_platforms", "cpu")  # as every other row
     config = digits.get_config("depth=10,growth_rate=4")
     config.train.epochs, config.evaluate.every_epochs = 3, 0
     built = experiment.build(config)

@@ -72,13 +72,11 @@ def scaling(cell: dict, place: str) -> dict:
     """What the all-reduces of a compiled step cost, by the links as they are described now."""
     device, _, shape = place.partition(":")
     sent = sum(cell["collective_bytes"].values())
-    found = {"sent": sent}
-    if "step_seconds" in cell:
-        shape = tuple(map(int, shape.split("x")))
-        waits = roofline.communication(targets.target(device), shape, sent, cell["collectives"])
-        found["communication_seconds"] = waits
-        found["efficiency"] = cell["step_seconds"] / (cell["step_seconds"] + waits)
-    return found
+    if "step_seconds" not in cell:
+        return {"sent": sent}
+    shape, cost = tuple(map(int, shape.split("x"))), (cell["step_seconds"], sent)
+    link = targets.target(device), shape
+    return {"sent": sent} | roofline.weak_scaling(*link, *cost, cell["collectives"])
 
 
 def report(folder: pathlib.Path) -> str:

@@ -38,6 +38,14 @@ def communication(target: Target, shape: Sequence[int], size: float, count: int)
     return 2 * (devices - 1) / devices * size / sends + count * latency
 
 
+def weak_scaling(
+    target: Target, shape: Sequence[int], seconds: float, size: float, count: int
+) -> dict[str, float]:
+    """What `communication` adds to a step of so many seconds, and t / (t + c) of the two."""
+    waits = communication(target, shape, size, count)
+    return {"communication_seconds": waits, "efficiency": seconds / (seconds + waits)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
     """What a training step cannot do without: bytes through the main memory, and FLOPs."""
