@@ -124,8 +124,8 @@ def _evaluate_layer(epsilon, plan, features, channels, params, norms, survival):
     if "conv2" in params:
         first = fold(first, *affine(norms["norm2"], params["norm2"], epsilon))
 
-    def piece(_, features):
-        x = features[..., :channels]
+    def piece(_, written):
+        x = written(channels)
         z = _relu(normalise(x, norms["norm1"], params["norm1"], epsilon), x)
         if "conv2" in params:
             z = _relu(pointwise(z, first), x)
@@ -206,8 +206,8 @@ class _Layer:
         """Features with the new maps behind, from the bottleneck's h or, without, themselves."""
         number, conv = (1 if h is None else 2), self.params[_last_conv(self.params)]
 
-        def piece(cut, features):
-            x = features[..., : self.channels] if h is None else cut(h)
+        def piece(cut, written):
+            x = written(self.channels) if h is None else cut(h)
             y = conv3x3(self.normalise(number, x, stats), conv, self.plan.products)
             return (), self.thin_out(y, cut(self.keys))
 
@@ -247,7 +247,7 @@ class _Layer:
         dy is the gradient of the new maps or, with a bottleneck, of norm2's result.
         """
 
-        def piece(cut, gradient):
+        def piece(cut, written):
             x, keys = cut(features, self.channels), cut(self.keys)
             z = self.normalise(1, x, stats)
             if h is None:
@@ -257,7 +257,7 @@ class _Layer:
                 dh = self.drop(through_norm2(cut(h), cut(dy)), keys)
                 dz, dconv = pointwise_backward(z, dh, self.params["conv1"])
             dz, sums = _through_relu(z, dz, x, stats.mean)
-            share, gradient = wide(dz) * slope, gradient[..., : self.channels]
+            share, gradient = wide(dz) * slope, written(self.channels)
             if self.plan.shrink:  # a rounded summand would be one more result of XLA:TPU's kernel
                 return (dconv, sums), (wide(gradient) + share).astype(x.dtype)
             return (dconv, sums), gradient + share.astype(x.dtype)
@@ -379,8 +379,8 @@ def _in_pieces(plan: Plan, features, function, sums, output, channel: int = 0):
     Args:
       plan: says how many bytes of `features` a piece has.
       features: [batch, height, width, channels].
-      function: (cut, output) -> (sums, new channels of the output); `cut(x, channels)` is this
-        piece of x [batch, ...], its first channels or all.
+      function: (cut, written) -> (sums, new channels of the output); `cut(x, channels)` is this
+        piece of x [batch, ...], its first channels or all; `written(channels)` of the output.
       sums: what the function's sums are added to.
       output: [batch, height, width, channels], written in place.
       channel: of the output, the first that is written.
@@ -406,7 +406,7 @@ def _in_pieces(plan: Plan, features, function, sums, output, channel: int = 0):
             lengths = (size, *x.shape[1:-1], channels or x.shape[-1])
             return lax.dynamic_slice(x, (start, *(0,) * (x.ndim - 1)), lengths)
 
-        more, new = function(cut, cut(output))
+        more, new = function(cut, functools.partial(cut, output))
         output = lax.dynamic_update_slice(output, new, (start, 0, 0, channel))
         return jax.tree.map(jnp.add, sums, more), output
 
