@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 Params = dict[str, jax.Array]  # "kernel", and "bias" where the convolution has one
+
+IMAGE_CHANNELS = 4  # at most so many are an image's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,8 @@ class Convolution(nn.Module):
         if self.kernel_size == (1, 1) and self.strides == 1:
             return pointwise(x, params)
         padding = tuple((size // 2, size // 2) for size in self.kernel_size)
-        return _biased(_conv(x, params["kernel"].astype(x.dtype), self.strides, padding), params)
+        conv = _conv_of_image if x.shape[-1] <= IMAGE_CHANNELS else _conv
+        return _biased(conv(x, params["kernel"].astype(x.dtype), self.strides, padding), params)
 
 
 def fold(params: Params, slope: jax.Array, shift: jax.Array) -> Params:
@@ -125,15 +129,37 @@ def pointwise_backward(x: jax.Array, dy: jax.Array, params: Params) -> tuple[jax
     return dx, {"kernel": dkernel} | _bias_gradient(dy, params)
 
 
-def conv3x3(x: jax.Array, params: Params, products: bool) -> jax.Array:
-    """A 3x3 convolution, stride 1, zero padding, of x [batch, height, width, channels]."""
+def taps(params: Params, plan: Plan) -> Params:
+    """Parameters of a 3x3 convolution as `conv3x3` takes them.
+
+    Where the plan wants products, the kernel is a matrix [c_in, 9 c_out], made once for all pieces.
+    """
+    kernel = params["kernel"]
+    if plan.products:
+        kernel = kernel.transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1)
+    return params | {"kernel": kernel}
+
+
+def taps_transposed(gradient: Params, plan: Plan) -> Params:
+    """The gradient of a convolution's parameters, from that of the `taps` made of them."""
+    kernel = gradient["kernel"]
+    if plan.products:
+        kernel = kernel.reshape(kernel.shape[0], 3, 3, -1).transpose(1, 2, 0, 3)
+    return gradient | {"kernel": kernel}
+
+
+def conv3x3(x: jax.Array, params: Params) -> jax.Array:
+    """A 3x3 convolution, stride 1, zero padding, of x [batch, height, width, channels].
+
+    Its parameters come through `taps`.
+    """
     kernel = params["kernel"].astype(x.dtype)
-    if not products:
+    if kernel.ndim == 4:
         return _biased(_conv(x, kernel), params)
     _, height, width, _ = x.shape
-    n = kernel.shape[-1]
+    n = kernel.shape[-1] // 9
     # All nine taps in one product with few columns; then their results, shifted, are added up.
-    taps = (_rows(x) @ _taps(kernel)).reshape(*x.shape[:-1], -1)
+    taps = (_rows(x) @ kernel).reshape(*x.shape[:-1], -1)
     taps = jnp.pad(taps, ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifted = [
         taps[:, i : i + height, j : j + width, (3 * i + j) * n : (3 * i + j + 1) * n]
@@ -143,15 +169,15 @@ def conv3x3(x: jax.Array, params: Params, products: bool) -> jax.Array:
     return _biased(sum(shifted), params)
 
 
-def conv3x3_backward(x, dy, params: Params, products: bool) -> tuple[jax.Array, Params]:
+def conv3x3_backward(x: jax.Array, dy: jax.Array, params: Params) -> tuple[jax.Array, Params]:
     """Gradients of x and of the parameters of `conv3x3`."""
     kernel = params["kernel"].astype(x.dtype)
-    if not products:
+    if kernel.ndim == 4:
         # In bfloat16 the kernel's gradient is rounded to it, as in any flax network: for a float32
         # result XLA:GPU converts operands, and DenseNet-BC-100's step moves 4 % more.
         dx, dkernel = jax.vjp(_conv, x, kernel)[1](dy)
         return dx, {"kernel": dkernel.astype(params["kernel"].dtype)} | _bias_gradient(dy, params)
-    _, height, width, channels = x.shape
+    _, height, width, _ = x.shape
     padded = jnp.pad(dy, ((0, 0), (1, 1), (1, 1), (0, 0)))
     # The nine shifts of the narrow output's gradient; both gradients are products with them.
     columns = jnp.concatenate(
@@ -162,9 +188,8 @@ def conv3x3_backward(x, dy, params: Params, products: bool) -> tuple[jax.Array, 
         ],
         axis=-1,
     )
-    dx = (_rows(columns) @ _taps(kernel).T).reshape(x.shape)
+    dx = (_rows(columns) @ kernel.T).reshape(x.shape)
     dkernel = _transposed_product(x, columns, params["kernel"].dtype)
-    dkernel = dkernel.reshape(channels, 3, 3, -1).transpose(1, 2, 0, 3)
     return dx, {"kernel": dkernel} | _bias_gradient(dy, params)
 
 
@@ -172,14 +197,74 @@ def _rows(x):
     return x.reshape(-1, x.shape[-1])
 
 
-def _taps(kernel):
-    """[3, 3, c_in, c_out] -> [c_in, 9 c_out]."""
-    return kernel.transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1)
-
-
 def _conv(x, kernel, stride=1, padding=((1, 1), (1, 1))):
     numbers = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=numbers)
+
+
+def _conv_of_image(x, kernel, stride, padding):
+    """As `_conv`; the gradient of its kernel is in products where the plan wants them."""
+    varying = kernel + jnp.zeros_like(x, shape=(), dtype=kernel.dtype)  # as its gradient will be
+    return _narrow_conv(x, varying, stride, padding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _narrow_conv(x, kernel, stride, padding):
+    return _conv(x, kernel, stride, padding)
+
+
+def _narrow_conv_forward(x, kernel, stride, padding):
+    return _conv(x, kernel, stride, padding), (x, kernel)
+
+
+def _narrow_conv_backward(stride, padding, saved, dy):
+    x, kernel = saved
+    dx = jax.vjp(lambda x: _conv(x, kernel, stride, padding), x)[1](dy)[0]
+
+    def of_kernel(plan, x, kernel, dy):
+        if plan.products:
+            return _kernel_gradient(plan, x, kernel.shape, dy, stride, padding)
+        return jax.vjp(lambda kernel: _conv(x, kernel, stride, padding), kernel)[1](dy)[0]
+
+    return dx, per_platform(of_kernel, x, kernel, dy)
+
+
+_narrow_conv.defvjp(_narrow_conv_forward, _narrow_conv_backward)
+
+
+def _kernel_gradient(plan, x, shape, dy, stride, padding):
+    """The gradient of the kernel of a convolution with few input channels, in matrix products.
+
+    A stride is undone first: squares of so many pixels become channels, the stride becomes 1.
+    """
+    batch, rows, columns, _ = dy.shape
+    taps = [-(-size // stride) for size in shape[:2]]
+    sizes = [(n + more - 1) * stride for n, more in zip((rows, columns), taps, strict=True)]
+    margins = [
+        (low, size - low - length, 0)
+        for (low, _), size, length in zip(padding, sizes, x.shape[1:3], strict=True)
+    ]
+    none = (0, 0, 0)
+    x = lax.pad(x, jnp.zeros((), x.dtype), (none, *margins, none))
+    x = x.reshape(batch, sizes[0] // stride, stride, sizes[1] // stride, stride, -1)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(*(x.shape[n] for n in (0, 1, 3)), -1)
+    most = plan.piece_bytes / (x.nbytes * taps[1] / batch)
+    size = max((n for n in range(1, batch + 1) if n <= most and batch % n == 0), default=1)
+
+    def add(number, gradient):
+        part, of_part = (lax.dynamic_slice_in_dim(y, number * size, size) for y in (x, dy))
+        part = jnp.concatenate([part[:, :, j : j + columns] for j in range(taps[1])], axis=-1)
+        products = [
+            _transposed_product(part[:, i : i + rows], of_part, gradient.dtype)
+            for i in range(taps[0])
+        ]
+        return gradient + jnp.stack(products)
+
+    gradient = jnp.zeros_like(dy, shape=(taps[0], taps[1] * x.shape[-1], shape[-1]))
+    gradient = lax.fori_loop(0, batch // size, add, gradient)
+    gradient = gradient.reshape(*taps, stride, stride, *shape[2:]).transpose(0, 2, 1, 3, 4, 5)
+    gradient = gradient.reshape(taps[0] * stride, taps[1] * stride, *shape[2:])
+    return gradient[: shape[0], : shape[1]]
 
 
 def _biased(y, params):

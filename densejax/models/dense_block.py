@@ -28,15 +28,18 @@ from densejax.models.convolution import (
     per_platform,
     pointwise,
     pointwise_backward,
+    taps,
+    taps_transposed,
 )
 from densejax.models.normalization import (
-    IMAGE_AXES,
     Seen,
     Statistics,
     affine,
+    norm_gradients,
     normalise,
     statistics,
     sum_over,
+    through_relu,
     wide,
 )
 from densejax.models.regularization import dropout, survive
@@ -120,7 +123,7 @@ def _evaluate(epsilon, survivals, plan, x, layers, running):
 def _evaluate_layer(epsilon, plan, features, channels, params, norms, survival):
     """Features with a layer's new maps written behind; nothing else leaves the cache."""
     first, last = params["conv1"], params[_last_conv(params)]
-    last = jax.tree.map(lambda leaf: leaf * survival, last)
+    last = taps(jax.tree.map(lambda leaf: leaf * survival, last), plan)
     if "conv2" in params:
         first = fold(first, *affine(norms["norm2"], params["norm2"], epsilon))
 
@@ -129,7 +132,7 @@ def _evaluate_layer(epsilon, plan, features, channels, params, norms, survival):
         z = _relu(normalise(x, norms["norm1"], params["norm1"], epsilon), x)
         if "conv2" in params:
             z = _relu(pointwise(z, first), x)
-        return (), conv3x3(z, last, plan.products)
+        return (), conv3x3(z, last)
 
     return _in_pieces(plan, features, piece, (), features, channels)[1]
 
@@ -204,29 +207,34 @@ class _Layer:
 
     def write(self, features: jax.Array, h: jax.Array | None, stats: Statistics) -> jax.Array:
         """Features with the new maps behind, from the bottleneck's h or, without, themselves."""
-        number, conv = (1 if h is None else 2), self.params[_last_conv(self.params)]
+        number, conv = (
+            (1 if h is None else 2),
+            taps(self.params[_last_conv(self.params)], self.plan),
+        )
 
         def piece(cut, written):
             x = written(self.channels) if h is None else cut(h)
-            y = conv3x3(self.normalise(number, x, stats), conv, self.plan.products)
+            y = conv3x3(self.normalise(number, x, stats), conv)
             return (), self.thin_out(y, cut(self.keys))
 
         return _in_pieces(self.plan, features, piece, (), features, self.channels)[1]
 
     def through_last(self, h, stats, dy, scratch):
         """(gradients of norm2 and conv2, that of norm2's result where its ReLU lets it through)."""
+        conv = taps(self.params["conv2"], self.plan)
 
         def piece(cut, _):
             x, dy_here = cut(h), self.thin_out(cut(dy), cut(self.keys))
             u = self.normalise(2, x, stats)
-            dv, dconv = conv3x3_backward(u, dy_here, self.params["conv2"], self.plan.products)
-            dv, sums = _through_relu(u, dv, x, stats.mean)
+            dv, dconv = conv3x3_backward(u, dy_here, conv)
+            dv, sums = through_relu(u, dv, wide(x) - stats.mean)
             return (dconv, sums), dv
 
-        sums = _zeros(self.params["conv2"], self.params["norm2"])
+        sums = _zeros(conv, self.params["norm2"])
         (dconv, sums), dv = _in_pieces(self.plan, h, piece, sums, scratch)
         rate = lax.rsqrt(stats.variance + self.settings.epsilon)
-        return {"norm2": {"scale": sums["scale"] * rate, "bias": sums["bias"]}, "conv2": dconv}, dv
+        norm = {"scale": sums["scale"] * rate, "bias": sums["bias"]}
+        return {"norm2": norm, "conv2": taps_transposed(dconv, self.plan)}, dv
 
     def through_norm2(self, h, stats, dnorm):
         """A function of pieces of h and of the gradient dv of norm2's result: that of h."""
@@ -246,17 +254,18 @@ class _Layer:
 
         dy is the gradient of the new maps or, with a bottleneck, of norm2's result.
         """
+        conv = self.params["conv1"] if h is not None else taps(self.params["conv1"], self.plan)
 
         def piece(cut, written):
             x, keys = cut(features, self.channels), cut(self.keys)
             z = self.normalise(1, x, stats)
             if h is None:
                 dy_here = self.thin_out(cut(dy), keys)
-                dz, dconv = conv3x3_backward(z, dy_here, self.params["conv1"], self.plan.products)
+                dz, dconv = conv3x3_backward(z, dy_here, conv)
             else:
                 dh = self.drop(through_norm2(cut(h), cut(dy)), keys)
-                dz, dconv = pointwise_backward(z, dh, self.params["conv1"])
-            dz, sums = _through_relu(z, dz, x, stats.mean)
+                dz, dconv = pointwise_backward(z, dh, conv)
+            dz, sums = through_relu(z, dz, wide(x) - stats.mean)
             share, gradient = wide(dz) * slope, written(self.channels)
             if self.plan.shrink:  # a rounded summand would be one more result of XLA:TPU's kernel
                 return (dconv, sums), (wide(gradient) + share).astype(x.dtype)
@@ -264,16 +273,20 @@ class _Layer:
 
         rate = lax.rsqrt(stats.variance + self.settings.epsilon)
         slope = self.params["norm1"]["scale"] * rate
-        sums = _zeros(self.params["conv1"], self.params["norm1"])
+        sums = _zeros(conv, self.params["norm1"])
         if self.plan.shrink:
             gradient = gradient[..., : self.channels]
         (dconv, sums), gradient = _in_pieces(self.plan, features, piece, sums, gradient)
+        dconv = taps_transposed(dconv, self.plan) if h is None else dconv
+        shares, norm = norm_gradients(stats, self.params["norm1"], self.settings.epsilon, sums)
         # The first norm's statistics are shared with all later layers.
-        of_mean = of_statistics.mean.at[: self.channels].add(-slope * sums["bias"])
-        shared = -0.5 * slope * rate**2 * sums["scale"]
-        of_variance = of_statistics.variance.at[: self.channels].add(shared)
-        norm = {"scale": sums["scale"] * rate, "bias": sums["bias"]}
-        return {"norm1": norm, "conv1": dconv}, gradient, Statistics(of_mean, of_variance)
+        of_statistics = Statistics(
+            *(
+                leaf.at[: self.channels].add(share)
+                for leaf, share in zip(of_statistics, shares, strict=True)
+            )
+        )
+        return {"norm1": norm, "conv1": dconv}, gradient, of_statistics
 
 
 def _layers(settings, plan, layers, keys, channels):
@@ -338,13 +351,6 @@ def _through_statistics(settings, features, gradient, stats, of_statistics, chan
     of_mean, of_variance = sums / _count(settings, features)
     dx += of_mean + (x - stats.mean[channels]) * (2 * of_variance)
     return dx.astype(features.dtype)
-
-
-def _through_relu(z, dz, x, mean):
-    """dz where z is positive, and its sums: with 1 for the bias, with x - mean for the scale."""
-    dz = jnp.where(z > 0, dz, 0)
-    scale = (wide(dz) * (wide(x) - mean)).sum(IMAGE_AXES)
-    return dz, {"scale": scale, "bias": wide(dz).sum(IMAGE_AXES)}
 
 
 def _relu(x, like):

@@ -26,7 +26,7 @@ class Transition(nn.Module):
     @nn.compact
     def __call__(self, features: jax.Array, seen: Seen | None = None) -> jax.Array:
         """Maps features to `width` feature maps of half the height and width."""
-        x = nn.relu(self.layers.norm(name="norm")(features, seen))
+        x = self.layers.norm(name="norm")(features, seen, relu=True)
         conv = self.layers.conv(self.width, (1, 1), name="conv")
         dropout = functools.partial(self.layers.dropout, name="dropout")
         if self.pool_first and not (self.layers.train and self.layers.dropout_rate):
@@ -178,24 +178,29 @@ class DenseNet(nn.Module):
             dropout_rate=self.dropout_rate,
             keys=keys,
         )
-        widths, depths, growth_rates = self.widths(), self.block_depths(), self.growth_rates()
-        bottleneck_width = self.bottleneck_width if self.bottleneck else 0
-        block = OneShotBlock if self.join == "one_shot" else BLOCKS[self.block]
-        block = nn.remat(block) if self.recompute == "block" else block
         features = {}
-        features["stem"] = x = layers.STEMS[self.stem](widths[0], bound, name="stem")(image)
-        for index, (depth, growth_rate) in enumerate(zip(depths, growth_rates, strict=True), 1):
-            name = f"block{index}"
-            before, total = sum(depths[: index - 1]), sum(depths)
-            numbers = range(before + 1, before + depth + 1)  # l of each layer
-            survivals = tuple(1 - number / total * (1 - self.survival) for number in numbers)
-            policy = (growth_rate, bottleneck_width, bound, survivals, self.recompute)
-            x, seen = block(depth, *policy, name=name)(x)
-            features[name] = x
-            if index < len(depths):
-                name, in_place = f"transition{index}", self.block == "in_place"
-                x = Transition(widths[index], bound, in_place, name=name)(x, seen)
-                features[name] = x
-        features["final"] = x = nn.relu(bound.norm(name="norm")(x, seen))
+        features["stem"] = x = layers.STEMS[self.stem](self.widths()[0], bound, name="stem")(image)
+        for index in range(len(self.block_depths())):
+            stage = functools.partial(DenseNet._stage, layers=bound, index=index)
+            stage = nn.remat(stage) if self.recompute == "block" else stage
+            results, x = stage(self, x)
+            features |= results
         logits, features["pooled"] = layers.Head(self.num_classes, name="head")(x)
         return logits, features
+
+    def _stage(self, x: jax.Array, layers: Layers, index: int) -> tuple[dict, jax.Array]:
+        """Features of a block and of what follows it (its gradient needs them, too); the latter."""
+        depths, growth_rates, widths = self.block_depths(), self.growth_rates(), self.widths()
+        before, total = sum(depths[:index]), sum(depths)
+        numbers = range(before + 1, before + depths[index] + 1)  # l of each layer
+        survivals = tuple(1 - number / total * (1 - self.survival) for number in numbers)
+        block = OneShotBlock if self.join == "one_shot" else BLOCKS[self.block]
+        bottleneck_width = self.bottleneck_width if self.bottleneck else 0
+        policy = (growth_rates[index], bottleneck_width, layers, survivals, self.recompute)
+        features, seen = block(depths[index], *policy, name=f"block{index + 1}")(x)
+        if index + 1 == len(depths):
+            name, x = "final", layers.norm(name="norm")(features, seen, relu=True)
+        else:
+            name, in_place = f"transition{index + 1}", self.block == "in_place"
+            x = Transition(widths[index + 1], layers, in_place, name=name)(features, seen)
+        return {f"block{index + 1}": features, name: x}, x

@@ -52,11 +52,14 @@ class Layers:
         """BatchNorm with statistics in float32."""
         return BatchNorm(self.train, self.batch_norm_axis, self.epsilon, self.dtype, **keywords)
 
-    def normalised(self, conv: Convolution, norm: BatchNorm, x: jax.Array) -> jax.Array:
-        """norm(conv(x)); with running statistics the norm is folded into the convolution."""
+    def normalised(
+        self, conv: Convolution, norm: BatchNorm, x: jax.Array, relu: bool = False
+    ) -> jax.Array:
+        """norm(conv(x)), then ReLU if asked; running statistics are folded into the convolution."""
         if self.train or norm.is_initializing():
-            return norm(conv(x))
-        return conv(x, norm.affine())
+            return norm(conv(x), relu=relu)
+        y = conv(x, norm.affine())
+        return nn.relu(y) if relu else y
 
     def dropout(self, x: jax.Array, name: str) -> jax.Array:
         """Dropout in training, one independent draw per element."""
@@ -92,7 +95,7 @@ class ImageNetStem(nn.Module):
             self.layers.conv(self.width, (7, 7), 2, name="conv"),
             self.layers.norm(name="norm"),
         )
-        x = nn.relu(self.layers.normalised(conv, norm, image))
+        x = self.layers.normalised(conv, norm, image, relu=True)
         return max_pool(x, ((1, 1), (1, 1)))
 
 

@@ -1,5 +1,6 @@
 """Batch normalisation (Ioffe and Szegedy, arXiv:1502.03167) with statistics in float32."""
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -39,9 +40,32 @@ def statistics(x: jax.Array, axis: Any = None) -> Statistics:
 
     In two passes: E[x^2] - E[x]^2 cancels where the mean is large.
     """
-    x = wide(x)
-    mean = mean_over(x.mean(IMAGE_AXES), axis)
-    return Statistics(mean, mean_over(jnp.square(x - mean).mean(IMAGE_AXES), axis))
+    mean = mean_over(wide(x).mean(IMAGE_AXES), axis)
+    return Statistics(mean, mean_over(_mean_square(x, mean), axis))
+
+
+@jax.custom_vjp
+def _mean_square(x, mean):
+    """The mean of (x - mean)^2. As a function of the mean it is stationary: x has that mean."""
+    return jnp.square(wide(x) - mean).mean(IMAGE_AXES)
+
+
+def _mean_square_forward(x, mean):
+    return _mean_square(x, mean), (x, mean)
+
+
+def _mean_square_backward(saved, gradient):
+    x, mean = _made_again(*saved)
+    slope = gradient * (2 * mean.size / x.size)
+    return ((wide(x) - mean) * slope).astype(x.dtype), jnp.zeros_like(mean)
+
+
+_mean_square.defvjp(_mean_square_forward, _mean_square_backward)
+
+
+def _made_again(x, *others):
+    """For a backward pass: XLA would else keep x - mean from the forward pass, and read that."""
+    return lax.optimization_barrier(x), *others
 
 
 def mean_over(x: jax.Array, axis: Any) -> jax.Array:
@@ -57,6 +81,49 @@ def sum_over(x: jax.Array, axis: Any) -> jax.Array:
 def normalise(x: jax.Array, stats: Statistics, params: dict[str, jax.Array], epsilon: float):
     """BatchNorm of x with given statistics and params {"scale", "bias"}; at least float32."""
     return (wide(x) - stats.mean) * _slope(stats, params, epsilon) + params["bias"]
+
+
+def normalise_relu(x, stats: Statistics, params: dict[str, jax.Array], epsilon: float) -> jax.Array:
+    """ReLU of `normalise`, in the precision of x: its gradient keeps nothing but x."""
+    # Statistics and parameters vary over devices as x does: so do their gradients.
+    zero = jnp.zeros_like(x, shape=(), dtype=jnp.float32)
+    stats, params = jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), (stats, params))
+    return _normalise_relu(x, stats, params, epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalise_relu(x, stats, params, epsilon):
+    return jnp.maximum(normalise(x, stats, params, epsilon), 0).astype(x.dtype)
+
+
+def _normalise_relu_forward(x, stats, params, epsilon):
+    return _normalise_relu(x, stats, params, epsilon), (x, stats, params)
+
+
+def _normalise_relu_backward(epsilon, saved, dz):
+    x, stats, params = _made_again(*saved)
+    # Written otherwise than in `normalise`: XLA:CPU would make the difference an array for both.
+    centred = wide(x) + -stats.mean
+    dz, sums = through_relu(_normalise_relu(x, stats, params, epsilon), dz, centred)
+    dx = (wide(dz) * _slope(stats, params, epsilon)).astype(x.dtype)
+    return dx, *norm_gradients(stats, params, epsilon, sums)
+
+
+_normalise_relu.defvjp(_normalise_relu_forward, _normalise_relu_backward)
+
+
+def through_relu(z, dz, centred):
+    """dz where z is positive, and its sums: with 1 for the bias, with x - mean for the scale."""
+    dz = jnp.where(z > 0, dz, 0)
+    return dz, {"scale": (wide(dz) * centred).sum(IMAGE_AXES), "bias": wide(dz).sum(IMAGE_AXES)}
+
+
+def norm_gradients(stats, params, epsilon, sums) -> tuple[Statistics, dict[str, jax.Array]]:
+    """Gradients of a norm's statistics and parameters, from the sums of `through_relu`."""
+    rate = lax.rsqrt(stats.variance + epsilon)
+    slope = params["scale"] * rate
+    of_stats = Statistics(-slope * sums["bias"], -0.5 * slope * rate**2 * sums["scale"])
+    return of_stats, {"scale": sums["scale"] * rate, "bias": sums["bias"]}
 
 
 def affine(stats: Statistics, params: dict[str, jax.Array], epsilon: float):
@@ -95,8 +162,8 @@ class BatchNorm(nn.Module):
     scale_init: nn.initializers.Initializer = nn.initializers.ones
 
     @nn.compact
-    def __call__(self, x: jax.Array, seen: Seen | None = None) -> jax.Array:
-        """Normalises the last axis of x [batch, height, width, channels]."""
+    def __call__(self, x: jax.Array, seen: Seen | None = None, relu: bool = False) -> jax.Array:
+        """Normalises the last axis of x [batch, height, width, channels]; then ReLU, if asked."""
         shape = x.shape[-1:]
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         variance = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
@@ -114,7 +181,8 @@ class BatchNorm(nn.Module):
         if self.train and not self.is_initializing():
             new = update({"mean": mean.value, "var": variance.value}, seen.running)
             mean.value, variance.value = new["mean"], new["var"]
-        return normalise(x, stats, params, self.epsilon).astype(self.dtype)
+        function = normalise_relu if relu else normalise
+        return function(x, stats, params, self.epsilon).astype(self.dtype)
 
     def affine(self) -> tuple[jax.Array, jax.Array]:
         """(slope, shift) of each channel by the running statistics."""

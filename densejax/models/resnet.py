@@ -44,7 +44,7 @@ class Block(nn.Module):
         for index, (channels, size, step) in enumerate(self.convolutions, 1):
             last = index == len(self.convolutions)
             if self.preactivation:
-                y = nn.relu(norm(name=f"norm{index}")(y))
+                y = norm(name=f"norm{index}")(y, relu=True)
                 if index == 1 and changes and self.shortcut == "projection":
                     x = y  # as the authors' code: a projection shares the first norm and ReLU
             convolve = conv(channels, (size, size), step, name=f"conv{index}")
@@ -53,8 +53,7 @@ class Block(nn.Module):
             else:
                 scale = nn.initializers.constant(0.0 if last and self.zero_init else 1.0)
                 after = norm(name=f"norm{index}", scale_init=scale)
-                y = self.layers.normalised(convolve, after, y)
-                y = y if last else nn.relu(y)
+                y = self.layers.normalised(convolve, after, y, relu=not last)
         if self.join == "add":
             if changes and self.shortcut == "identity":
                 new = width - x.shape[-1]
@@ -163,7 +162,7 @@ class ResNet(nn.Module):
         policy = (self.preactivation, self.shortcut, self.join, self.zero_init, bound)
         x = layers.STEMS[self.stem](self.widths[0], bound, name="stem")(image)
         if self.stem == "cifar" and not self.preactivation:
-            x = nn.relu(bound.norm(name="stem_norm")(x))
+            x = bound.norm(name="stem_norm")(x, relu=True)
         features = {"stem": x}
         for stage, (depth, width) in enumerate(zip(self.blocks, self.widths, strict=True), 1):
             for index in range(1, depth + 1):
@@ -174,7 +173,7 @@ class ResNet(nn.Module):
                 x = Block(convolutions, survival, *policy, name=f"stage{stage}_block{index}")(x)
             features[f"stage{stage}"] = x
         if self.preactivation:
-            x = nn.relu(bound.norm(name="norm")(x))
+            x = bound.norm(name="norm")(x, relu=True)
         features["final"] = x
         logits, features["pooled"] = layers.Head(self.num_classes, name="head")(x)
         return logits, features

@@ -24,7 +24,7 @@ class ConvNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [batch, height, width, channels] to `width` feature maps."""
         conv = self.layers.conv(self.width, (self.size, self.size), self.stride, name="conv")
-        return nn.relu(self.layers.normalised(conv, self.layers.norm(name="norm"), x))
+        return self.layers.normalised(conv, self.layers.norm(name="norm"), x, relu=True)
 
 
 class OneShotAggregation(nn.Module):

@@ -1,5 +1,7 @@
 """Convolutions as matrix products, and their gradients by hand, against XLA's convolution."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,9 @@ from densejax.models.convolution import (
     per_platform,
     pointwise,
     pointwise_backward,
+    taps,
+    taps_transposed,
+    tracing_for,
 )
 
 
@@ -30,20 +35,27 @@ def xla(x, params):
     return y + params["bias"].astype(x.dtype) if "bias" in params else y
 
 
-FORMS = {
-    (1, 1): (pointwise, pointwise_backward),
-    (3, 3): (conv3x3, conv3x3_backward),
-}
+def by(platform):
+    """A 3x3 convolution and its gradients by the plan of a platform."""
+    plan = PLANS[platform]
+
+    def backward(x, dy, params):
+        dx, gradient = conv3x3_backward(x, dy, taps(params, plan))
+        return dx, taps_transposed(gradient, plan)
+
+    return lambda x, params: conv3x3(x, taps(params, plan)), backward
+
+
+FORMS = pytest.mark.parametrize(
+    "size, forward, backward",
+    [((1, 1), pointwise, pointwise_backward), ((3, 3), *by("cpu")), ((3, 3), *by("default"))],
+    ids=["1x1", "3x3_products", "3x3_convolution"],
+)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
-@pytest.mark.parametrize(
-    "size, options",
-    [((1, 1), ()), ((3, 3), (True,)), ((3, 3), (False,))],
-    ids=["1x1", "3x3_products", "3x3_convolution"],
-)
-def test_forward_and_backward_are_xlas(size, options, bias):
-    forward, backward = FORMS[size]
+@FORMS
+def test_forward_and_backward_are_xlas(size, forward, backward, bias):
     with jax.enable_x64(True):
         x, params = draws(2, 5, 4, 6), {"kernel": draws(*size, 6, 3, seed=1)}
         params |= {"bias": draws(3, seed=2)} if bias else {}
@@ -51,28 +63,22 @@ def test_forward_and_backward_are_xlas(size, options, bias):
         @jax.jit
         def both(x, params, dy):
             expected, pull = jax.vjp(xla, x, params)
-            automatic = jax.vjp(lambda x, params: forward(x, params, *options), x, params)[1](dy)
-            ours = forward(x, params, *options), backward(x, dy, params, *options), automatic
+            ours = forward(x, params), backward(x, dy, params), jax.vjp(forward, x, params)[1](dy)
             return ours, (expected, pull(dy), pull(dy))
 
         ours, theirs = both(x, params, draws(2, 5, 4, 3, seed=3))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-12, 1e-12), ours, theirs)
 
 
-@pytest.mark.parametrize(
-    "size, options",
-    [((1, 1), ()), ((3, 3), (True,)), ((3, 3), (False,))],
-    ids=["1x1", "3x3_products", "3x3_convolution"],
-)
-def test_bfloat16_has_parameter_gradients_in_float32(size, options):
-    forward, backward = FORMS[size]
+@FORMS
+def test_bfloat16_has_parameter_gradients_in_float32(size, forward, backward):
     params = {"kernel": draws(*size, 6, 3, seed=1), "bias": draws(3, seed=2)}
     params = {name: leaf.astype(np.float32) for name, leaf in params.items()}
     x, dy = (jnp.asarray(draws(8, 5, 4, c, seed=c), jnp.bfloat16) for c in (6, 3))
 
     @jax.jit
     def both(x, params, dy):
-        ours = forward(x, params, *options), backward(x, dy, params, *options)
+        ours = forward(x, params), backward(x, dy, params)
         y, pull = jax.vjp(xla, x.astype(jnp.float32), params)
         return ours, (y, pull(dy.astype(jnp.float32)))
 
@@ -81,6 +87,44 @@ def test_bfloat16_has_parameter_gradients_in_float32(size, options):
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
     for ours, exact in zip(*map(jax.tree.leaves, ((y, dx, gradients), theirs)), strict=True):
         assert np.abs(np.asarray(ours, np.float32) - exact).max() < 0.02 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.parametrize("piece_bytes", [1, float("inf")], ids=["image by image", "at once"])
+@pytest.mark.parametrize(
+    "size, stride, shape, channels",
+    [
+        (3, 1, (5, 4), 3),
+        (3, 2, (6, 5), 3),
+        (7, 2, (12, 9), 3),
+        (7, 2, (9, 8), 1),
+        (5, 3, (7, 11), 2),
+    ],
+)
+def test_convolutions_of_images_have_xlas_gradients(
+    monkeypatch, platform, piece_bytes, size, stride, shape, channels
+):
+    plan = dataclasses.replace(PLANS["cpu"], piece_bytes=piece_bytes)
+    monkeypatch.setitem(PLANS, "cpu", plan)
+    module = Convolution(6, (size, size), stride, False, jnp.float64, jax.nn.initializers.ones)
+    with jax.enable_x64(True), tracing_for(platform):
+        x, kernel = draws(4, *shape, channels), draws(size, size, channels, 6, seed=1)
+
+        def theirs(x, kernel):
+            margins, numbers = [(size // 2, size // 2)] * 2, ("NHWC", "HWIO", "NHWC")
+            strides = (stride, stride)
+            return lax.conv_general_dilated(x, kernel, strides, margins, dimension_numbers=numbers)
+
+        def ours(x, kernel):
+            return module.apply({"params": {"kernel": kernel}}, x)
+
+        def both(x, kernel):
+            pulls = [jax.vjp(function, x, kernel) for function in (ours, theirs)]
+            dy = draws(*pulls[1][0].shape, seed=2)
+            return [(y, pull(dy)) for y, pull in pulls]
+
+        first, second = jax.jit(both)(x, kernel)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-11, 1e-11), first, second)
 
 
 def test_a_pointwise_module_is_flaxs_convolution():

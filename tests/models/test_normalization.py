@@ -1,12 +1,23 @@
 """BatchNorm against flax's, in training and after, and with statistics that are known already."""
 
+import functools
+import types
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from densejax.models.normalization import BatchNorm, Seen, Statistics, statistics, update
+from densejax.models.normalization import (
+    BatchNorm,
+    Seen,
+    Statistics,
+    normalise,
+    normalise_relu,
+    statistics,
+    update,
+)
 
 
 def draws(*shape, seed=0):
@@ -55,6 +66,42 @@ def test_batch_norm_is_flaxs(double, train):
     assert_close((y, updates, gradients), (expected[0], expected[1] or updates, expected[2]))
     changed = np.abs(updates["batch_stats"]["mean"] - VARIABLES["batch_stats"]["mean"]).max()
     assert changed > 0.1 if train else changed == 0
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_relu_in_one_pass_is_relu_after_the_norm(double, train):
+    norm = BatchNorm(train, None, 1e-3, jnp.float64)
+    y, updates, gradients = run(norm, VARIABLES, X, None, True)
+    keywords = dict(momentum=0.9, epsilon=1e-3, dtype=jnp.float64, use_fast_variance=False)
+    flaxs = nn.BatchNorm(use_running_average=not train, **keywords)
+
+    def then_relu(tree, x, mutable):
+        y, changed = flaxs.apply(tree, x, mutable=mutable)
+        return nn.relu(y), changed
+
+    with jax.numpy_dtype_promotion("standard"):  # flax promotes float64
+        expected = run(types.SimpleNamespace(apply=then_relu), VARIABLES, X)
+    assert 0.2 < (y == 0).mean() < 0.8
+    assert_close((y, updates, gradients), (expected[0], expected[1] or updates, expected[2]))
+
+
+def test_statistics_that_were_seen_have_gradients_of_their_own(double):
+    def loss_of(function, stats, params, x):
+        return (function(x, stats, params) * WEIGHTS).sum()
+
+    def automatic(x, stats, params):
+        return nn.relu(normalise(x, stats, params, 1e-3))
+
+    def ours(x, stats, params):
+        return normalise_relu(x, stats, params, 1e-3)
+
+    stats = Statistics(draws(6, seed=6), np.exp(draws(6, seed=7)))
+    arguments = stats, VARIABLES["params"], X
+    first, second = (
+        jax.jit(jax.grad(functools.partial(loss_of, function), (0, 1, 2)))(*arguments)
+        for function in (ours, automatic)
+    )
+    assert_close(first, second)
 
 
 def test_variables_are_flaxs_and_initialisation_keeps_them():
