@@ -181,26 +181,27 @@ class DenseNet(nn.Module):
         features = {}
         features["stem"] = x = layers.STEMS[self.stem](self.widths()[0], bound, name="stem")(image)
         for index in range(len(self.block_depths())):
-            stage = functools.partial(DenseNet._stage, layers=bound, index=index)
+            stage = functools.partial(_stage, layers=bound, index=index)
             stage = nn.remat(stage) if self.recompute == "block" else stage
             results, x = stage(self, x)
             features |= results
         logits, features["pooled"] = layers.Head(self.num_classes, name="head")(x)
         return logits, features
 
-    def _stage(self, x: jax.Array, layers: Layers, index: int) -> tuple[dict, jax.Array]:
-        """Features of a block and of what follows it (its gradient needs them, too); the latter."""
-        depths, growth_rates, widths = self.block_depths(), self.growth_rates(), self.widths()
-        before, total = sum(depths[:index]), sum(depths)
-        numbers = range(before + 1, before + depths[index] + 1)  # l of each layer
-        survivals = tuple(1 - number / total * (1 - self.survival) for number in numbers)
-        block = OneShotBlock if self.join == "one_shot" else BLOCKS[self.block]
-        bottleneck_width = self.bottleneck_width if self.bottleneck else 0
-        policy = (growth_rates[index], bottleneck_width, layers, survivals, self.recompute)
-        features, seen = block(depths[index], *policy, name=f"block{index + 1}")(x)
-        if index + 1 == len(depths):
-            name, x = "final", layers.norm(name="norm")(features, seen, relu=True)
-        else:
-            name, in_place = f"transition{index + 1}", self.block == "in_place"
-            x = Transition(widths[index + 1], layers, in_place, name=name)(features, seen)
-        return {f"block{index + 1}": features, name: x}, x
+
+def _stage(network: DenseNet, x: jax.Array, layers: Layers, index: int):
+    """Features of a block and of what follows it (its gradient needs them, too); the latter."""
+    depths, growth_rates, widths = network.block_depths(), network.growth_rates(), network.widths()
+    before, total = sum(depths[:index]), sum(depths)
+    numbers = range(before + 1, before + depths[index] + 1)  # l of each layer
+    survivals = tuple(1 - number / total * (1 - network.survival) for number in numbers)
+    block = OneShotBlock if network.join == "one_shot" else BLOCKS[network.block]
+    bottleneck_width = network.bottleneck_width if network.bottleneck else 0
+    policy = (growth_rates[index], bottleneck_width, layers, survivals, network.recompute)
+    features, seen = block(depths[index], *policy, name=f"block{index + 1}")(x)
+    if index + 1 == len(depths):
+        name, x = "final", layers.norm(name="norm")(features, seen, relu=True)
+    else:
+        name, in_place = f"transition{index + 1}", network.block == "in_place"
+        x = Transition(widths[index + 1], layers, in_place, name=name)(features, seen)
+    return {f"block{index + 1}": features, name: x}, x
