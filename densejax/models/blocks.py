@@ -41,7 +41,7 @@ RECOMPUTE = {
     "none": "nothing; an in-place block never keeps what a norm or ReLU makes",
     "norm": "concatenations, norms and ReLUs; what convolutions make is kept (Pleiss et al. 2017)",
     "layer": "all but each layer's new feature maps",
-    "block": "all but each block's input",
+    "block": "all but each block's input, through the transition or norm that follows it",
 }
 
 

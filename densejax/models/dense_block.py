@@ -24,12 +24,13 @@ from densejax.models.convolution import (
     Plan,
     conv3x3,
     conv3x3_backward,
+    divisor,
     fold,
+    from_taps,
     per_platform,
     pointwise,
     pointwise_backward,
     taps,
-    taps_transposed,
 )
 from densejax.models.normalization import (
     Seen,
@@ -207,10 +208,8 @@ class _Layer:
 
     def write(self, features: jax.Array, h: jax.Array | None, stats: Statistics) -> jax.Array:
         """Features with the new maps behind, from the bottleneck's h or, without, themselves."""
-        number, conv = (
-            (1 if h is None else 2),
-            taps(self.params[_last_conv(self.params)], self.plan),
-        )
+        number = 1 if h is None else 2
+        conv = taps(self.params[_last_conv(self.params)], self.plan)
 
         def piece(cut, written):
             x = written(self.channels) if h is None else cut(h)
@@ -232,9 +231,8 @@ class _Layer:
 
         sums = _zeros(conv, self.params["norm2"])
         (dconv, sums), dv = _in_pieces(self.plan, h, piece, sums, scratch)
-        rate = lax.rsqrt(stats.variance + self.settings.epsilon)
-        norm = {"scale": sums["scale"] * rate, "bias": sums["bias"]}
-        return {"norm2": norm, "conv2": taps_transposed(dconv, self.plan)}, dv
+        _, norm = norm_gradients(stats, self.params["norm2"], self.settings.epsilon, sums)
+        return {"norm2": norm, "conv2": from_taps(dconv, self.plan)}, dv
 
     def through_norm2(self, h, stats, dnorm):
         """A function of pieces of h and of the gradient dv of norm2's result: that of h."""
@@ -277,14 +275,11 @@ class _Layer:
         if self.plan.shrink:
             gradient = gradient[..., : self.channels]
         (dconv, sums), gradient = _in_pieces(self.plan, features, piece, sums, gradient)
-        dconv = taps_transposed(dconv, self.plan) if h is None else dconv
+        dconv = from_taps(dconv, self.plan) if h is None else dconv
         shares, norm = norm_gradients(stats, self.params["norm1"], self.settings.epsilon, sums)
         # The first norm's statistics are shared with all later layers.
-        of_statistics = Statistics(
-            *(
-                leaf.at[: self.channels].add(share)
-                for leaf, share in zip(of_statistics, shares, strict=True)
-            )
+        of_statistics = jax.tree.map(
+            lambda leaf, share: leaf.at[: self.channels].add(share), of_statistics, shares
         )
         return {"norm1": norm, "conv1": dconv}, gradient, of_statistics
 
@@ -400,7 +395,7 @@ def _in_pieces(plan: Plan, features, function, sums, output, channel: int = 0):
         most = batch
         if plan.piece_bytes < math.inf:  # outside of a loop XLA:CPU copies the output of each layer
             most = min(batch / 2, plan.piece_bytes / features.nbytes * batch)
-        size = max((n for n in range(1, batch + 1) if n <= most and batch % n == 0), default=1)
+        size = divisor(batch, most)
 
     def step(number, state):
         sums, output = state

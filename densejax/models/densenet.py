@@ -178,10 +178,11 @@ class DenseNet(nn.Module):
             dropout_rate=self.dropout_rate,
             keys=keys,
         )
+        block = OneShotBlock if self.join == "one_shot" else BLOCKS[self.block]
         features = {}
         features["stem"] = x = layers.STEMS[self.stem](self.widths()[0], bound, name="stem")(image)
         for index in range(len(self.block_depths())):
-            stage = functools.partial(_stage, layers=bound, index=index)
+            stage = functools.partial(_stage, bound, block, self.block == "in_place", index)
             stage = nn.remat(stage) if self.recompute == "block" else stage
             results, x = stage(self, x)
             features |= results
@@ -189,19 +190,21 @@ class DenseNet(nn.Module):
         return logits, features
 
 
-def _stage(network: DenseNet, x: jax.Array, layers: Layers, index: int):
-    """Features of a block and of what follows it (its gradient needs them, too); the latter."""
+def _stage(bound: Layers, block, pool_first: bool, index: int, network: DenseNet, x: jax.Array):
+    """(features by name, the next stage's input): a block, and what follows it.
+
+    They are made again together: the gradient of what follows needs the block's features.
+    """
     depths, growth_rates, widths = network.block_depths(), network.growth_rates(), network.widths()
     before, total = sum(depths[:index]), sum(depths)
     numbers = range(before + 1, before + depths[index] + 1)  # l of each layer
     survivals = tuple(1 - number / total * (1 - network.survival) for number in numbers)
-    block = OneShotBlock if network.join == "one_shot" else BLOCKS[network.block]
     bottleneck_width = network.bottleneck_width if network.bottleneck else 0
-    policy = (growth_rates[index], bottleneck_width, layers, survivals, network.recompute)
+    policy = (growth_rates[index], bottleneck_width, bound, survivals, network.recompute)
     features, seen = block(depths[index], *policy, name=f"block{index + 1}")(x)
     if index + 1 == len(depths):
-        name, x = "final", layers.norm(name="norm")(features, seen, relu=True)
+        name, x = "final", bound.norm(name="norm")(features, seen, relu=True)
     else:
-        name, in_place = f"transition{index + 1}", network.block == "in_place"
-        x = Transition(widths[index + 1], layers, in_place, name=name)(features, seen)
+        name = f"transition{index + 1}"
+        x = Transition(widths[index + 1], bound, pool_first, name=name)(features, seen)
     return {f"block{index + 1}": features, name: x}, x

@@ -85,7 +85,8 @@ def normalise(x: jax.Array, stats: Statistics, params: dict[str, jax.Array], eps
 
 def normalise_relu(x, stats: Statistics, params: dict[str, jax.Array], epsilon: float) -> jax.Array:
     """ReLU of `normalise`, in the precision of x: its gradient keeps nothing but x."""
-    # Statistics and parameters vary over devices as x does: so do their gradients.
+    # Statistics and parameters vary over devices as x does (and x at least as they do): so do
+    # their gradients.
     zero = jnp.zeros_like(x, shape=(), dtype=jnp.float32)
     stats, params = jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), (stats, params))
     return _normalise_relu(x, stats, params, epsilon)
@@ -106,7 +107,8 @@ def _normalise_relu_backward(epsilon, saved, dz):
     centred = wide(x) + -stats.mean
     dz, sums = through_relu(_normalise_relu(x, stats, params, epsilon), dz, centred)
     dx = (wide(dz) * _slope(stats, params, epsilon)).astype(x.dtype)
-    return dx, *norm_gradients(stats, params, epsilon, sums)
+    gradients = norm_gradients(stats, params, epsilon, sums)
+    return dx, *jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), gradients, (stats, params))
 
 
 _normalise_relu.defvjp(_normalise_relu_forward, _normalise_relu_backward)

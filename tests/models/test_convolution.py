@@ -13,11 +13,11 @@ from densejax.models.convolution import (
     Convolution,
     conv3x3,
     conv3x3_backward,
+    from_taps,
     per_platform,
     pointwise,
     pointwise_backward,
     taps,
-    taps_transposed,
     tracing_for,
 )
 
@@ -41,7 +41,7 @@ def by(platform):
 
     def backward(x, dy, params):
         dx, gradient = conv3x3_backward(x, dy, taps(params, plan))
-        return dx, taps_transposed(gradient, plan)
+        return dx, from_taps(gradient, plan)
 
     return lambda x, params: conv3x3(x, taps(params, plan)), backward
 
@@ -89,8 +89,11 @@ def test_bfloat16_has_parameter_gradients_in_float32(size, forward, backward):
         assert np.abs(np.asarray(ours, np.float32) - exact).max() < 0.02 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda"])
-@pytest.mark.parametrize("piece_bytes", [1, float("inf")], ids=["image by image", "at once"])
+@pytest.mark.parametrize(
+    "platform, piece_bytes",
+    [("cpu", 1), ("cpu", 2000), ("cpu", float("inf")), ("cuda", float("inf"))],
+    ids=["image by image", "some images", "at once", "convolution"],
+)
 @pytest.mark.parametrize(
     "size, stride, shape, channels",
     [
@@ -124,7 +127,28 @@ def test_convolutions_of_images_have_xlas_gradients(
             return [(y, pull(dy)) for y, pull in pulls]
 
         first, second = jax.jit(both)(x, kernel)
+        has_products = "dot_general" in str(jax.make_jaxpr(both)(x, kernel))
+    assert has_products == (platform == "cpu")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-11, 1e-11), first, second)
+
+
+def test_the_gradient_of_a_bfloat16_kernel_is_summed_in_float32(monkeypatch):
+    monkeypatch.setitem(PLANS, "cpu", dataclasses.replace(PLANS["cpu"], piece_bytes=1))
+    # Positive, or what is lost in a long sum would be lost on both sides of zero.
+    x, kernel = (np.abs(draws(*shape)) for shape in ((512, 6, 6, 3), (3, 3, 3, 2)))
+    module = Convolution(2, (3, 3), 1, False, jnp.bfloat16, jax.nn.initializers.ones)
+
+    def gradient(kernel):
+        y = module.apply({"params": {"kernel": kernel}}, x.astype(np.float32))
+        return y.astype(jnp.float32).sum()
+
+    with tracing_for("cpu"):
+        found = jax.jit(jax.grad(gradient))(kernel.astype(np.float32))
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    exact = [[padded[:, i : i + 6, j : j + 6].sum((0, 1, 2)) for j in range(3)] for i in range(3)]
+    np.testing.assert_allclose(
+        found, np.broadcast_to(np.array(exact)[..., None], found.shape), 0.01
+    )
 
 
 def test_a_pointwise_module_is_flaxs_convolution():

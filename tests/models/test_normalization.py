@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from densejax.models.normalization import (
     BatchNorm,
     Seen,
     Statistics,
+    mean_over,
     normalise,
     normalise_relu,
     statistics,
@@ -83,6 +85,43 @@ def test_relu_in_one_pass_is_relu_after_the_norm(double, train):
         expected = run(types.SimpleNamespace(apply=then_relu), VARIABLES, X)
     assert 0.2 < (y == 0).mean() < 0.8
     assert_close((y, updates, gradients), (expected[0], expected[1] or updates, expected[2]))
+    changed = np.abs(updates["batch_stats"]["mean"] - VARIABLES["batch_stats"]["mean"]).max()
+    assert changed > 0.1 if train else changed == 0
+
+
+@pytest.mark.parametrize("axis", [None, "member", ("group", "member")], ids=str)
+@pytest.mark.parametrize("varying", [True, False], ids=["varying", "replicated"])
+def test_gradients_over_devices_are_those_of_plain_operations(double, axis, varying):
+    everyone = ("group", "member")
+    mesh = jax.make_mesh((2, 2), everyone, (AxisType.Auto, AxisType.Auto))
+    split = PartitionSpec(everyone)
+
+    def plain(x, params):
+        mean = mean_over(x.mean((0, 1, 2)), axis)
+        variance = mean_over(jnp.square(x - mean).mean((0, 1, 2)), axis)
+        y = (x - mean) / jnp.sqrt(variance + 1e-3)
+        return jnp.maximum(y * params["scale"] + params["bias"], 0)
+
+    def ours(x, params):
+        return normalise_relu(x, statistics(x, axis), params, 1e-3)
+
+    def gradients(x, params, weights):
+        def loss_of(function, x, params):
+            return (function(x, params) * weights).sum()
+
+        def gradient(function):
+            of = jax.lax.pcast(params, everyone, to="varying") if varying else params
+            dx, dparams = jax.grad(functools.partial(loss_of, function), (0, 1))(x, of)
+            return dx, jax.lax.psum(dparams, everyone) if varying else dparams
+
+        return gradient(ours), gradient(plain)
+
+    specs = (split, PartitionSpec(), split)
+    out = ((split, PartitionSpec()),) * 2
+    mapped = jax.jit(jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=out))
+    x, weights = draws(8, 3, 2, 6, seed=1) * 3 + 2, draws(8, 3, 2, 6, seed=2)
+    first, second = mapped(x, VARIABLES["params"], weights)
+    assert_close(first, second, 1e-11)
 
 
 def test_statistics_that_were_seen_have_gradients_of_their_own(double):
