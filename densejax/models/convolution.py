@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from densejax.models.normalization import wide
+from densejax.models.normalization import varying_as, wide
 
 Params = dict[str, jax.Array]  # "kernel", and "bias" where the convolution has one
 
@@ -212,9 +212,7 @@ def _conv(x, kernel, stride=1, padding=((1, 1), (1, 1))):
 
 def _conv_of_few(x, kernel, stride, padding):
     """As `_conv`; the gradient of its kernel is in products where the plan wants them."""
-    # The kernel varies over devices as x does: so does its gradient.
-    kernel = kernel + jnp.zeros_like(x, shape=(), dtype=kernel.dtype)
-    return _narrow_conv(x, kernel, stride, padding)
+    return _narrow_conv(x, varying_as(x, kernel), stride, padding)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -41,6 +41,7 @@ from densejax.models.normalization import (
     statistics,
     sum_over,
     through_relu,
+    varying_as,
     wide,
 )
 from densejax.models.regularization import dropout, survive
@@ -84,8 +85,7 @@ def train(
       The block's features, x first; their statistics; those of each layer's bottleneck.
     """
     # Parameters vary over devices as x does: the gradients of the block are each device's own.
-    zero = jnp.zeros_like(x, shape=(), dtype=jnp.float32)
-    layers = jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), layers)
+    layers = varying_as(x, layers)
     features, batch, running, bottlenecks = _train(settings, x, layers, keys)
     return features, Seen(batch, running), bottlenecks
 

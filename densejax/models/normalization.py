@@ -55,7 +55,8 @@ def _mean_square_forward(x, mean):
 
 
 def _mean_square_backward(saved, gradient):
-    x, mean = _made_again(*saved)
+    x, mean = saved
+    x = _made_again(x)
     slope = gradient * (2 * mean.size / x.size)
     return ((wide(x) - mean) * slope).astype(x.dtype), jnp.zeros_like(mean)
 
@@ -63,9 +64,18 @@ def _mean_square_backward(saved, gradient):
 _mean_square.defvjp(_mean_square_forward, _mean_square_backward)
 
 
-def _made_again(x, *others):
+def _made_again(x):
     """For a backward pass: XLA would else keep x - mean from the forward pass, and read that."""
-    return lax.optimization_barrier(x), *others
+    return lax.optimization_barrier(x)
+
+
+def varying_as(x: jax.Array, tree: Any) -> Any:
+    """The arrays of a tree, varying over mapped devices as x does, as a gradient by hand will.
+
+    x must vary at least as they do.
+    """
+    zero = jnp.zeros_like(x, shape=(), dtype=jnp.float32)
+    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
 
 
 def mean_over(x: jax.Array, axis: Any) -> jax.Array:
@@ -85,11 +95,7 @@ def normalise(x: jax.Array, stats: Statistics, params: dict[str, jax.Array], eps
 
 def normalise_relu(x, stats: Statistics, params: dict[str, jax.Array], epsilon: float) -> jax.Array:
     """ReLU of `normalise`, in the precision of x: its gradient keeps nothing but x."""
-    # Statistics and parameters vary over devices as x does (and x at least as they do): so do
-    # their gradients.
-    zero = jnp.zeros_like(x, shape=(), dtype=jnp.float32)
-    stats, params = jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), (stats, params))
-    return _normalise_relu(x, stats, params, epsilon)
+    return _normalise_relu(x, *varying_as(x, (stats, params)), epsilon)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -102,7 +108,8 @@ def _normalise_relu_forward(x, stats, params, epsilon):
 
 
 def _normalise_relu_backward(epsilon, saved, dz):
-    x, stats, params = _made_again(*saved)
+    x, stats, params = saved
+    x = _made_again(x)
     # Written otherwise than in `normalise`: XLA:CPU would make the difference an array for both.
     centred = wide(x) + -stats.mean
     dz, sums = through_relu(_normalise_relu(x, stats, params, epsilon), dz, centred)
