@@ -2,9 +2,12 @@
 
 import contextlib
 import os
+import stat
 import time
 
 from etils import epath
+
+from densejax.config import UserError
 
 VISIBLE = 60.0  # seconds within which every host sees what process 0 wrote
 
@@ -20,6 +23,27 @@ def appears(path: epath.Path) -> bool:
             return False
         time.sleep(0.5)
     return True
+
+
+def read_text(path: epath.Path) -> str | None:
+    """The text of a small file, None where there is none. It never waits, as for a FIFO.
+
+    Raises UserError for what is there and is no file of UTF-8 text that may be read.
+    """
+    try:
+        if "://" in os.fspath(path):
+            return path.read_text() if path.exists() else None
+        with open(path, "rb", opener=lambda *a: os.open(a[0], a[1] | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError("it is no regular file")
+            return file.read().decode()
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError) and not os.path.islink(path):
+            return None
+        raise UserError(
+            f"{path} cannot be read ({error}): put the file that belongs there in its place, or "
+            f"move away what is there"
+        ) from error
 
 
 def write(path: epath.Path, content: str | bytes) -> None:
