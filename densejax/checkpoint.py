@@ -75,6 +75,14 @@ class Checkpoints:
         """The metrics that a step was saved with; {} without that step."""
         return self._metrics.get(step, {})
 
+    def digest(self, step: int, names: tuple[str, ...]) -> str:
+        """SHA-256 of the leaves of a step below any of `names`, told by its manifest alone."""
+        manifest = _manifest(self._directory / str(step))
+        if manifest["problem"]:
+            raise _Damaged(f"Checkpoint {self._directory / str(step)}: {manifest['problem']}")
+        leaves = manifest["leaves"].items()
+        return _digest({name: leaf for name, leaf in leaves if name.partition("/")[0] in names})
+
     def save(self, step: int, state, metrics: Mapping[str, float], problem: str = "") -> None:
         """Starts to save a pytree of arrays, each replicated or addressable by this process.
 

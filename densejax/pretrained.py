@@ -7,6 +7,7 @@ DIR/weights.safetensors holds float32 arrays by our paths, such as
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,12 +20,14 @@ import safetensors.numpy
 from etils import epath
 
 from densejax import files, models, transfer
+from densejax.checkpoint import Checkpoints
 from densejax.config import UserError
 from densejax.transfer import from_keras, from_torch, to_torch
 from densejax.weight_files import HUB, brief, read
 from densejax.weight_names import LAYOUTS
 
-__all__ = ["convert_file", "from_keras", "from_torch", "load", "load_for", "save", "to_torch"]
+__all__ = ["convert_file", "digest", "load", "load_for", "save"]
+__all__ += ["from_keras", "from_torch", "to_torch"]  # of densejax.transfer
 
 # What changes the computation, and neither the names nor the shapes of the variables.
 UNSEEN = ("batch_norm_epsilon", "identity", "join", "shortcut", "stride_on", "survival")
@@ -87,6 +90,34 @@ def load(directory: str) -> tuple[dict[str, Any], dict[str, Any]]:
         ) from error
     transfer.check_fit(flat, expected, f"{directory}/weights.safetensors")
     return description, transfer.unflatten(flat)
+
+
+def digest(directory: str) -> str:
+    """The recorded SHA-256 of what `train.weights` names; no array is read.
+
+    Args:
+      directory: one that `save` wrote, or a run's: then of the checkpoint that its result is
+        measured on. Every process calls it.
+
+    Raises:
+      UserError: it is neither, or it records none.
+    """
+    path = epath.Path(directory)
+    try:
+        if (path / "model.json").exists():
+            return str(json.loads((path / "model.json").read_text())["weights_sha256"])
+        best = json.loads((path / "config.json").read_text())["checkpoint"]["select"] == "best"
+    except Exception as error:  # whatever damage leads to
+        raise UserError(
+            f"{directory}: neither a directory of densejax.pretrained nor a run's, or damaged "
+            f"({brief(error)})"
+        ) from error
+    kept = Checkpoints(path / "checkpoints", keep_best="validation_error")
+    with contextlib.closing(kept):
+        step = kept.best_step() if best else kept.latest_step()
+        if step is None:
+            raise UserError(f"{directory}: the run has no checkpoint to start from yet")
+        return kept.digest(step, ("params", "batch_stats"))
 
 
 def load_for(

@@ -464,6 +464,23 @@ def test_a_field_that_is_newer_than_the_directory_is_at_its_default(folder):
     assert pretrained.load(str(folder))[0]["model"]["join"] == "dense"
 
 
+def test_a_digest_is_told_without_reading_an_array(folder, tmp_path):
+    data = (folder / "weights.safetensors").read_bytes()
+    (folder / "weights.safetensors").unlink()
+    assert pretrained.digest(str(folder)) == hashlib.sha256(data).hexdigest()
+    run = runs.trained()
+    assert len(pretrained.digest(str(run))) == 64
+    for name in ("config.json", "checkpoints/5/MANIFEST"):
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(run / name, tmp_path / "copy" / name)
+    assert pretrained.digest(str(tmp_path / "copy")) == pretrained.digest(str(run))
+    for damage in ("checkpoints/5/MANIFEST", "checkpoints/5", "config.json"):
+        path = tmp_path / "copy" / damage
+        path.rmdir() if path.is_dir() else path.unlink()
+        with pytest.raises(UserError):
+            pretrained.digest(str(tmp_path / "copy"))
+
+
 # Runs that start from a directory.
 
 
