@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from ml_collections import config_dict
 
 from densejax.config import UserError
@@ -203,6 +204,17 @@ def feature_info(
 
     jax.eval_shape(forward, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
     return info
+
+
+def depth(model: nn.Module) -> int:
+    """The layers with weights on a network's longest path from image to logits.
+
+    They are all but a shortcut's projections: every dense layer reads the one before it.
+    """
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)["params"]
+    paths = flatten_dict(params)
+    return sum(path[-1] == "kernel" and "projection" not in path for path in paths)
 
 
 def _is_a(value: Any, hint: Any) -> bool:

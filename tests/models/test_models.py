@@ -353,3 +353,18 @@ def test_errors_are_one_line(call, said):
         call()
     line = str(error.value)
     assert "\n" not in line and all(part in line for part in said), line
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "layers"),
+    [
+        ("densenet_bc_100_12", {}, 100),
+        ("densenet_bc_100_12", {"depth": None, "blocks": (3, 3, 3)}, 22),
+        ("densenet121", {}, 121),
+        ("resnet20_cifar", {}, 20),
+        ("resnet50", {}, 50),  # the projections of four shortcuts lie beside the longest path
+        ("plain34", {}, 34),
+    ],
+)
+def test_depth_is_the_number_in_the_papers_names(name, changes, layers):
+    assert models.depth(models.create(models.fields(name, **changes), 10)) == layers
