@@ -1,6 +1,8 @@
 """Files that are whole whenever they are read."""
 
 import contextlib
+import hashlib
+import json
 import os
 import stat
 import time
@@ -85,3 +87,23 @@ class Growing:
             with self._path.open("ab") as file:
                 file.write(self._content[begin:])
         self._written = size
+
+
+def seal(record: dict) -> dict:
+    """The record with a SHA-256 of all else in it, by which `unseal` sees damage."""
+    return record | {"sha256": _digest(record)}
+
+
+def unseal(record: dict, is_old: bool = False) -> dict:
+    """What was sealed; ValueError where it is not as it was.
+
+    `is_old`: whether it is of a time without seals, unless it has one.
+    """
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    if (len(content) < len(record) or not is_old) and record.get("sha256") != _digest(content):
+        raise ValueError("its content is not what was written")
+    return content
+
+
+def _digest(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 from etils import epath
+from ml_collections import ConfigDict
 
-from densejax import formats, workdir
+from densejax import data, files, formats, pretrained, workdir
 from densejax.analysis import counts
 from densejax.config import UserError
 from densejax.experiment import Experiment
@@ -42,12 +43,7 @@ def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str,
         ("devices", f"{device}, {config.parallel.mode}, {config.train.dtype}"),
     ]  # fmt: skip
     say(formats.table(rows))
-    return {
-        "parameters": parameters,
-        "multiply_adds": multiply_adds,
-        "device": device,
-        "versions": workdir.versions(),
-    }
+    return {"parameters": parameters, "multiply_adds": multiply_adds, "device": device}
 
 
 def measure(
@@ -71,14 +67,70 @@ def measure(
     return result | {"steps": int(state.step), "skipped_steps": int(state.skipped[0])}
 
 
+def versions(config: ConfigDict) -> dict[str, str]:
+    """`workdir.versions`, and what else a result depends on but the data.
+
+    Raises:
+      UserError: `train.weights` names no directory of weights.
+    """
+    found = workdir.versions()
+    if config.train.weights:
+        found["weights"] = pretrained.digest(config.train.weights)
+    if config.parallel.batch_norm == "replica":  # a device's share of the batch is normalised
+        found["devices"] = str(jax.device_count())
+    return found
+
+
+def write(path: epath.Path, summary: dict[str, Any]) -> None:
+    """Writes summary.json such that `read` sees damage."""
+    workdir.write_json(path / "summary.json", files.seal(summary))
+
+
 def read(path: epath.Path) -> dict[str, Any] | None:
-    """The result that a run wrote, None where there is none."""
+    """The result that a run directory has, None where there is none.
+
+    Raises:
+      UserError: summary.json is damaged.
+    """
+    file = path / "summary.json"
     try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
+        if not file.exists():
+            return None
+        summary = workdir.unseal(json.loads(file.read_text()))
+        line(summary, path)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is damaged ({error}): delete it, the run writes it again"
+            f"{file} is damaged ({error}): delete it, the same command measures it again"
         ) from error
+    return summary
+
+
+def finished(
+    path: epath.Path, config: ConfigDict, found: dict[str, str], force: bool = False
+) -> dict[str, Any] | None:
+    """The result of a run that a configuration asks for; None where there is none yet.
+
+    Args:
+      path: of the run directory.
+      config: the whole configuration.
+      found: today's `versions`; the version of the data is taken here.
+      force: whether a result of other versions counts as none, so that it is measured again.
+
+    Raises:
+      UserError: the result is of other code, data, weights or precision, or it is damaged.
+    """
+    summary = read(path)
+    if summary is None or not workdir.same_run(summary["config"], config):
+        return None
+    others = workdir.other_versions(summary["versions"], found)
+    others = others or workdir.other_versions(summary["versions"], {"data": data.version(config)})
+    if others and not force:
+        raise UserError(
+            f"workdir={path}: its result is of other code, data, weights or precision "
+            f"({'; '.join(others)}). --resume=force measures its checkpoint again; another "
+            f"--workdir trains again"
+        )
+    return None if others else summary
 
 
 def line(summary: dict[str, Any], path: epath.Path) -> str:

@@ -4,7 +4,8 @@ What a resume does: (1) a run directory belongs to one configuration; (2) a star
 the newest intact checkpoint; (3) the step number is the position in the data and in every random
 stream, so what follows is bitwise what would have followed; (4) records of metrics.jsonl behind
 that step are cut off and written again; (5) an evaluation that a signal cut short comes first;
-(6) a finished run prints its result again.
+(6) a finished run prints its result again, if code, data, weights and precision are still those
+that it is of.
 """
 
 import contextlib
@@ -42,22 +43,22 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
     describe(config)
     path = epath.Path(directory)
     is_run = (path / "config.json").exists()
-    found = result.read(path / "summary.json") if mode == "train" else None
-    finished = found and workdir.same_run(found["config"], config)
-    if (mode == "eval" and (is_run or not config.train.weights)) or (is_run and not force):
-        trains = mode == "train" and not finished
-        workdir.check(path, config, workdir.versions() if trains else {})
-    if mode == "train" and jax.process_index() == 0:
-        lock.require_free(path)
-    if finished:
-        result.say(result.line(found, path))
-        return 0
+    versions, changes = result.versions(config), []
+    if mode == "train":
+        if jax.process_index() == 0:
+            lock.require_free(path)
+        if summary := result.finished(path, config, versions, force):
+            result.say(result.line(summary, path))
+            return 0
+        if is_run and not force:
+            workdir.check(path, config, versions)
+    elif is_run or not config.train.weights:
+        changes = workdir.check(path, config, versions, measures=True)
     experiment = build(config)
     with contextlib.closing(open_checkpoints(config, path)) as checkpoints:
         if mode == "eval":
-            result.say(
-                json.dumps(result.measure(experiment, select(experiment, checkpoints)), indent=2)
-            )
+            outcome = result.measure(experiment, select(experiment, checkpoints))
+            result.say(json.dumps(outcome | {"versions": versions, "changes": changes}, indent=2))
             return 0
         start = checkpoints.latest_step() or 0
         if start > experiment.steps:
@@ -67,13 +68,19 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
             )
         if start == 0:
             _ = experiment.weights  # refused, if they are, before anything is written
-    data_version = {"data": experiment.data.version}
-    with workdir.open_run(path, config, force, workdir.versions() | data_version):
-        return train(experiment, path)
+    versions |= {"data": experiment.data.version}
+    with workdir.open_run(path, config, force, versions):
+        return train(experiment, path, versions)
 
 
-def train(experiment: Experiment, path: epath.Path) -> int:
-    """Trains from where the run directory stands; returns the process's exit code."""
+def train(experiment: Experiment, path: epath.Path, versions: dict[str, str]) -> int:
+    """Trains from where the run directory stands; returns the process's exit code.
+
+    Args:
+      experiment: what to train.
+      path: of the run directory, whose lock is held.
+      versions: that the result depends on, which belong into it.
+    """
     config = experiment.config
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(hosts.Stop())
@@ -118,12 +125,13 @@ def train(experiment: Experiment, path: epath.Path) -> int:
     outcome |= facts | {
         "seconds_to_first_step": first_step,
         "images_per_second": log.images_per_second,
+        "versions": versions,
         "changes": workdir.changes(path),
         "config": json.loads(config.to_json()),
     }
     if jax.process_index() == 0:
         try:
-            workdir.write_json(path / "summary.json", outcome)
+            result.write(path, outcome)
         except OSError as error:
             raise UserError(
                 f"workdir={path}: the result cannot be written ({error}); all is saved: the same "

@@ -4,8 +4,10 @@ It holds `config.json` (written last when it is made), `history.jsonl` (one line
 while a run works in it, and what training writes. Process 0 writes, the others compare.
 """
 
+import ast
 import contextlib
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -31,6 +33,17 @@ RESUMABLE = (
     "train.max_skipped_steps",
 )
 PACKAGES = ("densejax", "flax", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
+# What --mode=eval may change besides: how a trained network is measured.
+MEASURED = ("checkpoint.select", "evaluate")
+# Modules of this package that cannot change a result. A new module counts until it is listed here.
+UNMEASURED = (
+    *("analysis", "command_line", "compile", "export", "formats", "goodput", "hlo", "hosts"),
+    *("lock", "main", "metric_log", "predict", "summary"),
+)
+# What a run is made of: a directory that has one of them belongs to a run, or to somebody.
+KEPT = ("checkpoints", "metrics.jsonl", "summary.json")
+# Flags of XLA that change no number.
+XLA_FLAGS_WITHOUT_EFFECT = ("--xla_dump", "--xla_force_host_platform_device_count")
 
 
 class WorkdirError(UserError):
@@ -49,7 +62,9 @@ def digest(config: ml_collections.ConfigDict) -> str:
     goes on to more epochs only where --workdir names it.
     """
     flat = _flat(config.to_dict())
-    kept = {key: flat[key] for key in flat if not _resumable(key) or key == "train.epochs"}
+    kept = {
+        key: flat[key] for key in flat if not _is_below(RESUMABLE, key) or key == "train.epochs"
+    }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -66,24 +81,93 @@ def difference(old: dict, new: dict) -> list[str]:
 def same_run(old: dict, config: ml_collections.ConfigDict) -> bool:
     """Whether a finished run's configuration asks for the same steps and the same result."""
     return not any(
-        line.startswith("train.epochs:") or not _resumable(line.partition(":")[0])
+        line.startswith("train.epochs:") or not _is_below(RESUMABLE, line.partition(":")[0])
         for line in difference(old, config.to_dict())
     )
 
 
+def other_versions(before: dict[str, str], found: dict[str, str]) -> list[str]:
+    """What differs between recorded versions and those `found`, as `difference` says it.
+
+    A name that was not recorded yet, by an older version of this package, is not compared.
+    """
+    names = before.keys() & found.keys()
+    return difference(
+        {"versions": {name: before[name] for name in names}},
+        {"versions": {name: found[name] for name in names}},
+    )
+
+
+def history(path: epath.Path) -> list[dict]:
+    """The starts that a run directory records, oldest first; [] where there is none.
+
+    Raises:
+      WorkdirError: history.jsonl is damaged.
+    """
+    file = path / "history.jsonl"
+    try:
+        lines = file.read_text().splitlines() if file.exists() else []
+        starts = [unseal(json.loads(line)) for line in lines]
+        if not all(isinstance(start["changes"], list) for start in starts):
+            raise ValueError("changes are not a list")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise WorkdirError(
+            f"workdir={path}: history.jsonl is damaged ({error}); restore it or choose another "
+            f"--workdir"
+        ) from error
+    return starts
+
+
 def changes(path: epath.Path) -> list[str]:
-    """Every change of the configuration that starts in a run directory have made, oldest first."""
-    lines = (path / "history.jsonl").read_text().splitlines()
-    return [change for line in lines for change in json.loads(line)["changes"]]
+    """Every change that starts in a run directory have made, oldest first."""
+    return [change for start in history(path) for change in start["changes"]]
+
+
+@functools.cache
+def code_digest(root: pathlib.Path = pathlib.Path(__file__).parent) -> str:
+    """A digest of the code that can change a result: comments, docstrings and layout do not."""
+    code = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = ".".join(path.relative_to(root).with_suffix("").parts)
+        if not _is_below(UNMEASURED, name):
+            tree = ast.parse(path.read_bytes())
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                    is_documented = ast.get_docstring(node) is not None
+                    node.body = node.body[1:] if is_documented else node.body
+            code.update(f"{name}\n{ast.unparse(tree)}\n".encode())
+    return code.hexdigest()[:12]
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on; "code" is a digest of this package's files."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    code = hashlib.sha256()
-    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
-        code.update(path.read_bytes())
-    return {"python": sys.version.split()[0], "code": code.hexdigest()[:12]} | found
+    """What a result depends on besides its configuration and data; starts the devices.
+
+    "code" is `code_digest`; "matmul_precision" names the platform as well, whose default it may be:
+    float32 products are TF32 on an H100 and bfloat16 on a TPU unless JAX is told otherwise.
+    """
+    precision = jax.config.jax_default_matmul_precision or "default"
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    return {
+        "python": sys.version.split()[0],
+        "code": code_digest(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "matmul_precision": f"{precision} on {jax.default_backend()}",
+        "x64": str(jax.config.jax_enable_x64),
+        "xla_flags": " ".join(f for f in flags if not f.startswith(XLA_FLAGS_WITHOUT_EFFECT)),
+    }
+
+
+def unseal(record: dict) -> dict:
+    """A record of a run as it was written, whose "versions" are there.
+
+    Raises:
+      ValueError, LookupError, TypeError, AttributeError: it is damaged.
+    """
+    # Before versions had a precision, records had no seal.
+    content = files.unseal(record, is_old="matmul_precision" not in record["versions"])
+    if not all(isinstance(text, str) for text in content["versions"].values()):
+        raise ValueError("versions are not text")
+    return content
 
 
 def write_json(path: epath.PathLike, value) -> None:
@@ -131,40 +215,66 @@ def open_run(
 
 
 def check(
-    path: epath.PathLike, config: ml_collections.ConfigDict, found: dict[str, str] | None = None
-) -> None:
+    path: epath.PathLike,
+    config: ml_collections.ConfigDict,
+    found: dict[str, str] | None = None,
+    measures: bool = False,
+) -> list[str]:
     """For readers, who take no lock: WorkdirError unless `path` is a run of this configuration.
 
-    And of the versions `found`, for those who mean to train.
+    Args:
+      path: of the run directory.
+      config: may differ in the `RESUMABLE` keys.
+      found: versions that must be those of the run; None: any.
+      measures: whether the configuration may differ in the `MEASURED` keys too, and the versions.
+
+    Returns:
+      What differs from the run.
     """
-    path = epath.Path(path)
+    path, accepted = epath.Path(path), (*RESUMABLE, *((*MEASURED, "versions") * measures))
     try:
-        if _accepted_changes(path, config.to_dict(), found or {}, force=False) is not None:
-            return
+        changes = _accepted_changes(path, config.to_dict(), found or {}, False, accepted)
     except OSError as error:
         raise WorkdirError(f"workdir={path}: {error}.") from error
-    raise WorkdirError(f"workdir={path}: not a run directory (it has no config.json).")
+    if changes is None:
+        raise WorkdirError(f"workdir={path}: not a run directory (it has no config.json).")
+    return changes
 
 
-def _accepted_changes(path, config, found, force) -> list[str] | None:
-    stored, history = path / "config.json", path / "history.jsonl"
+def _accepted_changes(path, config, found, force, accepted=RESUMABLE) -> list[str] | None:
+    stored, starts = path / "config.json", history(path)
     if not stored.exists():
+        left = [name for name in KEPT if (path / name).exists()]
+        if left and not force:
+            raise WorkdirError(
+                f"workdir={path}: it has {' and '.join(left)} but no config.json, which says what "
+                f"run that is; restore it or choose another --workdir"
+            )
         return None
     try:
         changes = difference(json.loads(stored.read_text()), config)
-        before = json.loads(history.read_text().splitlines()[-1])["versions"] if found else {}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise WorkdirError(
-            f"workdir={path}: config.json or history.jsonl is damaged ({error}); restore it or "
-            f"choose another --workdir"
+            f"workdir={path}: config.json is damaged ({error}); restore it or choose another "
+            f"--workdir"
         ) from error
-    before = {"versions": {name: before.get(name) for name in found}}
-    changes += difference(before, {"versions": found})
-    refused = [line for line in changes if not _resumable(line.partition(":")[0])]
+    if found and not starts:
+        raise WorkdirError(
+            f"workdir={path}: history.jsonl, which says what code the run is of, is missing; "
+            f"restore it or choose another --workdir"
+        )
+    changes += other_versions(starts[-1]["versions"], found) if found else []
+    refused = [line for line in changes if not _is_below(accepted, line.partition(":")[0])]
     if refused and not force:
+        advice = (
+            "Choose another --workdir, or --resume=force to take the new."
+            if accepted == RESUMABLE
+            else f"Give the run's own values; of other keys, those below {' and '.join(MEASURED)} "
+            f"may differ."
+        )
         raise WorkdirError(
             f"workdir={path} is of another configuration, code or data ({'; '.join(refused)}). "
-            "Choose another --workdir, or --resume=force to take the new."
+            f"{advice}"
         )
     return changes
 
@@ -178,8 +288,8 @@ def _wait_for(stored) -> None:
 
 
 def _record_start(path, config, found, changes) -> None:
-    history = path / "history.jsonl"
-    lines = history.read_text().splitlines() if history.exists() else []
+    file = path / "history.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
     start = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
@@ -188,7 +298,7 @@ def _record_start(path, config, found, changes) -> None:
         "command": sys.argv,  # with --resume=force where it was forced
         "changes": changes or [],
     }
-    files.write(history, "\n".join([*lines, json.dumps(start)]) + "\n")
+    files.write(file, "\n".join([*lines, json.dumps(files.seal(start))]) + "\n")
     if changes != []:  # new, or changed
         write_json(path / "config.json", config)
 
@@ -197,5 +307,6 @@ def _flat(tree: dict) -> dict[str, str]:
     return {key: json.dumps(value, sort_keys=True) for key, value in flatten(tree).items()}
 
 
-def _resumable(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in RESUMABLE)
+def _is_below(names: tuple[str, ...], key: str) -> bool:
+    """Whether a dotted key is one of some names, or below one of them."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)

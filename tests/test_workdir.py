@@ -5,11 +5,13 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
 import time
 
+import jax
 import ml_collections
 import pytest
 from etils import epath
@@ -280,15 +282,87 @@ def test_other_code_or_data_are_refused_with_the_difference_and_only_forced(tmp_
     assert any("versions.jax" in line for line in workdir.changes(tmp_path))
 
 
-def test_the_code_version_is_that_of_every_file(monkeypatch):
-    before = workdir.versions()["code"]
-    read = pathlib.Path.read_bytes
+@pytest.mark.parametrize(
+    ("file", "old", "new", "moves"),
+    [
+        ("models/layers.py", "x.mean(", "0 * x.mean(", True),
+        ("step.py", "Call it under jit.", "Call it.", False),  # a docstring
+        ("step.py", "import flax", "# why\nimport flax", False),
+        ("analysis/plots.py", "import", "import os\nimport", False),
+        ("data/new.py", "", "x = 1", True),  # a module counts until it is known not to
+    ],
+)
+def test_the_code_version_is_of_what_can_change_a_number(tmp_path, file, old, new, moves):
+    root = shutil.copytree(pathlib.Path(workdir.__file__).parent, tmp_path / "densejax")
+    assert workdir.code_digest(root) == workdir.versions()["code"]
+    text = (root / file).read_text() if old else ""
+    assert old in text
+    (root / file).write_text(text.replace(old, new, 1))
+    workdir.code_digest.cache_clear()
+    assert (workdir.code_digest(root) != workdir.versions()["code"]) == moves
 
-    def changed(self):
-        return read(self) + (b"#" if self.name == "step.py" else b"")
 
-    monkeypatch.setattr(pathlib.Path, "read_bytes", changed)
-    assert workdir.versions()["code"] != before
+def test_precision_is_part_of_the_versions(monkeypatch):
+    assert workdir.versions()["matmul_precision"] == "default on cpu"
+    with jax.default_matmul_precision("highest"):
+        assert workdir.versions()["matmul_precision"] == "highest on cpu"
+    flags = "--xla_cpu_enable_fast_math=true --xla_dump_to=/x --xla_force_host_platform_device_count=4"
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert workdir.versions()["xla_flags"] == "--xla_cpu_enable_fast_math=true"
+    assert workdir.versions()["x64"] == "False"
+
+
+@pytest.mark.parametrize("kept", ["checkpoints/7/MANIFEST", "metrics.jsonl", "summary.json"])
+def test_what_has_no_config_json_is_not_taken_up_without_a_word(tmp_path, kept):
+    (tmp_path / kept).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / kept).write_text("mine")
+    with pytest.raises(WorkdirError, match="but no config.json"), open_run(tmp_path, make_config()):
+        pass
+    assert (tmp_path / kept).read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [kept.partition("/")[0]]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x",
+        "1",
+        "[]",
+        '{"versions": 1}',
+        '{"versions": {"code": 1}, "changes": []}',
+        '{"versions": {"code": "1"}, "changes": {}}',
+        '{"versions": {"code": "1", "matmul_precision": "default on cpu"}, "changes": []}',
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_every_line_of_the_history_is_checked_before_a_step(tmp_path, line, place):
+    with open_run(tmp_path, make_config()):
+        pass
+    (good,) = (tmp_path / "history.jsonl").read_text().splitlines()
+    lines = [line, good] if place else [good, line]
+    (tmp_path / "history.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(WorkdirError, match="history.jsonl is damaged"):
+        with open_run(tmp_path, make_config()):
+            pass
+
+
+def test_a_record_that_was_changed_is_found_out_and_an_old_one_opens():
+    record = {"versions": {"code": "1", "matmul_precision": "default on cpu"}, "x": 0.1}
+    sealed = files.seal(record)
+    assert workdir.unseal(sealed) == record
+    text = json.dumps(sealed)
+    changed = 0
+    for place in range(len(text)):
+        for bit in range(7):
+            other = text[:place] + chr(ord(text[place]) ^ (1 << bit)) + text[place + 1 :]
+            try:
+                found = workdir.unseal(json.loads(other))
+            except (ValueError, LookupError, TypeError, AttributeError):
+                continue
+            changed += found != record
+    assert changed == 0
+    old = {"versions": {"code": "1"}, "x": 0.1}
+    assert workdir.unseal(old) == old
 
 
 def test_a_full_disk_leaves_no_lock_and_no_half_of_a_file(tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -152,10 +154,31 @@ def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Da
     Raises:
       UserError: a set, split or size that is not there; the message says how to get it.
     """
-    evaluate = config.evaluate
-    measured = {evaluate.final_split, *([evaluate.split] if evaluate.every_epochs else [])}
     if config.data.storage == "stream":
-        return _streams(config, split, measured)
+        return _streams(config, split)
+    (images, labels), arrays = _arrays(config)
+    size = config.evaluate.batch_size
+    return Data(
+        MemorySet(images, labels, config.train.batch_size, config.seed, whole, split),
+        {name: MemorySet(*pair, size, config.seed, whole, split) for name, pair in arrays.items()},
+        _version_of_arrays((images, labels), arrays),
+    )
+
+
+def version(config: ConfigDict) -> str:
+    """The `Data.version` that `create` would find, without a device."""
+    section = config.data
+    if section.storage == "stream":
+        _, splits = encoded.open_splits(section.name, section.directory, section.manual_dir)
+        return _version_of_splits(splits)
+    return _version_of_arrays(*_arrays(config))
+
+
+Pair = tuple[np.ndarray, np.ndarray]  # images and labels
+
+
+def _arrays(config: ConfigDict) -> tuple[Pair, dict[str, Pair]]:
+    """What trains, and by name what is evaluated."""
 
     def read(name):
         return builders.read(config.data.name, name, config.data.directory, config.data.manual_dir)
@@ -164,23 +187,31 @@ def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Da
     images, labels = read(first)
     section = config.data
     trains, held_out = hold_out(len(images), section.validation_size, section.train_size)
-    arrays = {"test": read("test")} if "test" in measured else {}
+    arrays = {"test": read("test")} if "test" in _measured(config) else {}
     if len(held_out):
         arrays["validation"] = (images[held_out], labels[held_out])
     images, labels = images[trains], labels[trains]
     parts = [(images, labels), *map(read, more)]
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    if evaluate.train_images:
-        arrays["train"] = (images[: evaluate.train_images], labels[: evaluate.train_images])
-    size = config.evaluate.batch_size
-    return Data(
-        MemorySet(images, labels, config.train.batch_size, config.seed, whole, split),
-        {name: MemorySet(*pair, size, config.seed, whole, split) for name, pair in arrays.items()},
-        _digest(images, labels, *(array for name in sorted(arrays) for array in arrays[name])),
-    )
+    if count := config.evaluate.train_images:
+        arrays["train"] = (images[:count], labels[:count])
+    return (images, labels), arrays
 
 
-def _streams(config: ConfigDict, split: NamedSharding, measured: set[str]) -> Data:
+def _measured(config: ConfigDict) -> set[str]:
+    evaluate = config.evaluate
+    return {evaluate.final_split, *([evaluate.split] if evaluate.every_epochs else [])}
+
+
+def _version_of_arrays(train: Pair, arrays: dict[str, Pair]) -> str:
+    return _digest(*train, *(array for name in sorted(arrays) for array in arrays[name]))
+
+
+def _version_of_splits(splits: Mapping[str, Any]) -> str:
+    return _digest(*(array for name in splits for array in splits[name].identity()))
+
+
+def _streams(config: ConfigDict, split: NamedSharding) -> Data:
     try:
         import grain  # noqa: F401
 
@@ -202,7 +233,11 @@ def _streams(config: ConfigDict, split: NamedSharding, measured: set[str]) -> Da
         seed=config.seed,
         skip=section.corrupt_images == "skip",
     )
-    parts = {"test": (splits["test"], np.arange(len(splits["test"])))} if "test" in measured else {}
+    parts = (
+        {"test": (splits["test"], np.arange(len(splits["test"])))}
+        if "test" in _measured(config)
+        else {}
+    )
     if len(held_out):
         parts["validation"] = (splits["train"], held_out)
     evaluation = {
@@ -218,8 +253,7 @@ def _streams(config: ConfigDict, split: NamedSharding, measured: set[str]) -> Da
         for name, (examples, indices) in parts.items()
     }
     streams = {name: StreamSet(part, split, section.workers) for name, part in evaluation.items()}
-    version = _digest(*(array for name in splits for array in splits[name].identity()))
-    return Data(StreamSet(train, split, section.workers), streams, version)
+    return Data(StreamSet(train, split, section.workers), streams, _version_of_splits(splits))
 
 
 def _digest(*arrays: np.ndarray) -> str:
