@@ -93,10 +93,11 @@ def read(path: epath.Path) -> dict[str, Any] | None:
       UserError: summary.json is damaged.
     """
     file = path / "summary.json"
+    text = files.read_text(file)
     try:
-        if not file.exists():
+        if text is None:
             return None
-        summary = workdir.unseal(json.loads(file.read_text()))
+        summary = workdir.unseal(json.loads(text))
         line(summary, path)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(

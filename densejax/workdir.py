@@ -104,9 +104,8 @@ def history(path: epath.Path) -> list[dict]:
     Raises:
       WorkdirError: history.jsonl is damaged.
     """
-    file = path / "history.jsonl"
+    lines = (files.read_text(path / "history.jsonl") or "").splitlines()
     try:
-        lines = file.read_text().splitlines() if file.exists() else []
         starts = [unseal(json.loads(line)) for line in lines]
         if not all(isinstance(start["changes"], list) for start in starts):
             raise ValueError("changes are not a list")
@@ -242,8 +241,8 @@ def check(
 
 
 def _accepted_changes(path, config, found, force, accepted=RESUMABLE) -> list[str] | None:
-    stored, starts = path / "config.json", history(path)
-    if not stored.exists():
+    stored, starts = files.read_text(path / "config.json"), history(path)
+    if stored is None:
         left = [name for name in KEPT if (path / name).exists()]
         if left and not force:
             raise WorkdirError(
@@ -252,7 +251,7 @@ def _accepted_changes(path, config, found, force, accepted=RESUMABLE) -> list[st
             )
         return None
     try:
-        changes = difference(json.loads(stored.read_text()), config)
+        changes = difference(json.loads(stored), config)
     except (ValueError, AttributeError) as error:
         raise WorkdirError(
             f"workdir={path}: config.json is damaged ({error}); restore it or choose another "
@@ -289,7 +288,6 @@ def _wait_for(stored) -> None:
 
 def _record_start(path, config, found, changes) -> None:
     file = path / "history.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
     start = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
@@ -298,7 +296,7 @@ def _record_start(path, config, found, changes) -> None:
         "command": sys.argv,  # with --resume=force where it was forced
         "changes": changes or [],
     }
-    files.write(file, "\n".join([*lines, json.dumps(files.seal(start))]) + "\n")
+    files.write(file, (files.read_text(file) or "") + json.dumps(files.seal(start)) + "\n")
     if changes != []:  # new, or changed
         write_json(path / "config.json", config)
 

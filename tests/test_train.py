@@ -1,5 +1,6 @@
 """Whole runs: what they leave behind, how they stop and go on, and which model is measured."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -10,12 +11,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from densejax import checkpoint, goodput, train
+from densejax import checkpoint, goodput, result, train, workdir
 from densejax.config import UserError
 from densejax.data import builders, memory
+from densejax.models import layers
 from densejax.train import due
 from tests import runs
 
@@ -343,16 +346,76 @@ def test_a_real_process_is_killed_and_goes_on(tmp_path):
 
 
 def test_a_finished_run_prints_its_result_again(copy, monkeypatch, capsys):
-    before = {path: path.read_bytes() for path in copy.glob("*.json*")}
-    taken, begin = spy_on_steps(monkeypatch), time.perf_counter()
-    monkeypatch.setattr(builders, "read", None)  # nor is any data read
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    taken = spy_on_steps(monkeypatch)
+    monkeypatch.setattr(train, "build", None)  # nothing is built
     assert train.run(runs.tiny(), str(copy), "train") == 0
-    assert time.perf_counter() - begin < 1 and taken == []
+    assert taken == []
     accuracy = summary(copy)["test_accuracy"]
     assert f"test accuracy {100 * accuracy:.2f} % on 360 images" in capsys.readouterr().out
-    assert {p: p.read_bytes() for p in before if p.name != "history.jsonl"} == {
-        p: text for p, text in before.items() if p.name != "history.jsonl"
-    }
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_of_other_code_is_refused_and_measured_again_only_when_asked(
+    copy, monkeypatch, capsys
+):
+    before, code = summary(copy), workdir.code_digest()
+    taken = spy_on_steps(monkeypatch)
+    monkeypatch.setattr(workdir, "code_digest", lambda: "0123")
+    worse = layers.Head.__call__  # what a student changes by mistake: no feature reaches the logits
+    monkeypatch.setattr(layers.Head, "__call__", lambda self, x: worse(self, 0 * x))
+    with pytest.raises(UserError, match=f'versions.code: "{code}" -> "0123"') as caught:
+        train.run(runs.tiny(), str(copy), "train")
+    assert "--resume=force" in str(caught.value) and "\n" not in str(caught.value)
+    assert summary(copy) == before
+    assert train.run(runs.tiny(), str(copy), "eval") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["changes"] == [f'versions.code: "{code}" -> "0123"']
+    assert train.run(runs.tiny(), str(copy), "train", force=True) == 0
+    after = summary(copy)
+    assert taken == [] and after["versions"]["code"] == "0123"
+    assert after["changes"] == [f'versions.code: "{code}" -> "0123"']
+    assert after["test_accuracy"] == printed["test_accuracy"] < before["test_accuracy"]
+
+
+@pytest.mark.parametrize("precision", [False, True])
+def test_a_finished_run_of_other_data_or_precision_is_refused(copy, monkeypatch, precision):
+    read = builders.read
+
+    def other(name, split, *rest):
+        images, labels = read(name, split, *rest)
+        return images, (labels + (split == "test")) % 10
+
+    with contextlib.ExitStack() as stack:
+        if precision:
+            stack.enter_context(jax.default_matmul_precision("bfloat16"))
+        else:
+            monkeypatch.setattr(builders, "read", other)
+        name = "matmul_precision" if precision else "data"
+        with pytest.raises(UserError, match=f"of other .* .versions.{name}: "):
+            train.run(runs.tiny(), str(copy), "train")
+
+
+@pytest.mark.parametrize("content", ['"x"', "1", '{"config": null}', "{}", "", "[1]", None])
+def test_a_damaged_summary_is_named_and_its_loss_costs_a_measurement(copy, monkeypatch, content):
+    before, file = summary(copy), copy / "summary.json"
+    if content is None:  # 51.39 % reads 71.39 % after one flipped bit
+        text = file.read_text()
+        place = text.index('"test_accuracy": 0.') + len('"test_accuracy": 0.')
+        content = text[:place] + chr(ord(text[place]) ^ 2) + text[place + 1 :]
+    file.write_text(content)
+    with pytest.raises(UserError, match="summary.json is damaged .*: delete it"):
+        train.run(runs.tiny(), str(copy), "train")
+    file.unlink()
+    taken = spy_on_steps(monkeypatch)
+    assert train.run(runs.tiny(), str(copy), "train") == 0
+    assert taken == [] and summary(copy)["test_accuracy"] == before["test_accuracy"]
+
+
+def test_statistics_of_each_device_depend_on_how_many_there_are(tmp_path, monkeypatch):
+    config = runs.tiny(parallel__batch_norm="replica")
+    assert result.versions(config)["devices"] == "4"
+    assert "devices" not in result.versions(runs.tiny())
 
 
 def test_more_epochs_go_on(copy, monkeypatch):
@@ -414,10 +477,30 @@ def test_evaluation_alone_prints_the_result_as_json(finished, capsys, monkeypatc
     taken = spy_on_steps(monkeypatch)
     assert train.run(runs.tiny(), str(finished), "eval") == 0
     printed = json.loads(capsys.readouterr().out)
+    assert printed.pop("changes") == []
+    assert printed["versions"].items() < summary(finished)["versions"].items()
+    versions = printed.pop("versions")
     assert printed["steps"] == 10 and taken == []
     assert printed == {name: summary(finished)[name] for name in printed}
     assert {"test_accuracy", "test_error", "test_examples"} <= set(printed)
     assert sorted(path.stat().st_mtime_ns for path in finished.rglob("*")) == before
+    assert versions["code"] == workdir.code_digest()
+
+
+def test_a_trained_network_is_measured_in_other_ways(finished, capsys):
+    ten_crops = runs.tiny(evaluate__crop_size=6, evaluate__batch_size=128)
+    assert train.run(ten_crops, str(finished), "eval") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["changes"] == [
+        "evaluate.batch_size: 256 -> 128",
+        "evaluate.crop_size: 0 -> 6",
+    ]
+    assert printed["test_examples"] == 360
+    assert printed["test_loss"] != summary(finished)["test_loss"]
+    with pytest.raises(UserError, match="augmentation.shift: 1 -> 2") as caught:
+        train.run(runs.tiny(augmentation__shift=2), str(finished), "eval")
+    assert "Give the run's own values" in str(caught.value)
+    assert "--resume" not in str(caught.value)  # which --mode=eval would refuse as well
 
 
 def test_evaluation_needs_a_checkpoint(copy):

@@ -285,7 +285,7 @@ def test_other_code_or_data_are_refused_with_the_difference_and_only_forced(tmp_
 @pytest.mark.parametrize(
     ("file", "old", "new", "moves"),
     [
-        ("models/layers.py", "x.mean(", "0 * x.mean(", True),
+        ("models/layers.py", "features.mean(", "0 * features.mean(", True),
         ("step.py", "Call it under jit.", "Call it.", False),  # a docstring
         ("step.py", "import flax", "# why\nimport flax", False),
         ("analysis/plots.py", "import", "import os\nimport", False),
@@ -306,7 +306,9 @@ def test_precision_is_part_of_the_versions(monkeypatch):
     assert workdir.versions()["matmul_precision"] == "default on cpu"
     with jax.default_matmul_precision("highest"):
         assert workdir.versions()["matmul_precision"] == "highest on cpu"
-    flags = "--xla_cpu_enable_fast_math=true --xla_dump_to=/x --xla_force_host_platform_device_count=4"
+    flags = (
+        "--xla_cpu_enable_fast_math=true --xla_dump_to=/x --xla_force_host_platform_device_count=4"
+    )
     monkeypatch.setenv("XLA_FLAGS", flags)
     assert workdir.versions()["xla_flags"] == "--xla_cpu_enable_fast_math=true"
     assert workdir.versions()["x64"] == "False"
