@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from densejax import checkpoint, goodput, result, train, workdir
+from densejax import checkpoint, goodput, pretrained, result, train, workdir
 from densejax.config import UserError
 from densejax.data import builders, memory
+from densejax.experiment import build
 from densejax.models import layers
 from densejax.train import due
 from tests import runs
@@ -596,3 +597,19 @@ def test_without_evaluations_the_result_is_measured_at_the_end(tmp_path, finishe
     assert train.run(config, str(tmp_path), "train") == 0
     assert not any("test_accuracy" in line for line in records(tmp_path))
     assert summary(tmp_path)["test_accuracy"] == summary(finished)["test_accuracy"]
+
+
+def test_a_finished_run_of_other_weights_is_refused(tmp_path):
+    config = runs.tiny(train__epochs=1)
+    variables = jax.device_get(build(config).start())
+    variables = {"params": variables.params, "batch_stats": variables.batch_stats}
+    description = {"model": config.model.to_dict(), "num_classes": 10, "image_channels": 1}
+    pretrained.save(tmp_path / "weights", description, variables)
+    config.train.weights = str(tmp_path / "weights")
+    assert train.run(config, str(tmp_path / "run"), "train") == 0
+    assert train.run(config, str(tmp_path / "run"), "train") == 0
+    shutil.rmtree(tmp_path / "weights")
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, variables)
+    pretrained.save(tmp_path / "weights", description, doubled)
+    with pytest.raises(UserError, match="of other code, data, weights .*versions.weights: "):
+        train.run(config, str(tmp_path / "run"), "train")
