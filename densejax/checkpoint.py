@@ -1,14 +1,17 @@
 """Checkpoints: orbax writes them in the background, a manifest makes any damage visible.
 
 Orbax restores a flipped bit in array data without a word. Each save therefore commits, atomically
-with the state, MANIFEST: SHA-256 of every file; dtype, shape and SHA-256 of every leaf; the
-metrics; all under a SHA-256 of its own. What differs from its manifest is never returned, and what
-has none was never committed.
+with the state, MANIFEST: the step; SHA-256 of every file; dtype, shape and SHA-256 of every leaf;
+the metrics; all under a SHA-256 of its own. What differs from its manifest is never returned, and
+what has none was never committed.
 """
 
+import glob
 import hashlib
 import json
 import math
+import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -39,29 +42,45 @@ class _Damaged(CheckpointError):
 class Checkpoints:
     """The checkpoints of one run; every process calls every method, in the same order.
 
-    Nothing on disk changes before the first save. The methods raise CheckpointError alone.
+    Nothing on disk changes before the first save. The methods raise CheckpointError and what
+    `guard` raises.
+
+    Attributes:
+      passed_over: the damaged steps that the last `restore_latest` or `restore_best` passed over.
     """
 
-    def __init__(self, directory: epath.PathLike, keep_latest: int = 2, keep_best: str = ""):
-        """Keeps the `keep_latest` newest steps and the one with the lowest metric `keep_best`."""
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        keep_latest: int = 2,
+        keep_best: str = "",
+        guard: Callable[[], None] = lambda: None,
+    ):
+        """Keeps the `keep_latest` newest steps and the one with the lowest metric `keep_best`.
+
+        `guard` is called before anything is written or deleted; it raises a UserError where this
+        process may do so no more. A directory that cannot be read is a CheckpointError.
+        """
         path = epath.Path(directory)
         self._directory = path if "://" in str(directory) else path.resolve()  # as orbax asks
-        self._keep_latest, self._keep_best = keep_latest, keep_best
-        self._damaged: set[int] = set()
-        self._under_way: int | None = None
+        self._keep_latest, self._keep_best, self._guard = keep_latest, keep_best, guard
+        self.passed_over: list[int] = []
+        self._damaged: set[int] = set()  # on disk, until the next save
+        self._under_way: dict[int, dict] = {}  # the step that is being saved and its manifest
         self._problem = ""
-        self._handler = _Handler()
+        self._handler = _Handler(guard)
         logging.get_absl_logger().addFilter(_is_news)
         self._writer = ocp.AsyncCheckpointer(
             self._handler,
+            # In orbax's own threads a folder that cannot be made leaves others waiting for 300 s.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             checkpoint_metadata_store=_NoRecord(),
         )
-        steps = _agreed(path)
-        self._metrics = {step: _manifest(self._directory / str(step))["metrics"] for step in steps}
+        self._saved = _agreed(self._directory)
 
     def steps(self) -> list[int]:
-        """Every step, oldest first, without those that `restore_latest` found damaged."""
-        return sorted(set(self._metrics) - self._damaged)
+        """Every step, oldest first, without those that were found damaged and passed over."""
+        return sorted(self._saved | self._under_way)
 
     def latest_step(self) -> int | None:
         """The newest step, None when there is none."""
@@ -73,7 +92,11 @@ class Checkpoints:
 
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics that a step was saved with; {} without that step."""
-        return self._metrics.get(step, {})
+        return (self._saved | self._under_way).get(step, {}).get("metrics", {})
+
+    def records(self, step: int) -> dict:
+        """The records that a step was saved with; {} without any, or without that step."""
+        return (self._saved | self._under_way).get(step, {}).get("records", {})
 
     def digest(self, step: int, names: tuple[str, ...]) -> str:
         """SHA-256 of the leaves of a step below any of `names`, told by its manifest alone."""
@@ -83,7 +106,14 @@ class Checkpoints:
         leaves = manifest["leaves"].items()
         return _digest({name: leaf for name, leaf in leaves if name.partition("/")[0] in names})
 
-    def save(self, step: int, state, metrics: Mapping[str, float], problem: str = "") -> None:
+    def save(
+        self,
+        step: int,
+        state,
+        metrics: Mapping[str, float],
+        problem: str = "",
+        records: dict | None = None,
+    ) -> None:
         """Starts to save a pytree of arrays, each replicated or addressable by this process.
 
         Its buffers may be donated once this returns. A step that exists is left alone. A disk that
@@ -95,6 +125,7 @@ class Checkpoints:
           state: the pytree.
           metrics: what `keep_best` chooses by.
           problem: what keeps this process from saving now; "" nothing.
+          records: JSON that `records` gives back, bound to the state by the manifest.
 
         Raises:
           CheckpointError: a state that is not finite, or one behind a newer checkpoint.
@@ -110,23 +141,34 @@ class Checkpoints:
                     f"optimizer.learning_rate and go on from step {self.latest_step()}"
                 )
         self._settle()
-        self._under_way = step
-        self._metrics[step] = {name: float(value) for name, value in metrics.items()}
-        self._handler.manifest = {"leaves": _leaves(state), "metrics": self._metrics[step]}
-        if not self._failed(problem or _problem_of(self._make_room)):
-            args = _Save(state)
-            path = self._directory / str(step)
-            self._failed(_problem_of(self._writer.save, path, args=args, force=True))
+        self._guard()
+        metrics = {name: float(value) for name, value in metrics.items()}
+        facts = {"step": step, "metrics": metrics, "records": records or {}}
+        self._handler.manifest = facts | {"leaves": _leaves(state)}
+        if self._failed(step, problem or _problem_of(self._make_room)):
+            return
+        path = self._directory / str(step)
+        if not self._failed(
+            step, _problem_of(self._writer.save, path, args=_Save(state), force=True)
+        ):
+            self._under_way = {step: facts}
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Gives a step that exists, saved before it was evaluated, its metrics."""
         self._settle()
-        if step in self.steps():
-            self._metrics[step] = {name: float(value) for name, value in metrics.items()}
-            if jax.process_index() == 0 and (
-                problem := _problem_of(self._write_metrics, self._directory / str(step))
-            ):
-                logging.error("The metrics of step %d could not be saved: %s", step, problem)
+        if step not in self.steps():
+            return
+        self._guard()
+        metrics, problem = {name: float(value) for name, value in metrics.items()}, ""
+        if jax.process_index() == 0:
+            manifest = _manifest(self._directory / str(step)) | {"metrics": metrics}
+            problem = manifest.pop("problem") or _problem_of(
+                _write_manifest, self._directory / str(step), manifest
+            )
+        if problem := _told(problem):
+            logging.error("The metrics of step %d could not be saved: %s", step, problem)
+        else:
+            self._saved[step] |= {"metrics": metrics}
 
     def restore_latest(self, abstract_state):
         """The newest undamaged state, bitwise as saved; None when there is no checkpoint at all.
@@ -134,11 +176,13 @@ class Checkpoints:
         `abstract_state`: its `jax.ShapeDtypeStruct`s with shardings. Damaged steps are logged and
         passed over (the next save deletes them); all damaged or another model: CheckpointError.
         """
+        self._settle()
         return self._first_intact(reversed(self.steps()), abstract_state)
 
     def restore_best(self, abstract_state):
         """The undamaged state with the lowest `keep_best`, as `restore_latest` does it."""
-        state = self._first_intact(self._best_first(), abstract_state)
+        self._settle()
+        state = self._first_intact([*self._unread(), *self._best_first()], abstract_state)
         if state is None:
             raise CheckpointError(f"No checkpoint in {self._directory} has a {self._keep_best!r}.")
         return state
@@ -149,7 +193,8 @@ class Checkpoints:
             raise CheckpointError(f"No checkpoint {step} in {self._directory}, only {self.steps()}")
         path = self._directory / str(step)
         manifest = _manifest(path)
-        _require_everywhere(path, manifest["problem"] or _wrong_file(path, manifest["files"]))
+        problem = self._saved[step].get("problem") or manifest["problem"]
+        _require_everywhere(path, problem or _wrong_file(path, manifest["files"]))
         _check_fit(path, manifest["leaves"], abstract_state)
         try:
             state = self._writer.restore(path, args=_Restore(abstract_state))
@@ -173,15 +218,13 @@ class Checkpoints:
         finally:
             self._writer.close()
 
-    def _write_metrics(self, path: epath.Path) -> None:
-        manifest = _manifest(path)
-        if problem := manifest.pop("problem"):
-            raise _Damaged(problem)
-        _write_manifest(path, manifest | {"metrics": self._metrics[int(path.name)]})
-
     def _best_first(self) -> list[int]:
-        values = {step: self._metrics[step].get(self._keep_best, math.nan) for step in self.steps()}
+        values = {step: self.metrics(step).get(self._keep_best, math.nan) for step in self.steps()}
         return sorted((s for s in values if math.isfinite(values[s])), key=values.get)
+
+    def _unread(self) -> list[int]:
+        # Their metrics are unknown, so each of them may be the best.
+        return [step for step, facts in self._saved.items() if facts.get("problem")]
 
     def _first_intact(self, steps: Iterable[int], abstract_state):
         damage = {}
@@ -193,6 +236,9 @@ class Checkpoints:
                 damage[step] = str(error)
             else:
                 self._damaged |= set(damage)
+                for other in damage:
+                    del self._saved[other]
+                self.passed_over = sorted(damage)
                 return state
         if damage:
             raise CheckpointError("\n  ".join(["No checkpoint is intact:", *damage.values()]))
@@ -200,24 +246,29 @@ class Checkpoints:
 
     def _settle(self) -> None:
         """Waits for the save under way; if it went well, what it makes superfluous goes."""
-        if self._under_way is None:
+        if not self._under_way:
             return
+        under_way, self._under_way = self._under_way, {}
+        (step,) = under_way
         begin = time.monotonic()
         problem = _problem_of(self._writer.wait_until_finished)
         if (waited := time.monotonic() - begin) > SLOW:
-            logging.warning("Waited %.1f s for the save of step %d.", waited, self._under_way)
-        if self._failed(problem):
+            logging.warning("Waited %.1f s for the save of step %d.", waited, step)
+        if not problem and jax.process_index() == 0:
+            problem = _manifest(self._directory / str(step))["problem"]  # it is read back
+        if self._failed(step, problem):
             return
-        self._under_way, self._problem = None, ""
+        self._saved, self._problem = self._saved | under_way, ""
         kept = {*self.steps()[-self._keep_latest :], *self._best_first()[:1]}
-        self._delete(set(self.steps()) - kept)
+        kept |= set(self._unread()) if self._keep_best else set()
+        superfluous = set(self.steps()) - kept
+        self._saved = {step: self._saved[step] for step in kept}
+        self._delete(superfluous)
 
-    def _failed(self, problem: str) -> bool:
+    def _failed(self, step: int, problem: str) -> bool:
         # All processes take part in a save or none does.
         if np.all(multihost_utils.process_allgather(np.asarray(not problem))):
             return False
-        step, self._under_way = self._under_way, None
-        del self._metrics[step]
         problem = problem or "another process could not write"
         self._problem = f"Step {step} could not be saved in {self._directory}: {problem}"
         logging.error("%s. The steps %s are there; the next save tries again.",
@@ -225,22 +276,30 @@ class Checkpoints:
         return True
 
     def _make_room(self) -> None:
-        self._delete(self._damaged)
-        self._damaged = set()
+        damaged, self._damaged = self._damaged, set()
+        self._delete(damaged)
         if jax.process_index() == 0:
             self._directory.mkdir(parents=True, exist_ok=True)
-            for leftover in self._directory.glob("*.orbax-checkpoint-tmp*"):
-                leftover.rmtree()
+            for entry in self._directory.iterdir():
+                if ".orbax-checkpoint-tmp" in entry.name:  # a killed save left it
+                    entry.rmtree()
 
     def _delete(self, steps: set[int]) -> None:
-        for step in sorted(steps):
-            self._metrics.pop(step, None)
-            if jax.process_index() == 0:
-                _problem_of((self._directory / str(step)).rmtree, missing_ok=True)
+        for step in sorted(steps) if jax.process_index() == 0 else ():
+            self._guard()
+            if problem := _problem_of((self._directory / str(step)).rmtree, missing_ok=True):
+                logging.warning("Step %d could not be deleted: %s", step, problem)
 
 
 class _NoRecord(metadata.MetadataStore):
     """In place of orbax's own record of a step, which it would change after the manifest."""
+
+
+class _Literal(type(epath.Path())):
+    """A path whose own name is no pattern, in which orbax finds its files by patterns."""
+
+    def glob(self, pattern: str) -> Iterator[epath.Path]:
+        return epath.Path(glob.escape(str(self))).glob(pattern)
 
 
 class _Handler(ocp.StandardCheckpointHandler):
@@ -248,10 +307,15 @@ class _Handler(ocp.StandardCheckpointHandler):
 
     manifest: dict
 
+    def __init__(self, guard: Callable[[], None]):
+        super().__init__()
+        self._guard = guard
+
     def finalize(self, directory: epath.Path) -> None:
-        super().finalize(directory)
+        super().finalize(_Literal(directory))
         paths = {str(path.relative_to(directory)): path for path in _files(directory)}
         digests = {name: _file_digest(path) for name, path in paths.items()}
+        self._guard()
         _write_manifest(directory, self.manifest | {"files": digests})
 
 
@@ -270,17 +334,19 @@ def _is_news(record) -> bool:
     return record.levelname != "ERROR" or "/orbax/" not in record.pathname
 
 
-def _agreed(path: epath.Path) -> list[int]:
-    # The steps that process 0 sees: with a list of its own each could go on from another one.
-    found = path.glob("*") if path.is_dir() else ()
-    steps = sorted(int(entry.name) for entry in found if entry.name.isdecimal())
-    if jax.process_count() == 1:
-        return steps
-    whole = [(path / str(step) / MANIFEST).exists() for step in steps]
-    number = int(multihost_utils.broadcast_one_to_all(np.asarray(len(steps))))
-    mine = np.zeros((number, 2), int) if jax.process_index() else np.stack([steps, whole], -1)
-    agreed = multihost_utils.broadcast_one_to_all(mine.reshape(number, 2)).tolist()
-    unseen = [n for n, whole in agreed if whole and not files.appears(path / str(n) / MANIFEST)]
+def _agreed(path: epath.Path) -> dict[int, dict]:
+    # The steps, their metrics and records, as process 0 reads them: what each process reads by
+    # itself could make it go on from another step than the others.
+    found, problem = [], ""
+    try:
+        found = _found(path) if jax.process_index() == 0 else []
+    except CheckpointError as error:
+        problem = str(error)
+    found, problem = _told([found, problem])
+    if problem:
+        raise CheckpointError(problem)
+    whole = [step for step, facts in found if not facts["problem"]]
+    unseen = [step for step in whole if not files.appears(path / str(step) / MANIFEST)]
     if not multihost_utils.process_allgather(np.asarray(not unseen)).all():
         raise CheckpointError(
             f"{path}: process {jax.process_index()} does not see the steps {unseen} that process 0 "
@@ -288,7 +354,38 @@ def _agreed(path: epath.Path) -> list[int]:
             if unseen
             else f"{path}: another process does not see what process 0 sees"
         )
-    return [step for step, _ in agreed]
+    return dict(found)
+
+
+def _found(path: epath.Path) -> list[tuple[int, dict]]:
+    if "\\" in path.as_posix():
+        raise CheckpointError(f"{path}: orbax takes \\ for /; choose a --workdir without it")
+    if not path.is_dir() and not os.path.lexists(path):
+        return []
+    try:
+        names = [entry.name for entry in path.iterdir()]
+    except OSError as error:  # a dangling link, a file, a directory of somebody else
+        raise _unreadable(path, error) from error
+    steps = sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+    kept = ("metrics", "records", "problem")
+    manifests = {step: _manifest(path / str(step)) for step in steps}
+    return [
+        (step, {name: manifest[name] for name in kept if name in manifest})
+        for step, manifest in manifests.items()
+    ]
+
+
+def _told(value):
+    # What process 0 has, as JSON.
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(text.size)))
+    return json.loads(multihost_utils.broadcast_one_to_all(np.resize(text, size)).tobytes())
+
+
+def _unreadable(path: epath.Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read ({error}); make it readable, or choose another --workdir"
+    )
 
 
 def _require_everywhere(path: epath.Path, problem: str) -> None:
@@ -331,7 +428,11 @@ def _manifest(path: epath.Path) -> dict:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest.pop("sha256") != _digest(manifest):
             raise ValueError("not as saved")
+        if manifest.get("step", path.name) not in (path.name, int(path.name)):
+            raise ValueError(f"it is of step {manifest['step']}")
         return manifest | {"problem": ""}
+    except PermissionError as error:  # no damage: the step must not be passed over
+        raise _unreadable(path, error) from error
     except Exception as error:  # a flipped bit can raise anything
         return {"problem": f"{MANIFEST}: {_brief(error)}", "metrics": {}}
 
@@ -346,6 +447,8 @@ def _wrong_file(path: epath.Path, digests: dict[str, str]) -> str:
         try:
             if _file_digest(path / name) != digest:
                 return f"{name} is not as saved"
+        except PermissionError as error:
+            raise _unreadable(path, error) from error
         except OSError as error:
             return _brief(error)
     return ""
@@ -371,6 +474,8 @@ def _digest(manifest: dict) -> str:
 def _problem_of(action: Callable, *args, **kwargs) -> str:
     try:
         action(*args, **kwargs)
+    except UserError:  # of the guard: no problem of this save, it ends the run
+        raise
     except Exception as error:  # orbax, tensorstore and the file system share no class
         return _brief(error)
     return ""

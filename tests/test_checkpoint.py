@@ -1,5 +1,7 @@
 """Checkpoints come back bitwise or not at all."""
 
+import hashlib
+import json
 import random
 import re
 import resource
@@ -18,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from densejax import checkpoint
 from densejax.checkpoint import MANIFEST, CheckpointError, Checkpoints
+from densejax.config import UserError
 
 # tensorstore calls back into an event loop that orbax has closed after the first bad leaf
 noisy = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -123,18 +126,25 @@ def test_every_process_takes_the_steps_that_process_0_sees(two_steps, monkeypatc
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(checkpoint.files, "VISIBLE", 0.0)
+    monkeypatch.setattr(checkpoint.ocp, "AsyncCheckpointer", lambda *_, **__: None)
     multihost = checkpoint.multihost_utils
     monkeypatch.setattr(multihost, "broadcast_one_to_all", lambda _: told.pop(0))
     monkeypatch.setattr(multihost, "process_allgather", lambda ok: np.asarray([True, ok]))
 
-    def steps(*seen):
-        told[:] = np.asarray(len(seen)), np.asarray(seen).reshape(-1, 2)
-        return checkpoint._agreed(checkpoint.epath.Path(two_steps))
+    def opened(*seen, problem=""):
+        facts = [[step, {"metrics": {"e": 0.5}, "problem": problem}] for step, problem in seen]
+        text = np.frombuffer(json.dumps([facts, problem]).encode(), np.uint8)
+        told[:] = np.asarray(text.size), text
+        checkpoints = Checkpoints(two_steps)
+        assert all(checkpoints.metrics(step) == {"e": 0.5} for step, _ in seen)  # not its own
+        return checkpoints.steps()
 
-    assert steps((10, 1)) == [10] and steps() == []
-    assert steps((10, 1), (20, 1), (30, 0)) == [10, 20, 30]  # damaged, as 0 sees it
+    assert opened((10, "")) == [10] and opened() == []
+    assert opened((10, ""), (20, ""), (30, "damaged")) == [10, 20, 30]  # as 0 sees it
     with pytest.raises(CheckpointError, match=r"process 1 does not see the steps \[30\]"):
-        steps((10, 1), (30, 1))
+        opened((10, ""), (30, ""))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        opened(problem="it cannot be read")
 
 
 def test_buffers_may_be_donated_once_save_returns(tmp_path):
@@ -239,8 +249,96 @@ def test_half_written_step_is_named_passed_over_and_replaced(two_steps, tmp_path
     assert f"{step} is damaged" in caplog.text
     assert checkpoints.latest_step() == 10 and step.exists()  # a reader deletes nothing
     checkpoints.save(20, make_state(20), {})
+    checkpoints.wait()
+    assert checkpoints.steps() == [10, 20] and checkpoints.latest_step() == 20
     checkpoints.close()
     assert_bitwise(restored_latest(directory), make_state(20))
+
+
+@noisy
+def test_what_replaces_a_damaged_step_is_known_and_may_be_the_best(tmp_path, monkeypatch):
+    """Steps 2 and 3 are damaged: 2 is saved again, and its first attempt finds a full disk."""
+    checkpoints = Checkpoints(tmp_path, keep_latest=3, keep_best="loss")
+    for step, loss in [(1, 0.5), (2, 0.1), (3, 0.3)]:
+        checkpoints.save(step, make_state(step), {"loss": loss})
+    checkpoints.close()
+    for step in "23":
+        (tmp_path / step / MANIFEST).write_text("")
+    checkpoints = Checkpoints(tmp_path, keep_best="loss")
+    assert_bitwise(checkpoints.restore_latest(abstract(make_state())), make_state(1))
+    assert checkpoints.passed_over == [2, 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_manifest", lambda *_: (1 / 0))
+        checkpoints.save(2, make_state(2), {"loss": 0.1})
+        with pytest.raises(CheckpointError, match="Step 2 could not be saved in .*division by"):
+            checkpoints.wait()
+        assert checkpoints.steps() == [1] and checkpoints.metrics(2) == {}
+        checkpoints.evaluated(2, {"loss": 0.1})  # of a step that is not there
+        assert checkpoints.metrics(2) == {}
+    for step in 2, 3, 4, 5:
+        checkpoints.save(step, make_state(step), {"loss": 0.1 * step / 2})
+    checkpoints.wait()
+    on_disk = sorted(int(path.name) for path in tmp_path.iterdir())
+    assert checkpoints.steps() == on_disk == [2, 4, 5] and checkpoints.best_step() == 2
+    assert_bitwise(checkpoints.restore_best(abstract(make_state())), make_state(2))
+    checkpoints.close()
+
+
+def test_records_come_back_with_their_step(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(1), {}, records={"bytes": 7, "names": ["a", "ü"]})
+    assert checkpoints.records(1) == {"bytes": 7, "names": ["a", "ü"]}
+    checkpoints.save(2, make_state(2), {})
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.records(1) == {"bytes": 7, "names": ["a", "ü"]}
+    assert checkpoints.records(2) == checkpoints.records(3) == {}
+
+
+def test_a_checkpoint_of_before_there_were_records_opens(two_steps, tmp_path):
+    """Its manifest has neither step nor records, as versions before wrote it."""
+    directory = shutil.copytree(two_steps, tmp_path / "checkpoints")
+    manifest = json.loads((directory / "20" / MANIFEST).read_text())
+    old = {name: manifest[name] for name in ("leaves", "metrics", "files")}
+    digest = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
+    (directory / "20" / MANIFEST).write_text(json.dumps(old | {"sha256": digest}))
+    checkpoints = Checkpoints(directory)
+    assert checkpoints.metrics(20) == {"validation/loss": 0.05} and checkpoints.records(20) == {}
+    assert_bitwise(checkpoints.restore_step(20, abstract(make_state())), make_state(20))
+    checkpoints.close()
+
+
+def test_a_renamed_step_is_damaged(two_steps, tmp_path, caplog):
+    directory = shutil.copytree(two_steps, tmp_path / "checkpoints")
+    (directory / "20").rename(directory / "30")
+    assert_bitwise(restored_latest(directory), make_state(10))
+    assert "30 is damaged (MANIFEST: ValueError: it is of step 20)" in caplog.text
+
+
+class Lost(UserError):
+    """What a guard raises."""
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2])
+def test_who_may_no_longer_write_changes_nothing_and_ends(tmp_path, allowed):
+    """The guard refuses at the start of a save, before its commit, before the next deletion."""
+    saved(tmp_path, [1])
+    calls = []
+
+    def guard():
+        calls.append(1)
+        if len(calls) > allowed:
+            raise Lost("another process took over")
+
+    checkpoints = Checkpoints(tmp_path, keep_latest=1, guard=guard)
+    with pytest.raises(Lost, match="another process took over"):
+        checkpoints.save(2, make_state(2), {})
+        checkpoints.wait()
+    checkpoints.close()  # neither saves, deletes nor hides the reason
+    assert (tmp_path / "2").exists() == (allowed == 2) and (tmp_path / "1").exists()
+    with pytest.raises(Lost):
+        checkpoints.evaluated(checkpoints.latest_step(), {"loss": 0.5})
+    assert Checkpoints(tmp_path).metrics(1) == {"validation/loss": 1.0}
 
 
 @noisy
