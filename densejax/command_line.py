@@ -1,5 +1,6 @@
 """What every command shares: --config with its overrides, and bad input said in one line."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -24,6 +25,13 @@ def run(main: Callable[..., int], config: str = "required", arguments: bool = Fa
       config: whether --config is "required", "optional", or "unused" and therefore refused.
       arguments: whether anything but flags is allowed.
     """
+
+    # What a shell has closed is None, and its number would be that of the next file opened.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)  # orbax tells a story about every save

@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import secrets
 import stat
 import time
 
@@ -25,6 +27,20 @@ def appears(path: epath.Path) -> bool:
             return False
         time.sleep(0.5)
     return True
+
+
+def path_of(flag: str, text: str) -> epath.Path:
+    """The path that a person names; UserError for one that nothing here can open."""
+    try:
+        text.encode()
+        path = epath.Path(text)
+        path.exists()  # object stores need a package of their own
+        return path
+    except KeyError as error:
+        problem = f"{error} is no kind of storage that is known; give a path without ://"
+        raise UserError(f"{flag}={text}: {problem}") from error
+    except (UnicodeError, OSError, ImportError) as error:
+        raise UserError(f"{flag}={text}: {error}; give another path") from error
 
 
 def read_text(path: epath.Path) -> str | None:
@@ -50,7 +66,7 @@ def read_text(path: epath.Path) -> str | None:
 
 def write(path: epath.Path, content: str | bytes) -> None:
     """Writes such that a reader, or a kill at any moment, finds the old or the new file."""
-    temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
+    temporary = path.parent / f"{path.name}.{secrets.token_hex(4)}.tmp"
     content = content.encode() if isinstance(content, str) else bytes(content)
     try:
         temporary.write_bytes(content)
@@ -61,31 +77,41 @@ def write(path: epath.Path, content: str | bytes) -> None:
         raise
 
 
+def remove_leftovers(directory: epath.Path) -> None:
+    """Removes what a kill within `write` has left; for whoever alone writes in the directory."""
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if re.search(r"\.[0-9a-f]+\.tmp$", path.name):
+            path.unlink()
+
+
 class Growing:
     """A file that is appended to. What a disk refuses is kept and written the next time.
 
     Object stores have no append: there the file is written whole each time.
+
+    Attributes:
+      content: all of it.
     """
 
     def __init__(self, path: epath.Path, content: str | bytes = b""):
         """`content` replaces what is there, at the first `write`."""
         self._path, self._appends = path, "://" not in str(path)
-        self._content, self._written = bytearray(), 0
+        self.content, self._written = bytearray(), 0
         self.add(content)
 
     def add(self, content: str | bytes) -> None:
         """Appends in memory alone."""
-        self._content += content.encode() if isinstance(content, str) else content
+        self.content += content.encode() if isinstance(content, str) else content
 
     def write(self) -> None:
         """Brings the file up to date; OSError where the disk refuses."""
-        size, begin = len(self._content), self._written
+        size, begin = len(self.content), self._written
         self._written = 0  # after a failure the file is written whole: its end may be torn
         if not (begin and self._appends):
-            write(self._path, self._content)
+            write(self._path, self.content)
         elif begin < size:
             with self._path.open("ab") as file:
-                file.write(self._content[begin:])
+                file.write(self.content[begin:])
         self._written = size
 
 

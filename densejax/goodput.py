@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 from absl import logging
@@ -24,20 +24,32 @@ class Goodput:
       seconds: by kind, of all starts; they add up to the time since the first.
     """
 
-    def __init__(self, path: epath.Path, start_step: int, began: float, every: float = 10.0):
-        """Reads `path`.
+    def __init__(
+        self,
+        path: epath.Path,
+        start_step: int,
+        began: float,
+        every: float = 10.0,
+        starts: int = 1,
+        guard: Callable[[], None] = lambda: None,
+    ):
+        """Reads `path`; UserError for what is there and is no file of text.
 
         Args:
           path: of the file.
           start_step: that this start goes on from.
           began: when it began, in seconds of the monotonic clock.
           every: seconds between two writes, which tell a later start what was lost.
+          starts: of the run up to this one, killed before they wrote or not.
+          guard: called before every write; what it raises but OSError ends the run.
         """
-        self._path, self._every, self._kind = path, every, "start_up"
+        self._path, self._every, self._kind, self._guard = path, every, "start_up", guard
         self._since, self._written = began, time.monotonic()
-        self.seconds, self._starts, self._marks = dict.fromkeys(KINDS, 0.0), 1, {}
+        self.seconds, self._starts, self._marks = dict.fromkeys(KINDS, 0.0), starts, {}
+        if (text := files.read_text(path)) is None:
+            return
         try:
-            before = json.loads(path.read_text())
+            before = json.loads(text)
             marks = {int(step): mark for step, mark in before["at_checkpoints"].items()}
             self._marks = {step: mark for step, mark in marks.items() if step <= start_step}
             kept = self._marks[max(self._marks)] if self._marks else dict.fromkeys(KINDS, 0.0)
@@ -46,10 +58,7 @@ class Goodput:
             self.seconds["lost"] = sum(before["seconds"][kind] for kind in KINDS[:-1])
             self.seconds["lost"] -= sum(kept[kind] for kind in KINDS[:-2])
             self.seconds["down"] = before["seconds"]["down"] + max(now - before["time"], 0.0)
-            self._starts += before["starts"]
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             logging.warning("%s cannot be read (%s): the clock starts anew.", path, error)
 
     @contextlib.contextmanager
@@ -89,6 +98,7 @@ class Goodput:
             "at_checkpoints": self._marks,
         }
         try:
+            self._guard()
             files.write(self._path, json.dumps(content, indent=2) + "\n")
         except OSError as error:
             logging.warning("%s cannot be written: %s", self._path, error)

@@ -1,7 +1,9 @@
 """What a run writes and shows while it trains, on process 0 only."""
 
 import contextlib
+import hashlib
 import json
+import pathlib
 import socket
 import statistics
 import struct
@@ -40,25 +42,46 @@ class MetricLog:
         epoch_steps,
         seconds=10.0,
         evaluates_first=False,
+        saved=None,
+        guard=lambda: None,
     ):
         """Cuts off what lies behind `start_step`.
 
-        `workdir`: an existing `epath.Path`; `seconds`: between writes, and plain lines;
-        `evaluates_first`: the evaluation of `start_step` comes (again).
+        Args:
+          workdir: an existing `epath.Path`.
+          total_steps: of the run.
+          start_step: that it goes on from.
+          batch_size: images in a step.
+          epoch_steps: steps in an epoch.
+          seconds: between writes, and plain lines.
+          evaluates_first: the evaluation of `start_step` comes (again).
+          saved: `digest` when the checkpoint of `start_step` was saved, if that is known.
+          guard: called before every write; what it raises but OSError ends the run.
+
+        Raises:
+          UserError: a log that is damaged, or cannot be read or written.
         """
         self.workdir, self.total_steps, self.start_step = workdir, total_steps, start_step
         self.batch_size, self.epoch_steps, self.seconds = batch_size, epoch_steps, seconds
         self.is_writer, self.rates, self.last_step = jax.process_index() == 0, [], start_step
         self.start = self.mark = self.shown = time.perf_counter()
+        self.guard = guard
+        if self.is_writer:
+            files.remove_leftovers(workdir)
+            files.remove_leftovers(workdir / "tensorboard")
+            if start_step and not (workdir / "metrics.jsonl").exists():
+                logging.warning(
+                    "%s/metrics.jsonl is gone: the records up to step %d are lost, it begins anew "
+                    "behind that step.", workdir, start_step)  # fmt: skip
         kept = start_step or -1  # no checkpoint lies behind a start at 0: its step 0 comes again
         lines = [
             line
-            for line, record in _read(workdir / "metrics.jsonl")
+            for line, record in self._read("metrics.jsonl", saved if start_step else None)
             if record["step"] < kept
             or (record["step"] == kept and not (evaluates_first and "learning_rate" not in record))
         ]
         self.metrics = files.Growing(workdir / "metrics.jsonl", "".join(lines))
-        lines = [line for line, _ in _read(workdir / "timings.jsonl")]
+        lines = [line for line, _ in self._read("timings.jsonl")]
         self.timings = files.Growing(workdir / "timings.jsonl", "".join(lines))
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{start_step}"
         self.board = files.Growing(workdir / "tensorboard" / name)
@@ -68,6 +91,13 @@ class MetricLog:
         self.bar = tqdm.tqdm(None, "train", total_steps, initial=start_step, disable=not on_screen)
         self.problem = ""
         self.write()
+        self._require_written()
+
+    @property
+    def digest(self):
+        """Length and SHA-256 of what metrics.jsonl holds once `write` has succeeded."""
+        content = self.metrics.content
+        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
     @property
     def images_per_second(self):
@@ -115,6 +145,7 @@ class MetricLog:
             return
         before, self.problem = self.problem, ""
         try:
+            self.guard()
             (self.workdir / "tensorboard").mkdir(exist_ok=True)
             for file in (self.metrics, self.timings, self.board):
                 file.write()
@@ -129,8 +160,35 @@ class MetricLog:
         """Writes what was logged and ends the progress bar; UserError where that is impossible."""
         self.bar.close()
         self.write()
+        self._require_written()
+
+    def _require_written(self):
         if self.problem:
-            raise UserError(f"workdir={self.workdir}: {self.problem}; make room and start again")
+            raise UserError(
+                f"workdir={self.workdir}: {self.problem}; make room, or clear its place, and "
+                f"start again"
+            )
+
+    def _read(self, name, saved=None):
+        # (line, record) of whole lines: a kill may have torn the last.
+        path = self.workdir / name
+        if not self.is_writer or (text := files.read_text(path)) is None:
+            return []
+        begin = text.encode()[: saved["bytes"]] if saved else b""
+        if saved and hashlib.sha256(begin).hexdigest() != saved["sha256"]:
+            raise UserError(
+                f"{path} is damaged: its first {saved['bytes']:,} bytes are not those that the "
+                f"checkpoint of step {self.start_step} was saved with; put a copy back, or delete "
+                f"it to go on without the records up to that step"
+            )
+        lines = text.splitlines(keepends=True)
+        try:
+            records = [(line, json.loads(line)) for line in lines if line[-1] == "\n"]
+            return [(line, record) for line, record in records if record["step"] >= 0]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} has a line that is not a record ({error}): put a copy back or delete it"
+            ) from error
 
     def _record(self, step, values):
         fetched = jax.device_get(values)  # sorts the names
@@ -169,22 +227,12 @@ def trace(directory):
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             yield
-        for file in epath.Path(folder).glob("**/*.*"):  # the profiler knows no object stores
+        for file in pathlib.Path(folder).rglob("*.*"):  # the profiler knows no object stores
             target = directory / file.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
-            file.copy(target, overwrite=True)
+            epath.Path(file).copy(target, overwrite=True)
 
 
 def _line(step, values):
     # Floats are written by repr, so that equal runs give equal bytes.
     return json.dumps({"step": step, **values}) + "\n"
-
-
-def _read(path):
-    # (line, record) of whole lines: a kill may have torn the last.
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    try:
-        records = [(line, json.loads(line)) for line in lines if line[-1] == "\n"]
-        return [(line, record) for line, record in records if record["step"] >= 0]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} has a line that is not a record ({error}): delete it") from error

@@ -13,6 +13,7 @@ import json
 import math
 import signal
 import time
+from collections.abc import Callable
 
 import jax
 from absl import logging
@@ -20,7 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import densejax
-from densejax import checkpoint, goodput, hosts, lock, metric_log, metrics, result, workdir
+from densejax import checkpoint, files, goodput, hosts, lock, metric_log, metrics, result, workdir
 from densejax.config import UserError
 from densejax.experiment import Experiment, build, describe
 from densejax.step import TrainState, train_step
@@ -41,7 +42,7 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
       force: resume in the directory of another configuration.
     """
     describe(config)
-    path = epath.Path(directory)
+    path = files.path_of("--workdir", directory)
     is_run = (path / "config.json").exists()
     versions, changes = result.versions(config), []
     if mode == "train":
@@ -69,27 +70,40 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
         if start == 0:
             _ = experiment.weights  # refused, if they are, before anything is written
     versions |= {"data": experiment.data.version}
-    with workdir.open_run(path, config, force, versions):
-        return train(experiment, path, versions)
+    with workdir.open_run(path, config, force, versions) as guard:
+        return train(experiment, path, versions, guard)
 
 
-def train(experiment: Experiment, path: epath.Path, versions: dict[str, str]) -> int:
+def train(
+    experiment: Experiment,
+    path: epath.Path,
+    versions: dict[str, str],
+    guard: Callable[[], None],
+) -> int:
     """Trains from where the run directory stands; returns the process's exit code.
 
     Args:
       experiment: what to train.
       path: of the run directory, whose lock is held.
       versions: that the result depends on, which belong into it.
+      guard: called before every write: LockError where another process has the directory by now.
     """
     config = experiment.config
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(hosts.Stop())
-        checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(config, path)))
+        checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(config, path, guard)))
         stack.enter_context(contextlib.closing(experiment.data))
         state = checkpoints.restore_latest(experiment.abstract_state)
         start = 0 if state is None else int(state.step)
-        began = densejax.STARTED
-        clock = goodput.Goodput(path / "goodput.json", start, began, config.log.seconds)
+        clock = goodput.Goodput(
+            path / "goodput.json",
+            start,
+            densejax.STARTED,
+            config.log.seconds,
+            len(workdir.history(path)),
+            guard,
+        )
+        clock.write()
         stack.callback(clock.write)
         facts = result.summarise(experiment, path, start)
         log = metric_log.MetricLog(
@@ -100,6 +114,8 @@ def train(experiment: Experiment, path: epath.Path, versions: dict[str, str]) ->
             epoch_steps=experiment.data.train.steps_per_epoch,
             seconds=config.log.seconds,
             evaluates_first=evaluates_first(experiment, checkpoints, start),
+            saved=checkpoints.records(start),
+            guard=guard,
         )
         stack.enter_context(contextlib.closing(log))
         state = experiment.start() if state is None else state
@@ -131,6 +147,7 @@ def train(experiment: Experiment, path: epath.Path, versions: dict[str, str]) ->
     }
     if jax.process_index() == 0:
         try:
+            guard()
             result.write(path, outcome)
         except OSError as error:
             raise UserError(
@@ -249,7 +266,9 @@ def fit(
                     stops = stop.signal is not None
                 if saves or stops:
                     with clock.spend("save"):
-                        checkpoints.save(step, state, {f"{split}_error": error}, log.problem)
+                        checkpoints.save(
+                            step, state, {f"{split}_error": error}, log.problem, log.digest
+                        )
                     clock.mark(step, checkpoints.steps())
         clock.write(now=saves)
         if stops:
@@ -259,10 +278,12 @@ def fit(
     return state, first_step, evaluated
 
 
-def open_checkpoints(config: ConfigDict, path: epath.Path) -> checkpoint.Checkpoints:
-    """The checkpoints of a run directory."""
+def open_checkpoints(
+    config: ConfigDict, path: epath.Path, guard: Callable[[], None] = lambda: None
+) -> checkpoint.Checkpoints:
+    """The checkpoints of a run directory; `guard` as in `train`."""
     best = "validation_error" if config.checkpoint.select == "best" else ""
-    return checkpoint.Checkpoints(path / "checkpoints", config.checkpoint.keep_latest, best)
+    return checkpoint.Checkpoints(path / "checkpoints", config.checkpoint.keep_latest, best, guard)
 
 
 def select(experiment: Experiment, checkpoints: checkpoint.Checkpoints) -> TrainState:

@@ -15,7 +15,7 @@ import os
 import pathlib
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import ml_collections
@@ -41,7 +41,7 @@ UNMEASURED = (
     *("lock", "main", "metric_log", "predict", "summary"),
 )
 # What a run is made of: a directory that has one of them belongs to a run, or to somebody.
-KEPT = ("checkpoints", "metrics.jsonl", "summary.json")
+KEPT = ("checkpoints", "goodput.json", "metrics.jsonl", "summary.json", "timings.jsonl")
 # Flags of XLA that change no number.
 XLA_FLAGS_WITHOUT_EFFECT = ("--xla_dump", "--xla_force_host_platform_device_count")
 
@@ -180,37 +180,42 @@ def open_run(
     config: ml_collections.ConfigDict,
     force: bool = False,
     found: dict[str, str] | None = None,
-) -> Iterator[epath.Path]:
-    """Makes or reopens the directory that all processes share, holds its lock, yields its path.
+) -> Iterator[Callable[[], None]]:
+    """Makes or reopens the directory that all processes share and holds its lock.
 
     The stored configuration may differ in the `RESUMABLE` keys, with `force` in any; `config.json`
     then takes the new values and `history.jsonl` records the change. The same holds for the
     versions `found`, of the code, its packages and the data. Raises WorkdirError on every process
-    when one of them refuses.
+    when one of them refuses. Nobody but the user may write what is written within.
+
+    Yields:
+      What to call before every write: LockError where another process has the lock by now.
     """
     found = versions() if found is None else found
     path, config, is_writer = epath.Path(path), config.to_dict(), jax.process_index() == 0
     with contextlib.ExitStack() as stack:
+        stack.callback(os.umask, before := os.umask(0o022))
+        os.umask(before | 0o022)
         for my_turn in (is_writer, not is_writer):  # process 0 writes, then the others compare
             problem = ""
             try:
                 if my_turn and is_writer:
                     is_remote = "://" in os.fspath(path)  # object stores have no modes
                     path.mkdir(parents=True, exist_ok=True, mode=None if is_remote else 0o700)
-                    stack.enter_context(lock.hold(path))
-                    _record_start(
-                        path, config, found, _accepted_changes(path, config, found, force)
-                    )
+                    require_held = stack.enter_context(lock.hold(path))
+                    changes = _accepted_changes(path, config, found, force)
+                    require_held()
+                    _record_start(path, config, found, changes)
                 elif my_turn:
                     _wait_for(path / "config.json")
                     _accepted_changes(path, config, found, force=False)
-            except (WorkdirError, lock.LockError) as error:
+            except UserError as error:
                 problem = str(error)
             except (OSError, ValueError) as error:
                 problem = f"workdir={path}: {error}. Choose a --workdir that can be written."
             if not multihost_utils.process_allgather(np.asarray(not problem)).all():
                 raise WorkdirError(problem or f"workdir={path}: refused by another process.")
-        yield path
+        yield require_held if is_writer else (lambda: None)
 
 
 def check(

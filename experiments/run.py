@@ -112,7 +112,7 @@ class Work:
         if self.result():
             return formats.percent(self.accuracy())
         try:
-            lock.require_free(self.path / "claim")
+            lock.require_free(self.path / "claim", wait=False)
             return "waiting"
         except lock.LockError:
             lines = []
@@ -224,8 +224,9 @@ class Worker:
         claim = work.path / "claim"
         claim.mkdir(parents=True, exist_ok=True)
         try:
-            with lock.hold(claim):
-                lock.require_free(work.path)  # whoever held the claim may be dead and its run alive
+            with lock.hold(claim, wait=False):
+                # Whoever held the claim may be dead and its run alive.
+                lock.require_free(work.path, wait=False)
                 if not work.result():
                     self.train(work)
                 return True

@@ -17,7 +17,7 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from densejax import files, lock, workdir
+from densejax import files, workdir
 from densejax.workdir import WorkdirError, difference, digest, open_run, write_json
 
 
@@ -98,8 +98,8 @@ def test_write_json_replaces_and_keeps_the_old_file_when_it_fails(tmp_path):
 
 def test_a_new_run_a_resume_and_what_they_record(tmp_path):
     path = tmp_path / "runs" / "a"
-    with open_run(path, make_config()) as run:
-        assert os.fspath(run) == os.fspath(path)
+    with open_run(path, make_config()) as require_held:
+        require_held()
         assert json.loads((path / "lock").read_text())["pid"] == os.getpid()
     assert sorted(entry.name for entry in path.iterdir()) == ["config.json", "history.jsonl"]
     with open_run(path, make_config(train__epochs=301, log__tensorboard=False)):
@@ -201,63 +201,6 @@ def test_a_live_process_keeps_its_lock_and_a_killed_one_loses_it(tmp_path, other
 def test_a_lock_goes_when_its_process_ends_well(tmp_path, other_process):
     other_process.communicate(b"\n")
     assert other_process.returncode == 0 and not (tmp_path / "lock").exists()
-
-
-@pytest.mark.parametrize("holder", ['{"host": "elsewhere", "pid": 7, "started": "1"}', ""])
-def test_another_hosts_lock_lives_as_long_as_its_heartbeat(tmp_path, holder):
-    (tmp_path / "lock").write_text(holder)
-    with pytest.raises(WorkdirError, match="in use on (elsewhere|an unknown host)"):
-        with open_run(tmp_path, make_config()):
-            pass
-    assert (tmp_path / "lock").read_text() == holder
-    old = time.time() - lock.STALE - 1
-    os.utime(tmp_path / "lock", (old, old))
-    with open_run(tmp_path, make_config()):
-        pass
-
-
-def test_a_reused_process_number_does_not_keep_the_lock(tmp_path):
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": "1"}
-    holder["machine"] = lock._machine()
-    (tmp_path / "lock").write_text(json.dumps(holder))
-    with open_run(tmp_path, make_config()):
-        with pytest.raises(WorkdirError, match="in use"), open_run(tmp_path, make_config()):
-            pass  # not even by this process
-
-
-def test_a_process_number_of_another_machine_says_nothing(tmp_path):
-    # Two containers may share a host name: only the heartbeat tells whether the other one lives.
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": "1", "machine": "other"}
-    (tmp_path / "lock").write_text(json.dumps(holder))
-    with pytest.raises(WorkdirError, match="in use"), open_run(tmp_path, make_config()):
-        pass
-    os.utime(tmp_path / "lock", (0, 0))
-    with open_run(tmp_path, make_config()):
-        pass
-
-
-def test_a_directory_is_asked_for_without_taking_its_lock(tmp_path):
-    for free in (tmp_path, tmp_path / "nowhere"):
-        lock.require_free(free)
-    with open_run(tmp_path, make_config()), pytest.raises(lock.LockError, match="in use"):
-        lock.require_free(tmp_path)
-    lock.require_free(tmp_path)
-    assert not (tmp_path / "lock").exists()
-
-
-def test_the_heart_beats_and_notices_a_lost_lock(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(lock, "HEARTBEAT", 0.02)
-    with open_run(tmp_path, make_config()):
-        os.utime(tmp_path / "lock", (0, 0))
-        deadline = time.time() + 5
-        while (tmp_path / "lock").stat().st_mtime < 1 and time.time() < deadline:
-            time.sleep(0.01)
-        assert (tmp_path / "lock").stat().st_mtime > 1
-        (tmp_path / "lock").write_text("{}")
-        while "took over" not in caplog.text and time.time() < deadline:
-            time.sleep(0.01)
-    assert "took over" in caplog.text
-    assert (tmp_path / "lock").read_text() == "{}"  # it is the other's now
 
 
 def test_other_code_or_data_are_refused_with_the_difference_and_only_forced(tmp_path):
@@ -404,8 +347,8 @@ def bucket(monkeypatch):
 
 
 def test_a_run_directory_in_an_object_store(bucket):
-    with open_run(bucket, make_config()) as run:
-        assert run == bucket
+    with open_run(bucket, make_config()) as require_held:
+        require_held()
         with pytest.raises(WorkdirError, match="in use"), open_run(bucket, make_config()):
             pass
     with open_run(bucket, make_config(train__epochs=301)):
