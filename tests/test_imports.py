@@ -20,6 +20,7 @@ LEVELS = {
         "data.official",
         "data.augment",
         "data.images",
+        "data.crops",
         "models.convolution",
         "models.normalization",
         "models.pooling",

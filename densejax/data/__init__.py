@@ -214,8 +214,9 @@ def _version_of_splits(splits: Mapping[str, Any]) -> str:
 def _streams(config: ConfigDict, split: NamedSharding) -> Data:
     try:
         import grain  # noqa: F401
+        import simplejpeg  # noqa: F401
 
-        from densejax.data import images
+        from densejax.data import crops, images
     except ImportError as error:
         raise UserError(
             f"data.storage = 'stream': {error.name} is missing; pip install 'densejax[imagenet]'"
@@ -228,7 +229,7 @@ def _streams(config: ConfigDict, split: NamedSharding) -> Data:
         trains,
         batch_size,
         stream.share(split, batch_size, jax.process_index()),
-        functools.partial(images.training_crop, min_area=config.augmentation.crop_area),
+        functools.partial(crops.training_crop, min_area=config.augmentation.crop_area),
         section.image_size,
         seed=config.seed,
         skip=section.corrupt_images == "skip",

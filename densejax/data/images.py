@@ -1,87 +1,99 @@
-"""Encoded images to uint8 arrays on the host: random crops to train on, one crop to evaluate."""
+"""Image files to upright uint8 arrays on the host, and the one crop of them that is evaluated."""
 
 import contextlib
+import functools
 import io
-import math
 
-import cv2
 import numpy as np
-import simplejpeg
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-ATTEMPTS = 10  # at a random crop
-ASPECT = (3 / 4, 4 / 3)  # width : height of a random crop
-FORMATS = ("JPEG", "PNG")  # Pillow knows others, of which some run programs of the machine
-MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # above it Pillow refuses: made to fill the memory
-cv2.setNumThreads(1)  # many processes decode: each keeps to its core
+try:
+    import simplejpeg
+except ImportError:  # streams need it; without it Pillow decodes to the same bits, more slowly
+    simplejpeg = None
+
+# Pillow knows more formats, of which some run programs of the machine.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # about 89 million: files of more were made to fill the memory
+
+JPEG, EXIF, SCAN = b"\xff\xd8", b"\xff\xe1", b"\xff\xda"  # markers: its start, APP1, its pixels
 
 
-def decode(encoded: bytes, min_height: int = 0, min_width: int = 0) -> np.ndarray:
-    """Decodes an image to RGB uint8 [height, width, 3]; its EXIF orientation is not read.
+class Picture:
+    """An image file of which the head alone is read: `height` and `width`, pixels, upright.
 
-    A JPEG of at least twice the least size that is asked for is decoded at a half, 3/8, a quarter
-    or an eighth: its cosine transform is then its own low-pass filter. Pillow reads what simplejpeg
-    does not (PNG, CMYK, JPEGs with flaws that do no harm), at full size.
-
-    Raises:
-      Exception: whatever Pillow raises for an image that it cannot read, or will not.
+    Upright is what its EXIF orientation says; one that cannot be read says nothing.
     """
-    with contextlib.suppress(ValueError):
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
-        if colours in ("YCbCr", "RGB", "Gray") and height * width <= MOST_PIXELS:
-            least = {"min_height": min_height, "min_width": min_width, "min_factor": 2}
-            return simplejpeg.decode_jpeg(encoded, **least if min_height else {})
-    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-        if image.mode.startswith(("I", "F")):  # converted, it would be white without a word
-            raise ValueError("its pixels have more than 8 bits")
-        return np.asarray(image.convert("RGB"))
+
+    def __init__(self, encoded: bytes):
+        """Raises whatever Pillow does for what it cannot read, or will not."""
+        self._encoded, orientation, plain = encoded, 1, _plain_size(encoded)
+        height, width = plain or self._image.size[::-1]
+        if width * height > MOST_PIXELS:
+            raise ValueError(f"{width}x{height} pixels exceed the limit of {MOST_PIXELS:,}")
+        if not plain and self._image.format != "TIFF":  # which Pillow turns itself
+            with contextlib.suppress(Exception):
+                orientation = self._image.getexif().get(ExifTags.Base.Orientation)
+        self._swapped = orientation in (5, 6, 7, 8)
+        self._rows = slice(None, None, -1 if orientation in (3, 4, 7, 8) else 1)
+        self._columns = slice(None, None, -1 if orientation in (2, 3, 6, 7) else 1)
+        self.height, self.width = (width, height) if self._swapped else (height, width)
+
+    @functools.cached_property
+    def _image(self):
+        try:
+            return Image.open(io.BytesIO(self._encoded), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError(f"it is not recognised as {', '.join(FORMATS)}") from None
+
+    def decode(self, min_height: int = 0, min_width: int = 0) -> np.ndarray:
+        """The pixels, RGB uint8 [height, width, 3].
+
+        A JPEG of at least twice the least size that is asked for is decoded at a half, 3/8, a
+        quarter or an eighth: its cosine transform is then its own low-pass filter.
+
+        Raises:
+          Exception: whatever Pillow or simplejpeg raises for an image that is not whole.
+        """
+        least = (min_width, min_height) if self._swapped else (min_height, min_width)
+        pixels = self._decode_jpeg(*least)
+        if pixels is None:
+            if self._image.mode.startswith(("I", "F")):  # they would become white without a word
+                raise ValueError("its pixels have more than 8 bits")
+            is_rgb = self._image.mode == "RGB"
+            pixels = np.asarray(self._image if is_rgb else self._image.convert("RGB"))
+        return (pixels.swapaxes(0, 1) if self._swapped else pixels)[self._rows, self._columns]
+
+    def _decode_jpeg(self, min_height, min_width):
+        """By simplejpeg, which alone tells of damage; None: it must be Pillow that decodes."""
+        encoded = self._encoded
+        if simplejpeg is None or not encoded.startswith(JPEG):
+            return None
+        if encoded[6:11] == b"JFIF\0" and encoded[11] != 1:  # libjpeg would speak of that alone
+            encoded = encoded[:11] + b"\1" + encoded[12:]
+        least = {"min_height": min_height, "min_width": min_width, "min_factor": 2}
+        try:
+            inks = simplejpeg.decode_jpeg_header(encoded)[2] in ("CMYK", "YCCK")
+            colours = "CMYK" if inks else "RGB"
+            pixels = simplejpeg.decode_jpeg(encoded, colours, **least if min_height else {})
+        except ValueError as error:
+            if str(error).startswith(("Corrupt", "Premature")):
+                raise
+            return None  # a kind of JPEG that it does not know
+        return None if inks else pixels  # Pillow knows what colours the inks make
 
 
-def crop_box(
-    height: int, width: int, min_area: float, bits: np.random.BitGenerator
-) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the random crop of Szegedy et al. 2015, section 6.
-
-    Its share of the area is uniform in [min_area, 1] and its aspect ratio log-uniform in `ASPECT`;
-    the first of ten attempts that lies within the image is taken, after that the largest middle.
-
-    Args:
-      height: of the image, pixels.
-      width: of the image, pixels.
-      min_area: least share of the image's area.
-      bits: where the draws come from; its raw output is what NumPy keeps fixed for good.
-    """
-    draws = (bits.random_raw((ATTEMPTS, 4)) >> np.uint64(11)) * 2.0**-53  # uniform in [0, 1)
-    for area, aspect, down, right in draws.tolist():
-        area = height * width * (min_area + area * (1 - min_area))
-        aspect = ASPECT[0] * (ASPECT[1] / ASPECT[0]) ** aspect
-        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
-        if 0 < h <= height and 0 < w <= width:
-            return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
-    h = min(height, round(width / ASPECT[0]))
-    w = min(width, round(height * ASPECT[1]))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def training_crop(
-    encoded: bytes, size: int, bits: np.random.BitGenerator, *, min_area: float
-) -> np.ndarray:
-    """A random crop of an image, uint8 [size, size, 3].
-
-    The resize is bilinear between the four nearest pixels (OpenCV's), without antialiasing: after
-    `decode` it shrinks by less than two in one direction at least.
-    """
-    try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
-    except ValueError:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            width, height = image.size
-    top, left, h, w = crop_box(height, width, min_area, bits)
-    image = decode(encoded, math.ceil(height * size / h), math.ceil(width * size / w))
-    factor = image.shape[0] * 8 // height / 8  # what decode reduced by, rounding sizes up
-    rows = slice(round(top * factor), round((top + h) * factor))
-    columns = slice(round(left * factor), round((left + w) * factor))
-    return cv2.resize(image[rows, columns], (size, size), interpolation=cv2.INTER_LINEAR)
+def _plain_size(encoded: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG without EXIF data, in a tenth of Pillow's time; None: of others."""
+    if simplejpeg is None or not encoded.startswith(JPEG):
+        return None
+    at = len(JPEG)  # of a segment: marker, which is 0xFF and a byte, then its length
+    while (marker := encoded[at : at + 2])[:1] == b"\xff" and marker not in (EXIF, SCAN):
+        at += 2 + int.from_bytes(encoded[at + 2 : at + 4])
+    if marker == SCAN:
+        with contextlib.suppress(ValueError):
+            return simplejpeg.decode_jpeg_header(encoded, strict=False)[:2]
+    return None
 
 
 def evaluation_crop(encoded: bytes, size: int, *, resize: int) -> np.ndarray:
@@ -95,7 +107,7 @@ def evaluation_crop(encoded: bytes, size: int, *, resize: int) -> np.ndarray:
       size: of the crop, pixels; at most `resize`.
       resize: the shorter side, pixels.
     """
-    image = Image.fromarray(decode(encoded))
+    image = Image.fromarray(Picture(encoded).decode())
     short, long = sorted(image.size)
     long = int(resize * long / short)
     width, height = (resize, long) if image.width <= image.height else (long, resize)

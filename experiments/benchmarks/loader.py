@@ -73,10 +73,10 @@ def decoders() -> dict:
     """Functions from (bytes, bit generator) to a crop, by name."""
     import cv2
 
-    from densejax.data import images
+    from densejax.data import crops
 
     def crop(height, width, bits):
-        return images.crop_box(height, width, 0.08, bits)
+        return crops.crop_box(height, width, 0.08, bits)
 
     def by_cv2(encoded, bits):
         image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
@@ -89,7 +89,7 @@ def decoders() -> dict:
         box = (left, top, left + width, top + height)
         return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box))
 
-    kept = functools.partial(images.training_crop, min_area=0.08)
+    kept = functools.partial(crops.training_crop, min_area=0.08)
     return {
         "simplejpeg + cv2": lambda encoded, bits: kept(encoded, SIZE, bits),
         "cv2": by_cv2,

@@ -16,7 +16,7 @@ import pytest
 
 from densejax import data, parallel
 from densejax.config import UserError
-from densejax.data import encoded, images, stream
+from densejax.data import crops, encoded, images, stream
 from densejax.data.builders import DataError
 from densejax.data.memory import permutation
 from tests import photos, runs
@@ -87,7 +87,7 @@ def test_a_batch_is_the_crops_of_the_epochs_permutation(root, reference):
             # The counter's second word is the place in the epoch, its third sets crops apart.
             counter = [0, index * BATCH + row, 1, 0]
             bits = np.random.Philox(key=[0, epoch], counter=counter)
-            crop = images.training_crop(splits["train"][example][0], 32, bits, min_area=0.08)
+            crop = crops.training_crop(splits["train"][example][0], 32, bits, min_area=0.08)
             np.testing.assert_array_equal(batch["image"][row], crop)
 
 
@@ -275,7 +275,7 @@ def damaged(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_read_is_named(damaged, workers):
     root, _, name = damaged
-    with pytest.raises(DataError, match=f"{name}: no image that can be read .*truncated") as caught:
+    with pytest.raises(DataError, match=f"{name}: no image that can be read .*Premature") as caught:
         batches(create(root, data__workers=workers), range(4))
     assert "\n" not in str(caught.value)
 
@@ -295,7 +295,7 @@ def test_the_next_image_is_trained_on_instead_where_that_is_asked_for(damaged, r
                 replaced += 1
                 following = streams.train._pieces.examples[int(order[(start + row + 1) % 28])]
                 bits = np.random.Philox(key=[0, epoch], counter=[0, start + row, 1, 0])
-                crop = images.training_crop(following[0], 32, bits, min_area=0.08)
+                crop = crops.training_crop(following[0], 32, bits, min_area=0.08)
                 np.testing.assert_array_equal(batch["image"][row], crop)
                 assert batch["label"][row] == following[1]
             else:

@@ -1,0 +1,56 @@
+"""Random crops of image files, to train on."""
+
+import math
+
+import cv2
+import numpy as np
+
+from densejax.data.images import Picture
+
+ATTEMPTS = 10  # at a random crop
+ASPECT = (3 / 4, 4 / 3)  # width : height of a random crop
+cv2.setNumThreads(1)  # many processes decode: each keeps to its core
+
+
+def crop_box(
+    height: int, width: int, min_area: float, bits: np.random.BitGenerator
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the random crop of Szegedy et al. 2015, section 6.
+
+    Its share of the area is uniform in [min_area, 1] and its aspect ratio log-uniform in `ASPECT`;
+    the first of ten attempts that lies within the image is taken, after that the largest middle.
+
+    Args:
+      height: of the image, pixels.
+      width: of the image, pixels.
+      min_area: least share of the image's area.
+      bits: where the draws come from; its raw output is what NumPy keeps fixed for good.
+    """
+    draws = (bits.random_raw((ATTEMPTS, 4)) >> np.uint64(11)) * 2.0**-53  # uniform in [0, 1)
+    for area, aspect, down, right in draws.tolist():
+        area = height * width * (min_area + area * (1 - min_area))
+        aspect = ASPECT[0] * (ASPECT[1] / ASPECT[0]) ** aspect
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
+    h = min(height, round(width / ASPECT[0]))
+    w = min(width, round(height * ASPECT[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def training_crop(
+    encoded: bytes, size: int, bits: np.random.BitGenerator, *, min_area: float
+) -> np.ndarray:
+    """A random crop of an image, uint8 [size, size, 3].
+
+    The resize is bilinear between the four nearest pixels (OpenCV's), without antialiasing: after
+    `Picture.decode` it shrinks by less than two in one direction at least.
+    """
+    picture = Picture(encoded)
+    height, width = picture.height, picture.width
+    top, left, h, w = crop_box(height, width, min_area, bits)
+    image = picture.decode(math.ceil(height * size / h), math.ceil(width * size / w))
+    factor = image.shape[0] * 8 // height / 8  # what decode reduced by, rounding sizes up
+    rows = slice(round(top * factor), round((top + h) * factor))
+    columns = slice(round(left * factor), round((left + w) * factor))
+    return cv2.resize(image[rows, columns], (size, size), interpolation=cv2.INTER_LINEAR)
