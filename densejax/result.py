@@ -64,6 +64,8 @@ def measure(
         result |= {f"{split}_{name}": value for name, value in values.items()}
         result[f"{split}_error"] = 1 - values["accuracy"]
         result[f"{split}_examples"] = evaluation[split].size
+        if split == "test":
+            result["test_split"] = experiment.data.test_split
     return result | {"steps": int(state.step), "skipped_steps": int(state.skipped[0])}
 
 
@@ -139,4 +141,6 @@ def line(summary: dict[str, Any], path: epath.Path) -> str:
     split = summary["config"]["evaluate"]["final_split"]
     accuracy = formats.percent(summary[f"{split}_accuracy"])
     examples = formats.count(summary[f"{split}_examples"])
-    return f"{split} accuracy {accuracy} on {examples} images; {path}/summary.json has the rest"
+    stored = summary.get("test_split", "test") if split == "test" else split
+    of = f" of the split {stored!r}" if stored != split else ""
+    return f"{split} accuracy {accuracy} on {examples} images{of}; {path}/summary.json has the rest"

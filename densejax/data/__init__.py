@@ -29,11 +29,13 @@ class Data:
         where training images are measured as well.
       version: digest of what is read: of all images and labels in memory; of a stream, which is
         too large, of what TFDS records of its files, or of the names of a folder's images.
+      test_split: what the set itself calls the split that is "test" here.
     """
 
     train: MemorySet | StreamSet
     evaluation: dict[str, MemorySet | StreamSet]
     version: str
+    test_split: str
 
     def close(self) -> None:
         """Ends the processes that a stream has running."""
@@ -162,6 +164,7 @@ def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Da
         MemorySet(images, labels, config.train.batch_size, config.seed, whole, split),
         {name: MemorySet(*pair, size, config.seed, whole, split) for name, pair in arrays.items()},
         _version_of_arrays((images, labels), arrays),
+        info(config).test_split,
     )
 
 
@@ -222,7 +225,7 @@ def _streams(config: ConfigDict, split: NamedSharding) -> Data:
             f"data.storage = 'stream': {error.name} is missing; pip install 'densejax[imagenet]'"
         ) from error
     section, evaluate, batch_size = config.data, config.evaluate, config.train.batch_size
-    _, splits = encoded.open_splits(section.name, section.directory, section.manual_dir)
+    facts, splits = encoded.open_splits(section.name, section.directory, section.manual_dir)
     trains, held_out = hold_out(len(splits["train"]), section.validation_size, section.train_size)
     train = stream.Pieces(
         splits["train"],
@@ -254,7 +257,8 @@ def _streams(config: ConfigDict, split: NamedSharding) -> Data:
         for name, (examples, indices) in parts.items()
     }
     streams = {name: StreamSet(part, split, section.workers) for name, part in evaluation.items()}
-    return Data(StreamSet(train, split, section.workers), streams, _version_of_splits(splits))
+    train, version = StreamSet(train, split, section.workers), _version_of_splits(splits)
+    return Data(train, streams, version, facts.test_split)
 
 
 def _digest(*arrays: np.ndarray) -> str:

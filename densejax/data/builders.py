@@ -9,7 +9,6 @@ import functools
 import gzip
 import hashlib
 import io
-import json
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from densejax.data.official import SETS, Arrays, File, SetInfo
 
 DIGESTS = "SHA256SUMS"  # beside the prepared files, as `sha256sum --check` reads it
 VERSION = "1.0.0"  # of how a set is prepared
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # what a JPEG and a PNG begin with
 READ_AT_ONCE = 4096  # examples; bounds the memory beside the resulting arrays
 
 
@@ -42,15 +42,12 @@ def prepare(name: str, directory: str, manual_dir: str = "") -> Any:
     """
     directory = epath.Path(directory).expanduser()  # TFDS would make a folder named "~"
     with _quiet():
-        import tensorflow_datasets as tfds
-
-        tfds.disable_progress_bar()
+        tfds = _tfds()
         if name not in SETS:
             try:
-                _refuse_code(directory / name.partition("/")[0].partition(":")[0])
                 return tfds.core.read_only_builder.builder_from_files(name, data_dir=directory)
-            except DataError:
-                raise
+            except DataError as error:
+                raise DataError(f"data.name = {name}: the set in {directory} {error}") from error
             except Exception as error:
                 raise DataError(
                     f"data.name = {name}: neither one of {', '.join(SETS)} nor a set that TFDS has "
@@ -75,11 +72,32 @@ def prepare(name: str, directory: str, manual_dir: str = "") -> Any:
         return make()
 
 
+def open_folder(folder: str) -> Any:
+    """The TFDS builder of a prepared set's own folder, `.../name/1.0.0`; DataError as `prepare`."""
+    with _quiet():
+        return _tfds().core.read_only_builder.builder_from_directory(folder)
+
+
+def test_split(builder: Any) -> str:
+    """What is measured: "test" where it has labels, else "validation", or "" where neither is.
+
+    ImageNet's test images have none: each is -1.
+    """
+    splits = builder.info.splits
+    with _reading(builder):
+        if "test" in splits and splits["test"].num_examples:
+            image = {"image": _tfds().decode.SkipDecoding()}
+            if builder.as_data_source("test", decoders=image)[0]["label"] >= 0:
+                return "test"
+    return "validation" if "validation" in splits else ""
+
+
 def info(name: str, directory: str) -> SetInfo:
     """Returns the facts of a set of `SETS`, or of one in `directory`, without mean and std."""
     if name in SETS:
         return SETS[name]
-    found = prepare(name, directory).info
+    builder = prepare(name, directory)
+    found = builder.info
     try:
         image, names = found.features["image"], tuple(found.features["label"].names)
         height, width, channels = image.shape
@@ -91,7 +109,11 @@ def info(name: str, directory: str) -> SetInfo:
             f"ClassLabel; has {_line(found.features)}; data.storage = 'stream' takes any size"
         ) from error
     splits = {split: facts.num_examples for split, facts in found.splits.items()}
-    return SetInfo((height, width, channels), names, splits, mean=(), std=())
+    measured = test_split(builder)
+    if measured != "test":
+        splits.pop("test", None)
+        splits |= {"test": splits.pop(measured)} if measured else {}
+    return SetInfo((height, width, channels), names, splits, (), (), test_split=measured)
 
 
 def read(
@@ -102,26 +124,64 @@ def read(
     `split` is a name, or names joined by "+". Prepares the set first if that was not done.
 
     Raises:
-      DataError: as `prepare`, and for an unknown split.
+      DataError: as `prepare`, and for an unknown split or labels that are no class.
     """
     builder = prepare(name, directory, manual_dir)
-    facts = info(name, directory)
-    if unknown := [part for part in split.split("+") if part not in facts.splits]:
+    facts, parts = info(name, directory), split.split("+")
+    if unknown := [part for part in parts if part not in facts.splits]:
         raise DataError(
             f"data.name = {name}: no split {unknown[0]!r}; it has {', '.join(facts.splits)}"
         )
-    try:
-        with _quiet():
-            source = builder.as_data_source(split)
+    with _reading(builder):
+        stored = "+".join(facts.test_split if part == "test" else part for part in parts)
+        decode, decoders = lambda image: image, None
+        if isinstance(feature := builder.info.features["image"], _tfds().features.Image):
+            # Pillow, which TFDS may decode by, knows formats that run programs of the machine.
+            decode, decoders = feature.decode_example_np, {"image": _tfds().decode.SkipDecoding()}
+        source = builder.as_data_source(stored, decoders=decoders)
         images = np.empty((len(source), *facts.image_shape), np.uint8)
         labels = np.empty(len(source), np.int32)
         for start in range(0, len(source), READ_AT_ONCE):
             stop = min(start + READ_AT_ONCE, len(source))
             for index, example in enumerate(source.__getitems__(range(start, stop)), start):
-                images[index], labels[index] = example["image"], example["label"]
-    except Exception as error:
-        raise DataError(f"data.name = {name}: {builder.data_dir}: {_line(error)}") from error
+                if decoders and not example["image"].startswith(SIGNATURES):
+                    raise ValueError(f"{stored}: image {index} is neither a JPEG nor a PNG")
+                images[index], labels[index] = decode(example["image"]), example["label"]
+        _check(facts, stored, len(source), images, labels)
     return images, labels
+
+
+@contextlib.contextmanager
+def _reading(builder: Any) -> Iterator[None]:
+    try:
+        with _quiet():
+            yield
+    except Exception as error:
+        raise DataError(
+            f"data.name = {builder.name}: {builder.data_dir}: {_line(error)}"
+        ) from error
+
+
+@functools.cache
+def _tfds() -> Any:
+    """TFDS, made to know the classes of features by a table of its own.
+
+    The files of a prepared set name these classes, and TFDS would import what they name.
+    """
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    base = tfds.features.FeatureConnector
+    kinds = (kind for kind in vars(tfds.features).values() if isinstance(kind, type))
+    known = {f"{kind.__module__}.{kind.__name__}": kind for kind in kinds if issubclass(kind, base)}
+
+    def named(_, name):
+        if name not in known:
+            raise DataError(f"names {name}, which is code and not of TFDS")
+        return known[name]
+
+    base.cls_from_name = classmethod(named)
+    return tfds
 
 
 def _builder_class(tfds: Any, name: str, manual_dir: str) -> type:
@@ -153,21 +213,6 @@ def _builder_class(tfds: Any, name: str, manual_dir: str) -> type:
 
     Builder.name = name
     return Builder
-
-
-def _refuse_code(folder: epath.Path) -> None:
-    """Refuses a prepared set whose features are not TFDS's own: it would import what they name."""
-    for path in (*folder.glob("*/features.json"), *folder.glob("*/*/features.json")):
-        names = []
-        # Every key that TFDS takes a class from: now, as protobuf spells it, and formerly.
-        json.loads(
-            path.read_text(),
-            object_hook=lambda item, names=names: names.extend(
-                item.get(key) for key in ("pythonClassName", "python_class_name", "type")
-            ),
-        )
-        if foreign := [n for n in names if n and not str(n).startswith("tensorflow_datasets.")]:
-            raise DataError(f"{path}: names {foreign[0]}, which is code and not of TFDS")
 
 
 def _load(name: str, facts: SetInfo, manual_dir: str, download: Callable[[str], str]) -> Arrays:

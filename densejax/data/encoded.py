@@ -64,6 +64,8 @@ class Records(Sequence[Example]):
         except Exception as error:
             line = " ".join(str(error).split())
             raise DataError(f"data.name = {builder.name}: {self.place}: {line}") from error
+        self.folder, self.split = str(builder.data_path), split
+        self.num_classes = builder.info.features["label"].num_classes
         facts = builder.info.splits[split]
         self.version = f"{builder.info.full_name} {facts.num_bytes} {list(facts.shard_lengths)}"
 
@@ -78,8 +80,19 @@ class Records(Sequence[Example]):
     def __getitem__(self, index):
         """Reads an image."""
         example = self.source[index]
-        name = example.get("file_name", b"").decode()
-        return example["image"], int(example["label"]), f"{self.place}[{index}] {name}".rstrip()
+        name, label = example.get("file_name", b"").decode(), int(example["label"])
+        place = f"{self.place}[{index}] {name}".rstrip()
+        if not 0 <= label < self.num_classes:
+            raise DataError(f"{place}: has label {label}, not 0 to {self.num_classes - 1}")
+        return example["image"], label, place
+
+    def __reduce__(self):
+        """A worker opens the files as this does; TFDS would import whatever they name."""
+        return _records, (self.folder, self.split)
+
+
+def _records(folder: str, split: str) -> Records:
+    return Records(builders.open_folder(folder), split)
 
 
 def _folders(path: epath.Path) -> list[str]:
@@ -93,8 +106,8 @@ def open_splits(name: str, directory: str, manual_dir: str) -> tuple[SetInfo, di
     """The facts and the splits, "train" and "test", of a set.
 
     With `manual_dir` it is the folder with train/class/image.jpg and val/class/image.jpg, else the
-    set `name` that TFDS has prepared in `directory`, whose "validation" is tested on where it is
-    there (ImageNet's test images have no labels).
+    set `name` that TFDS has prepared in `directory`, whose "validation" is tested on where "test"
+    is not there or has no labels, as ImageNet's.
 
     Raises:
       DataError: what is not there, or not as many images as the set officially has.
@@ -103,11 +116,11 @@ def open_splits(name: str, directory: str, manual_dir: str) -> tuple[SetInfo, di
         path = epath.Path(manual_dir).expanduser()
         class_names = tuple(_folders(path / "train"))
         splits = {"train": Folder(path / "train", class_names)}
-        splits["test"] = Folder(path / "val", class_names)
+        test, splits["test"] = "val", Folder(path / "val", class_names)
     else:
         builder = builders.prepare(name, directory)
         class_names = tuple(builder.info.features["label"].names)
-        test = "validation" if "validation" in builder.info.splits else "test"
+        test = builders.test_split(builder) or "test"
         splits = {"train": Records(builder, "train"), "test": Records(builder, test)}
     sizes = {split: len(examples) for split, examples in splits.items()}
     known = STREAMED.get(name)
@@ -116,7 +129,8 @@ def open_splits(name: str, directory: str, manual_dir: str) -> tuple[SetInfo, di
             f"data.name = {name}: found {sizes} images of {len(class_names)} classes, expected "
             f"{known.splits} of {known.num_classes}; give another set another name"
         )
-    return known or SetInfo((0, 0, 3), class_names, sizes, mean=(), std=()), splits
+    facts = known or SetInfo((0, 0, 3), class_names, sizes, mean=(), std=())
+    return dataclasses.replace(facts, test_split=test), splits
 
 
 def info(name: str, directory: str, manual_dir: str, image_size: int) -> SetInfo:

@@ -43,6 +43,7 @@ class SetInfo:
     files: tuple[tuple[File, ...], ...] = ()
     parse: Callable[[dict[str, epath.Path], int], Arrays] | None = None  # gets `most_bytes`, too
     hint: str = ""  # where else the files are to be had
+    test_split: str = "test"  # what the set itself calls the split that is called "test" here
 
     @property
     def num_classes(self) -> int:

@@ -5,6 +5,8 @@ import functools
 import gzip
 import hashlib
 import http.server
+import io
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import scipy.io
+from PIL import Image
 
 from densejax.data import builders
 from tests import archives
@@ -448,69 +451,156 @@ def test_unknown_names_and_splits_list_what_there_is(tiny, read):
         read("cifar10", "train+validation")
 
 
-@pytest.mark.parametrize("key", ["pythonClassName", "python_class_name", "type"])
-def test_a_prepared_set_cannot_name_code(tmp_path, monkeypatch, key):
-    folder = tmp_path / "data/evil/1.0.0"
+EVIL, TFDS_DICT = "evil_features.Image", "tensorflow_datasets.core.features.features_dict."
+TEXT = {"pythonClassName": "tensorflow_datasets.core.features.text_feature.Text", "text": {}}
+LEGACY = {"type": TFDS_DICT + "FeaturesDict", "proto_cls": "tensorflow_datasets.FeaturesDict"}
+NESTED = {"features": {"x": {"pythonClassName": EVIL, "jsonFeature": {"json": "{}"}}}}
+NAMES_CODE = {  # what features.json may be, and what dataset_info.json has beside it
+    "now": ({"pythonClassName": EVIL, "jsonFeature": {"json": "{}"}}, {}),
+    "now, another spelling": ({"python_class_name": EVIL, "text": {}}, {}),
+    "formerly": ({"type": EVIL, "content": {}}, {}),
+    "formerly, within a text": (LEGACY | {"content": json.dumps(NESTED)}, {}),
+    "formerly, within": (LEGACY | {"content": NESTED}, {}),
+    "formerly, without protobuf": (
+        {"type": TFDS_DICT + "FeaturesDict", "content": {"x": {"type": EVIL, "content": {}}}},
+        {},
+    ),
+    "in the other file": (TEXT, {"features": {"pythonClassName": EVIL, "text": {}}}),
+}
+
+
+def write_set(folder, features, info):
     folder.mkdir(parents=True)
-    (folder / "dataset_info.json").write_text('{"name": "evil", "version": "1.0.0"}')
-    marker = tmp_path / "executed"
+    info = {"name": "evil", "version": "1.0.0", "fileFormat": "array_record"} | info
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    (folder / "features.json").write_text(json.dumps(features))
+
+
+@pytest.mark.parametrize("case", NAMES_CODE)
+def test_a_prepared_set_cannot_name_code(tmp_path, monkeypatch, case):
+    data, marker = tmp_path / "data [x]", tmp_path / "executed"
+    write_set(data / "evil/1.0.0", *NAMES_CODE[case])
     (tmp_path / "evil_features.py").write_text(f"open({str(marker)!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
-    spelled = key.replace("s", "\\u0073")  # JSON knows other spellings of a letter
-    (folder / "features.json").write_text(
-        f'{{"{spelled}": "evil_features.Image", "content": {{}}}}'
-    )
     for read in (builders.prepare, builders.info):
-        with pytest.raises(builders.DataError, match="names evil_features.Image, which is code"):
-            read("evil", str(tmp_path / "data"))
+        with pytest.raises(builders.DataError, match=f"data.name = evil: .*names {EVIL}, which is"):
+            read("evil", str(data))
     assert not marker.exists()
 
 
-def test_a_set_that_tfds_has_prepared_can_be_named(tmp_path):
+def test_a_module_of_tfds_is_not_imported_either(tmp_path):
+    write_set(tmp_path / "evil/1.0.0", TEXT | {"pythonClassName": "tensorflow_datasets.x.y"}, {})
+    with pytest.raises(builders.DataError, match="names tensorflow_datasets.x.y, which is"):
+        builders.prepare("evil", str(tmp_path))
+
+
+def store(folder, name, features, splits):
+    """Prepares a set as TFDS does elsewhere: examples by split."""
     import tensorflow_datasets as tfds
 
-    random = np.random.default_rng(1)
-    images = random.integers(0, 256, (6, 5, 4, 3), np.uint8)
-    features = {
-        "image": tfds.features.Tensor(shape=(5, 4, 3), dtype=np.uint8),
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("2.0.0")
+
+        def _info(self):
+            features_dict = tfds.features.FeaturesDict(features)
+            return tfds.core.DatasetInfo(
+                builder=self, features=features_dict, disable_shuffling=True
+            )
+
+        def _split_generators(self, dl_manager):
+            return {split: enumerate(examples) for split, examples in splits.items()}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    Builder.name = name
+    Builder(data_dir=folder, file_format="array_record").download_and_prepare()
+
+
+def leaves(dtype=np.uint8):
+    """Features of a small set."""
+    import tensorflow_datasets as tfds
+
+    return {
+        "image": tfds.features.Tensor(shape=(5, 4, 3), dtype=dtype),
         "label": tfds.features.ClassLabel(names=["a", "b", "c"]),
     }
 
-    def store(name, features, images):
-        class Folder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-            VERSION = tfds.core.Version("2.0.0")
 
-            def _info(self):
-                return tfds.core.DatasetInfo(
-                    builder=self,
-                    features=tfds.features.FeaturesDict(features),
-                    disable_shuffling=True,
-                )
+def examples(labels, dtype=np.uint8):
+    random = np.random.default_rng(len(labels))
+    return [
+        {"image": random.integers(0, 256, (5, 4, 3)).astype(dtype), "label": label}
+        for label in labels
+    ]
 
-            def _split_generators(self, dl_manager):
-                return {"train": self._generate_examples()}
 
-            def _generate_examples(self):
-                yield from enumerate(
-                    {"image": image, "label": index % 3} for index, image in enumerate(images)
-                )
-
-        Folder.name = name
-        Folder(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-
-    store("leaves", features, images)
+def test_a_set_that_tfds_has_prepared_can_be_named(tmp_path):
+    train = examples([0, 1, 2, 0, 1, 2])
+    store(tmp_path, "leaves", leaves(), {"train": train})
     facts = builders.info("leaves", str(tmp_path))
     assert facts.image_shape == (5, 4, 3) and facts.splits == {"train": 6}
     assert facts.class_names == ("a", "b", "c") and facts.num_classes == 3
     assert facts.mean == facts.std == ()  # none are known: normalization "scale" asks for none
-    got_images, got_labels = builders.read("leaves", "train", str(tmp_path))
-    np.testing.assert_array_equal(got_images, images)
-    np.testing.assert_array_equal(got_labels, [0, 1, 2, 0, 1, 2])
+    images, labels = builders.read("leaves", "train", str(tmp_path))
+    np.testing.assert_array_equal(images, [example["image"] for example in train])
+    np.testing.assert_array_equal(labels, [0, 1, 2, 0, 1, 2])
 
-    features["image"] = tfds.features.Tensor(shape=(5, 4, 3), dtype=np.float32)
-    store("floats", features, images.astype(np.float32))
+    store(tmp_path, "floats", leaves(np.float32), {"train": examples([0], np.float32)})
     with pytest.raises(builders.DataError, match="needs image, uint8"):
         builders.read("floats", "train", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("labels", "measured", "sizes"),
+    [
+        ({"train": [0, 1], "validation": [2], "test": [1, 0, 2]}, "test", (2, 1, 3)),
+        ({"train": [0, 1], "validation": [2], "test": [-1, -1]}, "validation", (2, None, 1)),
+        ({"train": [0, 1], "validation": [2]}, "validation", (2, None, 1)),
+        ({"train": [0, 1], "test": [-1]}, "", (2, None, None)),
+    ],
+)
+def test_test_images_are_those_that_have_labels(tmp_path, labels, measured, sizes):
+    splits = {split: examples(values) for split, values in labels.items()}
+    store(tmp_path, "leaves", leaves(), splits)
+    facts = builders.info("leaves", str(tmp_path))
+    assert facts.test_split == measured
+    assert tuple(map(facts.splits.get, ("train", "validation", "test"))) == sizes
+    if measured:
+        images, found = builders.read("leaves", "test", str(tmp_path))
+        np.testing.assert_array_equal(found, labels[measured])
+        np.testing.assert_array_equal(images, [e["image"] for e in splits[measured]])
+    else:
+        with pytest.raises(builders.DataError, match="no split 'test'; it has train"):
+            builders.read("leaves", "test", str(tmp_path))
+
+
+def test_labels_that_are_no_class_are_refused(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setattr(tfds.features.ClassLabel, "encode_example", lambda _, label: label)
+    store(tmp_path, "leaves", leaves(), {"train": examples([0, 1, 7]), "test": examples([0, -1])})
+    for split, found in (("train", "0 to 7"), ("test", "-1 to 0")):
+        with pytest.raises(builders.DataError, match=f"{split} has labels {found}, not 0 to 2"):
+            builders.read("leaves", split, str(tmp_path))
+
+
+def test_only_jpegs_and_pngs_are_decoded(tmp_path):
+    """Pillow, where TFDS decodes by it, would run Ghostscript for another kind of image."""
+    import tensorflow_datasets as tfds
+
+    pixels, kinds = np.full((2, 2, 3), 7, np.uint8), {}
+    for kind in ("PNG", "JPEG", "EPS"):
+        Image.fromarray(pixels).save(file := io.BytesIO(), kind)
+        kinds[kind] = io.BytesIO(file.getvalue())
+    label = tfds.features.ClassLabel(names=["a"])
+    features = {"image": tfds.features.Image(shape=(2, 2, 3)), "label": label}
+    splits = {kind.lower(): [{"image": file, "label": 0}] for kind, file in kinds.items()}
+    store(tmp_path, "kinds", features, splits)
+    for split in ("png", "jpeg"):
+        np.testing.assert_array_equal(builders.read("kinds", split, str(tmp_path))[0], pixels[None])
+    with pytest.raises(builders.DataError, match="eps: image 0 is neither a JPEG nor a PNG"):
+        builders.read("kinds", "eps", str(tmp_path))
 
 
 def test_a_killed_preparation_leaves_nothing_that_looks_whole(tiny, read, tmp_path):

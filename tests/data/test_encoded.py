@@ -1,6 +1,10 @@
 """Folders and TFDS's records give the same examples; what does not fit is one line."""
 
 import dataclasses
+import os
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,7 +21,7 @@ def folder(tmp_path, **arguments):
     return written, *encoded.open_splits("photos", "", str(tmp_path / "photos"))
 
 
-def prepare(tmp_path, written, test="validation"):
+def prepare(tmp_path, written, *tests):
     """Prepares the same images by TFDS as ArrayRecord, in the order of their names."""
     import tensorflow_datasets as tfds
 
@@ -35,7 +39,8 @@ def prepare(tmp_path, written, test="validation"):
             )
 
         def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples("train"), test: self._generate_examples("val")}
+            tested = {test: self._generate_examples("val") for test in tests}
+            return {"train": self._generate_examples("train")} | tested
 
         def _generate_examples(self, split):
             names = sorted(name for name in written if name.startswith(split))
@@ -62,18 +67,52 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
             assert label == ["n01", "n02"].index(path.split("/")[1])
 
 
-@pytest.mark.parametrize("test", ["validation", "test"])
-def test_records_of_tfds_hold_the_same_examples_undecoded(tmp_path, test):
+@pytest.mark.parametrize("tests", [("validation",), ("test",), ("validation", "test")])
+def test_records_of_tfds_hold_the_same_examples_undecoded(tmp_path, tests):
     written, facts, splits = folder(tmp_path, train=3, val=2)
-    prepare(tmp_path, written, test)
+    prepare(tmp_path, written, *tests)
     found_facts, found = encoded.open_splits("photos", str(tmp_path / "tfds"), "")
-    assert found_facts == facts
+    assert facts.test_split == "val"
+    assert found_facts == dataclasses.replace(facts, test_split=tests[-1])
     for split in ("train", "test"):
         assert len(found[split]) == len(splits[split])
         for index in range(len(found[split])):
             content, label, place = found[split][index]
             assert (content, label) == splits[split][index][:2]
             assert f"[{index}]" in place and place.endswith(splits[split][index][2].split("/")[-1])
+
+
+def test_a_label_that_is_no_class_is_named(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    written, *_ = folder(tmp_path, train=3, val=2)
+    monkeypatch.setattr(tfds.features.ClassLabel, "encode_example", lambda *_: 2)
+    prepare(tmp_path, written, "validation")
+    _, found = encoded.open_splits("photos", str(tmp_path / "tfds"), "")
+    with pytest.raises(DataError, match=r"train\[0\] .*: has label 2, not 0 to 1"):
+        found["train"][0]
+
+
+def test_a_worker_opens_records_without_running_what_their_files_name(tmp_path):
+    """The files may be others by then: they are read again where the examples are unpickled."""
+    written, *_ = folder(tmp_path, train=1, val=1)
+    prepare(tmp_path, written, "validation")
+    _, found = encoded.open_splits("photos", str(tmp_path / "tfds"), "")
+    (tmp_path / "evil.py").write_text("open('executed', 'w')")
+    content = pickle.dumps(found["train"])
+    assert pickle.loads(content)[0] == found["train"][0]
+    (file,) = (tmp_path / "tfds").rglob("features.json")
+    file.write_text('{"pythonClassName": "evil.Image", "text": {}}')
+    program = "import pickle, sys; pickle.load(sys.stdin.buffer)"
+    answer = subprocess.run(
+        [sys.executable, "-c", program],
+        input=content,
+        capture_output=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert b"names evil.Image, which is code" in answer.stderr
+    assert not (tmp_path / "executed").exists()
 
 
 def test_facts_of_imagenet_need_no_data():
@@ -91,7 +130,7 @@ def test_an_official_set_has_its_official_size(tmp_path, monkeypatch):
         STREAMED["imagenet2012"], class_names=("0", "1"), splits={"train": 10, "test": 4}
     )
     monkeypatch.setitem(STREAMED, "tiny", facts)
-    assert encoded.open_splits("tiny", "", root)[0] is facts
+    assert encoded.open_splits("tiny", "", root)[0] == dataclasses.replace(facts, test_split="val")
     with pytest.raises(DataError, match="data.name = imagenet2012: found .*'train': 10.* expected"):
         encoded.open_splits("imagenet2012", "", root)
 
