@@ -392,6 +392,7 @@ def test_a_run_from_a_folder_to_its_result(root, tmp_path):
     assert "leaked" not in result.stderr and "Traceback" not in result.stderr
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["test_examples"] == 10 and summary["steps"] == 3
+    assert summary["test_split"] == "val" and "on 10 images of the split 'val'; " in result.stdout
     command += ["--mode=eval", "--config.data.workers=0"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
