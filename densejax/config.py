@@ -12,7 +12,12 @@ class UserError(ValueError):
 
     def __init__(self, text: str):
         """Escapes what would break the line or steer a terminal: names come from files, too."""
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+        super().__init__(printable(text))
+
+
+def printable(text: str) -> str:
+    """Escapes what would break a line or steer a terminal, in a name that comes from a file."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def default() -> config_dict.ConfigDict:
@@ -34,7 +39,8 @@ def default() -> config_dict.ConfigDict:
     data.validation_size = 0  # training images held out, drawn once whatever the seed
     data.train_size = 0  # images that train: the first of an order drawn once whatever the seed,
     # classes as they fall, so that a larger set holds every smaller one; 0: all
-    data.normalization = "statistics"  # "statistics": the set's mean and std; "scale": / 255
+    data.normalization = "statistics"  # the set's mean and std; "scale": / 255;
+    # "weights": mean and std of the images that `train.weights` were trained on
     data.image_size = 0  # pixels, height and width that images are resized to; 0: as stored
 
     config.augmentation = augmentation = config_dict.ConfigDict()
@@ -117,7 +123,7 @@ _CHECKS = {
     "data.corrupt_images": _one_of("fail", "skip"),
     "data.validation_size": _NOT_NEGATIVE,
     "data.train_size": _NOT_NEGATIVE,
-    "data.normalization": _one_of("statistics", "scale"),
+    "data.normalization": _one_of("statistics", "scale", "weights"),
     "data.image_size": _NOT_NEGATIVE,
     "augmentation.shift": _NOT_NEGATIVE,
     "augmentation.crop_area": (lambda value: 0 < value <= 1, "a number in (0, 1]"),
@@ -227,6 +233,8 @@ def _conflicts(
         ("evaluate.crop_size", evaluate.crop_size),
     ):
         yield key, streams and size > largest, f"must be at most evaluate.resize_size = {largest}"
+    nameless = data.normalization == "weights" and not config.train.weights
+    yield "data.normalization", nameless, "needs train.weights; set 'statistics' or 'scale'"
     still = config.optimizer.nesterov and not config.optimizer.momentum
     yield "optimizer.nesterov", still, "set optimizer.momentum above 0"
     grouped = parallel.batch_norm == "groups"

@@ -32,6 +32,7 @@ class Experiment:
       data: batches; None of `without_data`.
       task: model, optimizer and preparation.
       steps: length of the whole training.
+      info: the facts of the data set.
     """
 
     config: ConfigDict
@@ -39,6 +40,7 @@ class Experiment:
     data: data.Data | None
     task: Task
     steps: int
+    info: SetInfo | None = None
 
     def map(self, step: Callable, donate: bool = False) -> Callable:
         """A step of one replica, mapped over the devices and compiled at its first call."""
@@ -117,14 +119,20 @@ class Experiment:
         return evaluate
 
 
-def describe(config: ConfigDict) -> tuple[SetInfo, nn.Module, optimizer.Schedule, int]:
+def describe(
+    config: ConfigDict, info: SetInfo | None = None
+) -> tuple[SetInfo, nn.Module, optimizer.Schedule, int]:
     """The data set's facts, the network, the schedule and the number of steps, without a device.
+
+    Args:
+      config: the whole configuration.
+      info: the facts, where they are known; else they are asked of the set, which has to be there.
 
     Raises:
       UserError: the first thing that is wrong with the configuration.
     """
     config_schema.check(config)
-    info = data.info(config)
+    info = info or data.info(config)
     axes = {"global": parallel.AXIS, "replica": None, "groups": parallel.MEMBER}
     axis = axes[config.parallel.batch_norm]
     if config.train.dtype == "float64" and not jax.config.jax_enable_x64:
@@ -134,13 +142,16 @@ def describe(config: ConfigDict) -> tuple[SetInfo, nn.Module, optimizer.Schedule
     steps = config.train.epochs * steps_per_epoch
     if steps >= 2**31:
         raise UserError(f"train.epochs = {config.train.epochs}: {steps} steps; at most 2**31 - 1")
-    data.preparation(config)
+    data.preparation(config, info)
     rate = optimizer.schedule(config.optimizer, steps, steps_per_epoch, config.train.batch_size)
     return info, model, rate, steps
 
 
 def without_data(
-    config: ConfigDict, group_size: int = 0, devices: Sequence[jax.Device] | None = None
+    config: ConfigDict,
+    group_size: int = 0,
+    devices: Sequence[jax.Device] | None = None,
+    info: SetInfo | None = None,
 ) -> Experiment:
     """As `build`, but no image is read: enough to restore what was trained, on any devices.
 
@@ -148,24 +159,25 @@ def without_data(
       config: the whole configuration.
       group_size: devices in a group of BatchNorm's, in training; 0: no groups.
       devices: all that are there unless said otherwise; to compile, they need not be there.
+      info: as for `describe`.
 
     Raises:
       UserError: the first thing that is wrong with the configuration.
     """
-    info, model, learning_rate, steps = describe(config)
+    info, model, learning_rate, steps = describe(config, info)
     mesh = parallel.mesh(group_size, devices)
     task = Task(
         model=model,
         optimizer=optimizer.create(config.optimizer, learning_rate),
         learning_rate=learning_rate,
-        preparation=data.preparation(config),
+        preparation=data.preparation(config, info),
         image_shape=info.image_shape,
         label_smoothing=config.train.label_smoothing,
         log_every=config.log.every_steps,
         axis=parallel.axis(mesh),
         accumulate_steps=config.train.accumulate_steps,
     )
-    return Experiment(config, mesh, None, task, steps)
+    return Experiment(config, mesh, None, task, steps, info)
 
 
 def abstract_batch(mesh: Mesh, image_shape: Sequence[int], size: int) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Classifies image files: python -m densejax.predict --workdir=runs/digits-... image.png."""
 
 import json
+import math
+import sys
 from typing import Any
 
 import jax
@@ -10,7 +12,9 @@ from etils import epath
 from PIL import Image, ImageOps
 
 from densejax import classifier, command_line, formats, parallel
-from densejax.config import UserError
+from densejax.config import UserError, printable
+from densejax.data import facts
+from densejax.data.images import middle
 
 # An override lets the tests import several commands into one process.
 WORKDIR = flags.DEFINE_string(
@@ -25,25 +29,50 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 BATCH_SIZE = 64  # images at once, however many there are: one program, little memory
 
 
-def read(path: epath.PathLike, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """An image file as uint8 [height, width, channels] of the given shape, grey or RGB.
+def read(path: epath.PathLike, network: classifier.Classifier) -> np.ndarray:
+    """An image file as the network's images are stored, uint8 [height, width, channels].
 
-    Another aspect ratio is cropped to its middle, then another size is resized bilinearly.
+    It is turned as its camera says, made grey or RGB, and then what an evaluation makes of a file.
+    Where an evaluation reads images of one size as they are, the largest middle of their aspect
+    ratio is taken and resized bilinearly.
 
     Raises:
-      UserError: there is no such file, or it holds no intact image.
+      UserError: there is no such file, or it holds no intact image, or the network's are no files'.
     """
-    height, width, channels = image_shape
+    height, width, channels = network.image_shape
+    if channels not in (1, 3):
+        raise UserError(
+            f"{path}: the network reads images of {channels} channels; of files, only grey (1) and "
+            f"RGB (3) ones are read"
+        )
     try:
         with epath.Path(path).open("rb") as file, Image.open(file, formats=FORMATS) as image:
             if image.mode.startswith(("I", "F")):  # converted, it would be white without a word
                 raise ValueError("its pixels have more than 8 bits")
             image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-            image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+            if network.resize_size and height == width:
+                image = middle(image, height, network.resize_size)
+            else:
+                image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
     except Exception as error:  # Pillow's decoders raise whatever damage leads to
         line = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: no image that can be read ({line})") from error
-    return np.asarray(image).reshape(image_shape)
+    image = np.asarray(image).reshape(network.image_shape)
+    return (
+        image if network.white == 255 else np.rint(image * (network.white / 255)).astype(np.uint8)
+    )
+
+
+def unlike(network: classifier.Classifier, image: np.ndarray) -> list[str]:
+    """How a stored image differs from those that the network was trained on, as far as is known."""
+    differences = []
+    for name, (value,) in facts.brightness(image[None]).items():
+        low, high = network.usual.get(name, (-math.inf, math.inf))
+        if not low <= value <= high:
+            differences.append(
+                f"{name} {value:.3g} (of {network.white}), usual is {max(low, 0):.3g} to {high:.3g}"
+            )
+    return differences
 
 
 def predict(
@@ -52,7 +81,8 @@ def predict(
     """The `top` most probable classes of each image file, most probable first.
 
     Returns:
-      For each file {"image": path, "classes": [{"index", "name", "probability"}, ...]}.
+      For each file {"image": path, "classes": [{"index", "name", "probability"}, ...], "unlike":
+      [what is unlike the training images, ...]}.
 
     Raises:
       UserError: an image that cannot be read.
@@ -67,14 +97,15 @@ def predict(
     for start in range(0, len(paths), size):
         batch = paths[start : start + size]
         images = np.zeros((size, *network.image_shape), np.uint8)  # what is left over stays black
-        images[: len(batch)] = [read(path, network.image_shape) for path in batch]
+        images[: len(batch)] = [read(path, network) for path in batch]
         found = jax.device_get(classify(variables, images))
-        for path, probabilities, indices in zip(batch, *found, strict=False):
+        for path, image, probabilities, indices in zip(batch, images, *found, strict=False):
             classes = [
                 {"index": int(i), "name": network.class_names[i], "probability": float(p)}
                 for p, i in zip(probabilities, indices, strict=True)
             ]
-            results.append({"image": str(path), "classes": classes})
+            result = {"image": str(path), "classes": classes, "unlike": unlike(network, image)}
+            results.append(result)
     return results
 
 
@@ -86,12 +117,19 @@ def main(*paths: str) -> int:
         raise UserError("name at least one image file")
     parallel.start()
     results = predict(classifier.load(WORKDIR.value), paths, TOP.value)
+    for result in results:
+        for difference in result["unlike"]:
+            text = f"{result['image']} is unlike the training images, its class may be wrong"
+            print(f"densejax: {printable(text)}: {difference}", file=sys.stderr)
     if FORMAT.value == "json":
         print(json.dumps(results, indent=2))
         return 0
     for result in results:
-        rows = [("", formats.percent(c["probability"]), c["name"]) for c in result["classes"]]
-        print(result["image"], formats.table(rows), sep="\n")
+        rows = [
+            ("", formats.percent(found["probability"]), printable(found["name"]))
+            for found in result["classes"]
+        ]
+        print(printable(result["image"]), formats.table(rows), sep="\n")
     return 0
 
 

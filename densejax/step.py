@@ -180,6 +180,15 @@ def train_step(
     return state, sums | {"learning_rate": rate, "skipped": state.skipped}
 
 
+def evaluated_logits(
+    model: nn.Module, preparation: Preparation, variables: Any, images: jax.Array
+) -> jax.Array:
+    """Logits [batch, classes] of images uint8 [batch, height, width, channels], over all views."""
+    views = preparation.views(images)
+    logits, _ = model.apply(variables, views.reshape(-1, *views.shape[2:]))
+    return logits.reshape(*views.shape[:2], -1).mean(0)
+
+
 def eval_step(task: Task, state: TrainState, batch: dict[str, jax.Array]) -> metrics.Sums:
     """Metrics of this replica's share of an evaluation batch, summed over all replicas.
 
@@ -188,12 +197,8 @@ def eval_step(task: Task, state: TrainState, batch: dict[str, jax.Array]) -> met
       state: replicated; its running statistics are used and not changed.
       batch: as for `train_step`, and mask bool [local batch], false for padding.
     """
-    views = task.preparation.views(batch["image"])
-    logits, _ = task.model.apply(
-        {"params": state.params, "batch_stats": state.batch_stats},
-        views.reshape(-1, *views.shape[2:]),
-    )
-    logits = logits.reshape(*views.shape[:2], -1).mean(0)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    logits = evaluated_logits(task.model, task.preparation, variables, batch["image"])
     losses = metrics.cross_entropy(logits, batch["label"])
     return jax.lax.psum(metrics.sums(logits, batch["label"], losses, batch["mask"]), task.axis)
 

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 import densejax
 from densejax import checkpoint, files, goodput, hosts, lock, metric_log, metrics, result, workdir
 from densejax.config import UserError
+from densejax.data import facts
 from densejax.experiment import Experiment, build, describe
 from densejax.step import TrainState, train_step
 
@@ -56,6 +57,8 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
     elif is_run or not config.train.weights:
         changes = workdir.check(path, config, versions, measures=True)
     experiment = build(config)
+    if is_run and (mode == "eval" or not force):
+        facts.require_same(path, experiment.info)
     with contextlib.closing(open_checkpoints(config, path)) as checkpoints:
         if mode == "eval":
             outcome = result.measure(experiment, select(experiment, checkpoints))
@@ -71,6 +74,8 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
             _ = experiment.weights  # refused, if they are, before anything is written
     versions |= {"data": experiment.data.version}
     with workdir.open_run(path, config, force, versions) as guard:
+        if jax.process_index() == 0 and (force or not (path / facts.FILE).exists()):
+            facts.write(path, experiment.info, experiment.data.sample())
         return train(experiment, path, versions, guard)
 
 
@@ -105,7 +110,7 @@ def train(
         )
         clock.write()
         stack.callback(clock.write)
-        facts = result.summarise(experiment, path, start)
+        described = result.summarise(experiment, path, start)
         log = metric_log.MetricLog(
             path,
             total_steps=experiment.steps,
@@ -138,7 +143,7 @@ def train(
                 f"it"
             )
             return 128 + signal.SIGINT if stop.signal is signal.SIGINT else 0
-    outcome |= facts | {
+    outcome |= described | {
         "seconds_to_first_step": first_step,
         "images_per_second": log.images_per_second,
         "versions": versions,

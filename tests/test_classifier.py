@@ -158,3 +158,14 @@ def test_imagenet_s_facts_are_known(weights):
 def test_weights_that_cannot_see_an_image_are_refused(weights, description, says):
     with pytest.raises(UserError, match=says):
         classifier.load(weights(**description))
+
+
+@pytest.mark.parametrize("classes", [0, 9])
+def test_the_network_alone_needs_no_facts_of_images(weights, classes):
+    model, variables = classifier.network(weights(num_classes=classes))
+    assert model.num_classes == classes and set(variables) == {"params", "batch_stats"}
+
+
+def test_weights_are_for_the_middle_of_files(weights):
+    assert classifier.load(weights(num_classes=1000)).resize_size == 256  # torchvision's
+    assert classifier.load(weights(**FACTS)).resize_size == 9

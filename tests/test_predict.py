@@ -1,5 +1,6 @@
 """Image files go in, the run's own classes come out."""
 
+import contextlib
 import functools
 import io
 import json
@@ -8,15 +9,16 @@ import subprocess
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from densejax import predict
+from densejax import classifier, experiment, predict, train, workdir
 from densejax.config import UserError
-from densejax.data import builders
-from tests import runs
+from densejax.data import builders, facts
+from tests import photos, runs
 from tests.test_command_line import ROOT, command, one_line  # noqa: F401
 
 
@@ -27,18 +29,24 @@ def classify(command):  # noqa: F811
     return functools.partial(command, f"--workdir={runs.trained()}", **options)
 
 
+def as_files(folder, images):
+    """Writes grey images, uint8 [n, height, width, 1], as PNG files; returns their paths."""
+    paths = [str(folder / f"{index}.png") for index in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image[..., 0]).save(path)
+    return paths
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """The test images as PNG files, and their labels."""
+    """The test images as PNG files from black to white, and their labels."""
     images, labels = builders.read("digits", "test", str(runs.SESSION / "data"))
-    folder, paths = tmp_path_factory.mktemp("digits"), []
-    for index, image in enumerate(images):
-        paths.append(str(folder / f"{index}.png"))
-        Image.fromarray(image[..., 0]).save(paths[-1])
-    return paths, labels
+    assert images.max() == 16
+    ordinary = np.round(images * (255 / 16)).astype(np.uint8)
+    return as_files(tmp_path_factory.mktemp("digits"), ordinary), labels
 
 
-def test_accuracy_on_files_is_the_run_s_own(classify, digits):
+def test_accuracy_on_ordinary_files_is_the_run_s_own(classify, digits):
     paths, labels = digits
     code, output, error = classify(*paths, "--top=1", "--format=json")
     assert (code, error) == (0, "")
@@ -64,6 +72,93 @@ def test_the_most_probable_classes_are_printed_first(classify, digits):
     assert lines[1].split() == [f"{100 * best['probability']:.2f}", "%", best["name"]]
 
 
+@pytest.mark.parametrize(("kind", "what"), [("dark", "mean value"), ("black on white", "border")])
+def test_what_is_unlike_the_training_images_is_named(classify, tmp_path, kind, what):
+    images, _ = builders.read("digits", "test", str(runs.SESSION / "data"))
+    change = {"dark": lambda image: image, "black on white": lambda image: 255 - 15 * image}[kind]
+    paths = as_files(tmp_path, change(images[:50]))
+    code, output, error = classify(*paths, "--top=1", "--format=json")
+    assert code == 0
+    lines = [line for line in error.splitlines() if f": {what} " in line]
+    expected = "is unlike the training images, its class may be wrong"
+    for path, line, found in zip(paths, lines, json.loads(output), strict=True):
+        assert line.startswith(f"densejax: {path} {expected}: {what} ")
+        assert any(text.startswith(what) for text in found["unlike"])
+
+
+def test_names_cannot_steer_the_terminal(classify, tmp_path, digits):
+    path = shutil.copytree(runs.trained(), tmp_path / "run")
+    stored = json.loads((path / "data.json").read_text())
+    stored["class_names"] = [f"\x1b[2J{name}\n" for name in stored["class_names"]]
+    (path / "data.json").write_text(json.dumps(stored))
+    image = shutil.copy(digits[0][0], tmp_path / "\x1b[31m\udcff.png")
+    code, output, error = classify(str(image), f"--workdir={path}", "--top=1")
+    assert (code, error, len(output.splitlines())) == (0, "", 2)
+    assert r"\x1b[31m\udcff.png" in output and r"\x1b[2J" in output and "\x1b" not in output
+
+
+# --- The images of an evaluation and of files are one, bit for bit.
+
+
+def photo_run(folder, crop_size):
+    """A streamed run before its first step: its directory, its experiment, state and images."""
+    photos.make(folder / "data", train=6, val=9)
+    turned = folder / "data/val/n01/turned.JPEG"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photos.photo(90, 64, 5).save(turned, "JPEG", exif=exif)
+    config = runs.tiny(
+        data__name="photos",
+        data__storage="stream",
+        data__manual_dir=str(folder / "data"),
+        data__normalization="scale",
+        data__image_size=32,
+        augmentation__shift=0,
+        train__batch_size=8,
+        evaluate__resize_size=40,
+        evaluate__crop_size=crop_size,
+        evaluate__batch_size=20,
+    )
+    built = experiment.build(config)
+    state = built.init()
+    noise = np.random.default_rng(0)  # so that images differ in their logits
+    state = state.replace(
+        params=jax.tree.map(lambda x: x + noise.normal(0, 0.3, x.shape).astype("f4"), state.params)
+    )
+    path = folder / "run"
+    path.mkdir()
+    workdir.write_json(path / "config.json", config.to_dict())
+    facts.write(path, built.info, built.data.sample())
+    with contextlib.closing(train.open_checkpoints(config, path)) as store:
+        store.save(1, state, {})
+    images = sorted((folder / "data/val").rglob("*.JPEG"))
+    return path, built, state, images
+
+
+@pytest.mark.parametrize("crop_size", [0, 32])
+def test_a_file_is_prepared_as_evaluation_does(tmp_path, crop_size):
+    path, built, state, files = photo_run(tmp_path, crop_size)
+    (batch,) = built.data.evaluation["test"].evaluation()
+    measured = built.evaluate(state, "test")
+    files = [
+        shutil.copy(file, tmp_path / f"{i}.{file.parent.name}") for i, file in enumerate(files)
+    ]
+    shutil.rmtree(tmp_path / "data")  # the run needs it no more
+    network = classifier.load(path)
+    read = np.stack([predict.read(file, network) for file in files])
+    np.testing.assert_array_equal(read, np.asarray(batch["image"])[: len(files)])
+    found = predict.predict(network, files)
+    assert [len(result["unlike"]) for result in found] == [0] * len(files)
+    losses = [
+        -np.log(entry["probability"])
+        for file, result in zip(files, found, strict=True)
+        for entry in result["classes"]
+        if file.suffix == f".{entry['name']}"
+    ]
+    assert len(losses) == 19 and np.ptp(losses) > 0.1
+    assert np.mean(losses) == pytest.approx(measured["loss"], rel=1e-4)
+
+
 def two_pixels():
     """A network whose logits are an image's two pixels, and the shapes it was traced with."""
     traced = []
@@ -72,9 +167,8 @@ def two_pixels():
         traced.append(images.shape)
         return images.reshape(len(images), -1).astype(jnp.float32) * variables
 
-    network = types.SimpleNamespace(
-        variables=np.float32(1), image_shape=(1, 2, 1), class_names=("left", "right"), logits=logits
-    )
+    network = stored_as((1, 2, 1))
+    network.variables, network.class_names, network.logits = np.float32(1), ("l", "r"), logits
     return network, traced
 
 
@@ -93,6 +187,13 @@ def test_many_images_are_one_program(tmp_path):
 # --- Files become arrays.
 
 
+def stored_as(image_shape, resize_size=0):
+    """What `read` asks of a network."""
+    return types.SimpleNamespace(
+        image_shape=image_shape, resize_size=resize_size, white=255, usual={}
+    )
+
+
 def write(path, array, **options):
     Image.fromarray(array).save(path, **options)
     return path
@@ -101,26 +202,48 @@ def write(path, array, **options):
 def test_pixels_of_the_right_size_stay_as_they_are(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (8, 6, 3)).astype(np.uint8)
     path = write(tmp_path / "a.png", image)
-    np.testing.assert_array_equal(predict.read(path, (8, 6, 3)), image)
+    np.testing.assert_array_equal(predict.read(path, stored_as((8, 6, 3))), image)
 
 
 def test_colours_become_the_channels_that_are_wanted(tmp_path):
     image = np.full((4, 4, 3), (200, 100, 50), np.uint8)
     colour, grey = write(tmp_path / "a.png", image), write(tmp_path / "b.png", image[..., 1])
     luma = round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)  # ITU-R 601-2
-    np.testing.assert_array_equal(predict.read(colour, (4, 4, 1)), np.full((4, 4, 1), luma))
-    np.testing.assert_array_equal(predict.read(grey, (4, 4, 3)), np.full((4, 4, 3), 100))
+    np.testing.assert_array_equal(
+        predict.read(colour, stored_as((4, 4, 1))), np.full((4, 4, 1), luma)
+    )
+    np.testing.assert_array_equal(predict.read(grey, stored_as((4, 4, 3))), np.full((4, 4, 3), 100))
     alpha = np.concatenate([image, np.full((4, 4, 1), 9, np.uint8)], axis=-1)
-    np.testing.assert_array_equal(predict.read(write(tmp_path / "c.png", alpha), (4, 4, 3)), image)
+    np.testing.assert_array_equal(
+        predict.read(write(tmp_path / "c.png", alpha), stored_as((4, 4, 3))), image
+    )
 
 
 def test_another_size_is_resized_from_the_middle(tmp_path):
     wide = np.repeat(np.uint8([0, 80, 80, 0]), 4)[None].repeat(8, 0)  # 8 x 16, ends are black
-    found = predict.read(write(tmp_path / "a.png", wide), (4, 4, 1))
+    found = predict.read(write(tmp_path / "a.png", wide), stored_as((4, 4, 1)))
     np.testing.assert_allclose(found, np.full((4, 4, 1), 80), atol=10)  # edges see beyond
     ramp = np.uint8([[0, 100]]).repeat(2, 0)
-    found = predict.read(write(tmp_path / "b.png", ramp), (4, 4, 1))[0, :, 0]
+    found = predict.read(write(tmp_path / "b.png", ramp), stored_as((4, 4, 1)))[0, :, 0]
     np.testing.assert_array_equal(found, [0, 25, 75, 100])  # bilinear, at pixels' centres
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_weights_see_the_middle_of_a_file(tmp_path, channels):
+    # torchvision: Resize(40), CenterCrop(32); 80 x 60 pixels become 53 x 40, two pixels a level.
+    ramp = np.arange(80, dtype=np.uint8)[None].repeat(60, 0)
+    path = write(tmp_path / "a.png", ramp)
+    found = predict.read(path, stored_as((32, 32, channels), resize_size=40))
+    assert found.shape == (32, 32, channels)
+    columns = 80 / 53 * (np.arange(10, 42) + 0.5) - 0.5
+    np.testing.assert_allclose(found[16, :, 0], columns, atol=0.8)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 6])
+def test_networks_of_other_images_are_refused(tmp_path, channels):
+    path = write(tmp_path / "a.png", np.zeros((8, 8, 4), np.uint8))
+    with pytest.raises(UserError, match=f"a.png: the network reads images of {channels} channels"):
+        predict.read(path, stored_as((8, 8, channels)))
 
 
 def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
@@ -129,7 +252,7 @@ def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
     image = np.zeros((8, 8, 3), np.uint8)
     image[0] = 255
     path = write(tmp_path / "a.png", image, exif=exif)
-    turned = predict.read(path, (8, 8, 3))
+    turned = predict.read(path, stored_as((8, 8, 3)))
     assert turned[:, -1].min() == 255 and turned[:, :-1].max() == 0
 
 
@@ -152,7 +275,7 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
         if data is not None:
             (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError) as caught:
-            predict.read(tmp_path / name, (8, 8, 3))
+            predict.read(tmp_path / name, stored_as((8, 8, 3)))
         text = str(caught.value)
         assert text.startswith(f"{tmp_path / name}: no image") and len(text.splitlines()) == 1
 

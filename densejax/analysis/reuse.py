@@ -103,11 +103,13 @@ def main() -> int:
     """Does what the flags say; returns the exit code."""
     if not WORKDIR.value:
         raise UserError("--workdir: name a run's directory, or one of weights")
+    if OUTPUT.value == "":
+        raise UserError("--output=: name a folder, or leave the flag out for that of --workdir")
     from densejax.analysis import plots
 
     parallel.start()
-    network, folder = classifier.load(WORKDIR.value), epath.Path(OUTPUT.value or WORKDIR.value)
-    maps = heat_maps(network.model, network.variables["params"])
+    model, variables = classifier.network(WORKDIR.value)
+    folder, maps = epath.Path(OUTPUT.value or WORKDIR.value), heat_maps(model, variables["params"])
     plots.save(plots.heat_maps(maps), folder / "reuse.png")
     arrays = {f"{one.block}/{key}": array for one in maps for key, array in vars(one).items()}
     with (folder / "reuse.npz").open("wb") as file:

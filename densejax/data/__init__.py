@@ -1,9 +1,10 @@
 """From `config.data` to batches: which images train, which are held out, which test."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from densejax.config import UserError
-from densejax.data import builders, encoded, stream
+from densejax.data import builders, encoded, facts, stream
 from densejax.data.augment import Preparation
 from densejax.data.memory import MemorySet, permutation
 from densejax.data.official import SetInfo
@@ -30,12 +31,15 @@ class Data:
       version: digest of what is read: of all images and labels in memory; of a stream, which is
         too large, of what TFDS records of its files, or of the names of a folder's images.
       test_split: what the set itself calls the split that is "test" here.
+      sample: reads some training images of all kinds, uint8 [n, height, width, channels], as they
+        are evaluated.
     """
 
     train: MemorySet | StreamSet
     evaluation: dict[str, MemorySet | StreamSet]
     version: str
     test_split: str
+    sample: Callable[[], np.ndarray]
 
     def close(self) -> None:
         """Ends the processes that a stream has running."""
@@ -44,43 +48,60 @@ class Data:
 
 
 def info(config: ConfigDict) -> SetInfo:
-    """The facts of a set, its images as they come in a batch.
+    """The facts of a set, its images as they come in a batch, its mean and std as they normalise.
 
     Raises:
-      UserError: a set that is not there, or that `data.storage` does not fit.
+      UserError: a set that is not there, or that `data.storage` or `data.normalization` do not fit.
     """
     section = config.data
     if section.storage == "memory":
-        return builders.info(section.name, section.directory)
-    return encoded.info(section.name, section.directory, section.manual_dir, section.image_size)
+        found = builders.info(section.name, section.directory)
+    else:
+        found = encoded.info(
+            section.name, section.directory, section.manual_dir, section.image_size
+        )
+    mean, std, channels = found.mean, found.std, found.image_shape[-1]
+    if section.normalization == "scale":
+        mean, std = (0.0,) * channels, (255.0,) * channels
+    elif section.normalization == "weights":
+        mean, std = facts.levels(config.train.weights)
+        if len(mean) != channels:
+            raise UserError(
+                f"data.normalization = 'weights': {config.train.weights} has {len(mean)} numbers "
+                f"for the mean, and the images have {channels} channels"
+            )
+    elif not mean:
+        raise UserError(
+            f"data.normalization = 'statistics': none are known of {section.name}; set 'weights' "
+            f"to take those of train.weights, or 'scale' to divide by 255 alone"
+        )
+    return dataclasses.replace(found, mean=mean, std=std)
 
 
-def preparation(config: ConfigDict) -> Preparation:
+def preparation(config: ConfigDict, found: SetInfo | None = None) -> Preparation:
     """How images become the network's input, from `config.data` and `config.augmentation`.
+
+    Args:
+      config: the whole configuration.
+      found: what `info(config)` gives, where it is known.
 
     Raises:
       UserError: what the set's images cannot have done to them.
     """
-    facts = info(config)
-    channels = facts.image_shape[-1]
-    scale = ((0.0,) * channels, (255.0,) * channels)
-    mean, std = scale if config.data.normalization == "scale" else (facts.mean, facts.std)
-    if not mean:
-        raise UserError(
-            f"data.normalization = 'statistics': none are known of {config.data.name}; set 'scale'"
-        )
+    found = found or info(config)
+    channels = found.image_shape[-1]
     augmentation = config.augmentation
     if channels != 3 and (augmentation.jitter or augmentation.lighting):
         raise UserError("augmentation.jitter and augmentation.lighting: these images are not RGB")
     in_memory, crop = config.data.storage == "memory", config.evaluate.crop_size
-    if in_memory and crop > (size := config.data.image_size or min(facts.image_shape[:2])):
+    if in_memory and crop > (size := config.data.image_size or min(found.image_shape[:2])):
         raise UserError(
             f"evaluate.crop_size = {crop}: must be at most the images' {size}; data.image_size "
             f"enlarges them"
         )
     return Preparation(
-        mean,
-        std,
+        found.mean,
+        found.std,
         shift=augmentation.shift,
         flip=augmentation.flip,
         jitter=augmentation.jitter,
@@ -159,12 +180,13 @@ def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Da
     if config.data.storage == "stream":
         return _streams(config, split)
     (images, labels), arrays = _arrays(config)
-    size = config.evaluate.batch_size
+    size, sample = config.evaluate.batch_size, images[:: -(-len(images) // 1000)].copy()
     return Data(
         MemorySet(images, labels, config.train.batch_size, config.seed, whole, split),
         {name: MemorySet(*pair, size, config.seed, whole, split) for name, pair in arrays.items()},
         _version_of_arrays((images, labels), arrays),
         info(config).test_split,
+        lambda: sample,
     )
 
 
@@ -237,6 +259,9 @@ def _streams(config: ConfigDict, split: NamedSharding) -> Data:
         seed=config.seed,
         skip=section.corrupt_images == "skip",
     )
+    crop = functools.partial(images.evaluation_crop, resize=evaluate.resize_size)
+    # Ten crops are of the whole square (Krizhevsky et al. 2012, section 4.1).
+    size = evaluate.resize_size if evaluate.crop_size else section.image_size
     parts = (
         {"test": (splits["test"], np.arange(len(splits["test"])))}
         if "test" in _measured(config)
@@ -250,15 +275,22 @@ def _streams(config: ConfigDict, split: NamedSharding) -> Data:
             indices,
             evaluate.batch_size,
             stream.share(split, evaluate.batch_size, jax.process_index()),
-            functools.partial(images.evaluation_crop, resize=evaluate.resize_size),
-            # Ten crops are of the whole square (Krizhevsky et al. 2012, section 4.1).
-            evaluate.resize_size if evaluate.crop_size else section.image_size,
+            crop,
+            size,
         )
         for name, (examples, indices) in parts.items()
     }
     streams = {name: StreamSet(part, split, section.workers) for name, part in evaluation.items()}
+
+    def sample():
+        found = []
+        for index in trains[:: -(-len(trains) // 100)]:
+            with contextlib.suppress(Exception):  # the run names what it cannot read
+                found.append(crop(splits["train"][int(index)][0], size))
+        return np.array(found, np.uint8).reshape(-1, size, size, 3)
+
     train, version = StreamSet(train, split, section.workers), _version_of_splits(splits)
-    return Data(train, streams, version, facts.test_split)
+    return Data(train, streams, version, facts.test_split, sample)
 
 
 def _digest(*arrays: np.ndarray) -> str:

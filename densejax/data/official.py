@@ -9,7 +9,7 @@ import math
 import pickle
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ class SetInfo:
     """The facts of a set; `mean` and `std` are per channel, in units of the stored uint8 values.
 
     `files` has one entry per file needed: its alternatives, of which the first is downloaded.
+    `white` is the stored value of what is 255 in an image file. `usual` has the least and the most
+    that `densejax.data.facts.brightness` is of usual images.
     """
 
     image_shape: tuple[int, int, int]
@@ -44,6 +46,8 @@ class SetInfo:
     parse: Callable[[dict[str, epath.Path], int], Arrays] | None = None  # gets `most_bytes`, too
     hint: str = ""  # where else the files are to be had
     test_split: str = "test"  # what the set itself calls the split that is called "test" here
+    white: int = 255
+    usual: dict[str, tuple[float, float]] = field(default_factory=dict)  # empty: not known
 
     @property
     def num_classes(self) -> int:
@@ -237,12 +241,13 @@ SETS = {
         files=tuple((file,) for file in _SVHN),
         parse=_parse_svhn,
     ),
-    "digits": SetInfo(  # values 0 to 16, stored as they are
+    "digits": SetInfo(
         image_shape=(8, 8, 1),
         class_names=tuple("0123456789"),
         splits={"train": 1437, "test": 360},
         mean=(4.8781,),
         std=(6.0140,),
+        white=16,  # values 0 to 16, stored as they are
         parse=_parse_digits,
     ),
 }

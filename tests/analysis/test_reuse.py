@@ -1,7 +1,6 @@
 """Heat maps of kernels made by hand, whose mean |weight| is known for every source."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -125,9 +124,9 @@ def test_command(command, tmp_path, monkeypatch):  # noqa: F811
 
     def load(path):
         opened.append(path)
-        return types.SimpleNamespace(model=model, variables={"params": params})
+        return model, {"params": params}
 
-    monkeypatch.setattr(reuse.classifier, "load", load)
+    monkeypatch.setattr(reuse.classifier, "network", load)
     say = functools.partial(command, main=reuse.main, config="unused")
     code, output, error = say("--workdir=runs/mine", f"--output={tmp_path}")
     assert (code, error, opened) == (0, "", ["runs/mine"])
@@ -137,3 +136,4 @@ def test_command(command, tmp_path, monkeypatch):  # noqa: F811
         assert arrays["block2/targets"].tolist() == ["layer1", "layer2", "layer3", "classifier"]
         np.testing.assert_allclose(arrays["block2/weights"][:, -1], [1, 2, 3, 4])
     assert one_line(say()) == "--workdir: name a run's directory, or one of weights\n"
+    assert one_line(say("--workdir=runs/mine", "--output=")).startswith("--output=: name a folder")

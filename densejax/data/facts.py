@@ -1,0 +1,161 @@
+"""What a run remembers of its data in `data.json`: classes, normalisation, usual brightness."""
+
+import json
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from densejax import files
+from densejax.config import UserError
+from densejax.data.official import STREAMED, SetInfo
+
+FILE = "data.json"
+KEPT = ("image_shape", "class_names", "splits", "mean", "std", "white", "usual")
+MEASURES = ("mean value", "border")  # of an image's brightness
+# What weights of 1,000 classes are for where their model.json says nothing else; in uint8 units.
+IMAGENET = {key: getattr(STREAMED["imagenet2012"], key) for key in ("image_shape", "mean", "std")}
+
+
+def brightness(images: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean values of images [batch, height, width, channels] and of their outermost pixels.
+
+    The second is another where the background is.
+    """
+    edge = np.ones(images.shape[1:3], bool)
+    edge[1:-1, 1:-1] = False
+    values = images.mean((1, 2, 3)), images[:, edge].mean((1, 2))
+    return dict(zip(MEASURES, values, strict=True))
+
+
+def write(path: epath.Path, info: SetInfo, images: np.ndarray) -> None:
+    """Writes what belongs to the run in `path`; UserError where the disk refuses.
+
+    Args:
+      path: the run directory.
+      info: of the set, with the mean and std that normalise the images.
+      images: some that train, uint8 [batch, height, width, channels], as evaluation takes them.
+    """
+    usual = {}
+    for name, values in brightness(images).items():
+        low, high = np.percentile(values, (1, 99)) if len(images) else (0, 255)
+        margin = max((high - low) / 2, images.max(initial=0) / 10)
+        usual[name] = (low - margin, high + margin)
+    kept = {key: getattr(info, key) for key in KEPT} | {"usual": usual}
+    try:
+        files.write(path / FILE, json.dumps(kept, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{path / FILE}: cannot be written ({error})") from error
+
+
+def read(path: epath.Path) -> SetInfo | None:
+    """What `write` wrote into a run directory; None for a run that is older than this file.
+
+    Raises:
+      UserError: a damaged file.
+    """
+    if (text := files.read_text(path / FILE)) is None:
+        return None
+    try:
+        stored = without_lists(json.loads(text))
+        info = SetInfo(**{key: stored[key] for key in KEPT})
+        check(path / FILE, stored, info.image_shape[-1], info.num_classes)
+        counts = (*info.splits.values(), info.white)
+        bounds = [bound for low, high in map(info.usual.get, MEASURES) for bound in (low, high)]
+        if {*map(type, counts)} != {int} or {*map(type, bounds)} != {float}:
+            raise ValueError(f"splits, white or usual: {info.splits}, {info.white}, {info.usual}")
+        return info
+    except Exception as error:  # whatever damage leads to
+        raise UserError(f"{path / FILE}: it is damaged ({error}); restore it") from error
+
+
+def require_same(path: epath.Path, info: SetInfo) -> None:
+    """Raises UserError unless the run in `path` learned the classes, and the levels, of `info`."""
+    if (learned := read(path)) is None:
+        return
+    hint = "name the data that it was trained on, or choose another --workdir"
+    old, new = learned.class_names, info.class_names
+    if old != new:
+        sides = (("missing", set(old) - set(new)), ("new", set(new) - set(old)))
+        said = [f"{what} {', '.join(sorted(names)[:5])}" for what, names in sides if names]
+        raise UserError(
+            f"workdir={path}: the data have other classes than the {len(old)} that were trained on "
+            f"({'; '.join(said) or 'the same in another order'}): {hint}"
+        )
+    for key in ("mean", "std"):
+        if (old := getattr(learned, key)) != (new := getattr(info, key)):
+            raise UserError(f"workdir={path}: it was trained with {key} = {old}, not {new}: {hint}")
+
+
+def of_weights(
+    file: epath.Path, description: dict[str, Any], keys: tuple[str, ...] = tuple(IMAGENET)
+) -> dict[str, Any]:
+    """What a model.json says of the images that its network reads, checked.
+
+    Raises:
+      UserError: one of `keys`, or what it says does not fit its network.
+    """
+    classes, channels = description["num_classes"], description["image_channels"]
+    if (description.get("names"), description["model"]["family"]) == ("keras", "resnet"):
+        raise UserError(f"{file}: Keras' ResNets want images in the order blue, green, red")
+    found = (IMAGENET if (classes, channels) == (1000, 3) else {}) | description
+    if missing := [key for key in keys if key not in found]:
+        raise UserError(f"{file}: add {', '.join(missing)}; images cannot do without")
+    found["class_names"] = found.get("class_names") or [str(index) for index in range(classes)]
+    check(file, found, channels, classes, (*keys, "class_names"))
+    return found
+
+
+def levels(directory: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and the std, in uint8 units, of images for what `train.weights` names.
+
+    Raises:
+      UserError: it names no directory of weights and no run's, or one that does not say it.
+    """
+    path = epath.Path(directory)
+    if learned := read(path):
+        return learned.mean, learned.std
+    try:
+        found = of_weights(
+            path / "model.json", json.loads((path / "model.json").read_text()), ("mean", "std")
+        )
+    except UserError:
+        raise
+    except Exception as error:  # whatever damage leads to
+        raise UserError(
+            f"data.normalization = 'weights': train.weights = {directory!r} has no model.json that "
+            f"can be read ({type(error).__name__}: {error})"
+        ) from error
+    return tuple(found["mean"]), tuple(found["std"])
+
+
+def check(
+    file: epath.Path,
+    facts: dict[str, Any],
+    channels: int,
+    classes: int,
+    keys: tuple[str, ...] = (*IMAGENET, "class_names"),
+) -> None:
+    """Raises UserError where what a file says of its images does not fit its network."""
+    numbers, positive = f"{channels} numbers from 0 to 255", f"{channels} above 0"
+    for key, is_one, length, allowed in (
+        ("image_shape", lambda n: type(n) is int and n > 0, 3, "[height, width, channels]"),
+        ("mean", _is_level, channels, numbers),
+        ("std", lambda level: _is_level(level) and level > 0, channels, positive),
+        ("class_names", lambda name: isinstance(name, str), classes, f"{classes} names"),
+    ):
+        value = facts.get(key)
+        fits = isinstance(value, list | tuple) and len(value) == length and all(map(is_one, value))
+        if key in keys and (not fits or (key == "image_shape" and value[-1] != channels)):
+            raise UserError(f"{file}: {key} = {value!r}: give {allowed}")
+
+
+def without_lists(value: Any) -> Any:
+    """JSON has lists where a configuration and facts have tuples."""
+    if isinstance(value, dict):
+        return {key: without_lists(item) for key, item in value.items()}
+    return tuple(map(without_lists, value)) if isinstance(value, list) else value
+
+
+def _is_level(number: Any) -> bool:
+    return type(number) in (int, float) and 0 <= number <= 255
