@@ -22,6 +22,7 @@ from etils import epath
 from densejax import files, models, transfer
 from densejax.checkpoint import Checkpoints
 from densejax.config import UserError
+from densejax.data.facts import IMAGENET
 from densejax.transfer import from_keras, from_torch, to_torch
 from densejax.weight_files import HUB, brief, read
 from densejax.weight_names import LAYOUTS
@@ -172,9 +173,9 @@ def convert_file(
     family = models.fields(model).family
     arrays, digest = read(weights, allow_pickle)
     layout = transfer.find_layout(LAYOUTS[family], arrays)
-    if num_classes is None:
-        bias = transfer.spelled(layout, arrays).get(layout.name(transfer.CLASSIFIER[1]))
-        num_classes = 0 if bias is None else bias.size
+    bias = transfer.spelled(layout, arrays).get(layout.name(transfer.CLASSIFIER[1]))
+    classes_before = 0 if bias is None else bias.size
+    num_classes = classes_before if num_classes is None else num_classes
     fields = models.fields(model, **layout.fields)
     variables = transfer.convert(
         models.create(fields, num_classes),
@@ -193,6 +194,8 @@ def convert_file(
         "source_sha256": digest,
         "names": layout.project,
     }
+    if (classes_before, description["image_channels"]) == (1000, 3):  # a new classifier hides it
+        description |= {key: IMAGENET[key] for key in ("mean", "std")}
     save(output, description, variables)
     return description
 

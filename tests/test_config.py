@@ -220,6 +220,11 @@ CONFLICTS = [  # changes, the line, and a further change that settles it
         {"evaluate__crop_size": 256},
     ),
     (
+        {"data__normalization": "weights"},
+        "data.normalization = 'weights': needs train.weights; set 'statistics' or 'scale'",
+        {"train__weights": "somewhere"},
+    ),
+    (
         {"optimizer__momentum": 0.0},
         "optimizer.nesterov = True: set optimizer.momentum above 0",
         {"optimizer__nesterov": False},

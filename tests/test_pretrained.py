@@ -116,6 +116,20 @@ def test_classes_and_channels_change_only_where_that_is_asked_for(file, tmp_path
     assert variables["params"]["stem"]["conv"]["kernel"].shape == (7, 7, 1, 8)
 
 
+@pytest.mark.parametrize(("classes", "remembered"), [(1000, True), (7, False)])
+def test_weights_of_imagenet_remember_its_levels(small, tmp_path, classes, remembered):
+    file = tmp_path / "weights.safetensors"
+    model = models.create(models.fields("small"), classes)
+    file.write_bytes(safetensors.numpy.save(pretrained.to_torch(model, variables_of(model))))
+    output = str(tmp_path / "new")
+    pretrained.convert_file("small", str(file), output, num_classes=10, adapt=True)
+    description, _ = pretrained.load(output)
+    assert ("mean" in description, "std" in description) == (remembered, remembered)
+    if remembered:  # torchvision's, of images in [0, 1]
+        np.testing.assert_allclose(np.array(description["mean"]) / 255, [0.485, 0.456, 0.406])
+        np.testing.assert_allclose(np.array(description["std"]) / 255, [0.229, 0.224, 0.225])
+
+
 def test_weights_without_a_classifier_make_a_network_without_one(small, tmp_path, capsys):
     file = tmp_path / "headless.safetensors"
     headless = {name: array for name, array in small.items() if "classifier" not in name}
@@ -491,6 +505,23 @@ def start_from(path, seed=1, num_classes=10, **changes):
     description = {"model": fields.to_dict(), "num_classes": num_classes, "image_channels": 1}
     pretrained.save(str(path), description, variables)
     return variables, runs.tiny(train__weights=str(path))
+
+
+def test_a_run_normalises_as_its_weights_say(tmp_path):
+    _, config = start_from(tmp_path / "weights")
+    config.data.normalization = "weights"
+    with pytest.raises(UserError, match="model.json: add mean, std;"):
+        runs.build(config)
+    path = tmp_path / "weights/model.json"
+    description = json.loads(path.read_text())
+    path.write_text(json.dumps(description | {"mean": [3.0], "std": [2.0]}))
+    preparation = runs.build(config).task.preparation
+    assert (preparation.mean, preparation.std) == ((3.0,), (2.0,))
+    path.write_text(
+        json.dumps(description | {"mean": [3.0] * 3, "std": [2.0] * 3, "image_channels": 3})
+    )
+    with pytest.raises(UserError, match="has 3 numbers for the mean, and the images have 1 ch"):
+        runs.build(config)
 
 
 def test_a_run_starts_from_its_weights(tmp_path):

@@ -613,3 +613,24 @@ def test_a_finished_run_of_other_weights_is_refused(tmp_path):
     pretrained.save(tmp_path / "weights", description, doubled)
     with pytest.raises(UserError, match="of other code, data, weights .*versions.weights: "):
         train.run(config, str(tmp_path / "run"), "train")
+
+
+def test_a_run_s_classes_are_those_of_its_data(copy, finished):
+    learned = json.loads((copy / "data.json").read_text())
+    assert learned["class_names"] == list("0123456789") and learned["image_shape"] == [8, 8, 1]
+    renamed = json.dumps(learned | {"class_names": list("012345678x")})
+    (copy / "data.json").write_text(renamed)
+    more = runs.tiny(train__epochs=3)
+    for config, mode in ((runs.tiny(), "eval"), (more, "train")):
+        with pytest.raises(UserError, match=r"other classes .*\(missing x; new 9\)"):
+            train.run(config, str(copy), mode)
+    assert train.run(more, str(copy), "train", force=True) == 0
+    assert (copy / "data.json").read_bytes() == (finished / "data.json").read_bytes()
+
+
+def test_a_run_that_is_older_than_its_memory_goes_on(copy, finished):
+    (copy / "data.json").unlink()
+    assert train.run(runs.tiny(), str(copy), "eval") == 0
+    assert not (copy / "data.json").exists()  # an evaluation writes nothing
+    assert train.run(runs.tiny(train__epochs=3), str(copy), "train") == 0
+    assert (copy / "data.json").read_bytes() == (finished / "data.json").read_bytes()
