@@ -13,8 +13,7 @@ from PIL import Image, ImageOps
 
 from densejax import classifier, command_line, formats, parallel
 from densejax.config import UserError, printable
-from densejax.data import facts
-from densejax.data.images import middle
+from densejax.data import facts, images
 
 # An override lets the tests import several commands into one process.
 WORKDIR = flags.DEFINE_string(
@@ -24,8 +23,6 @@ TOP = flags.DEFINE_integer("top", 5, "Classes to name for each image.", lower_bo
 FORMAT = flags.DEFINE_enum(
     "format", "table", ["table", "json"], "How to print.", allow_override=True
 )
-# Pillow knows more formats, of which some run programs of the machine.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 BATCH_SIZE = 64  # images at once, however many there are: one program, little memory
 
 
@@ -46,21 +43,18 @@ def read(path: epath.PathLike, network: classifier.Classifier) -> np.ndarray:
             f"RGB (3) ones are read"
         )
     try:
-        with epath.Path(path).open("rb") as file, Image.open(file, formats=FORMATS) as image:
-            if image.mode.startswith(("I", "F")):  # converted, it would be white without a word
-                raise ValueError("its pixels have more than 8 bits")
-            image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-            if network.resize_size and height == width:
-                image = middle(image, height, network.resize_size)
-            else:
-                image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+        encoded = epath.Path(path).read_bytes()
+        if network.resize_size and height == width:
+            pixels = images.evaluation_crop(encoded, height, resize=network.resize_size)
+        else:
+            image = Image.fromarray(images.Picture(encoded).decode())
+            pixels = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR))
     except Exception as error:  # Pillow's decoders raise whatever damage leads to
         line = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: no image that can be read ({line})") from error
-    image = np.asarray(image).reshape(network.image_shape)
-    return (
-        image if network.white == 255 else np.rint(image * (network.white / 255)).astype(np.uint8)
-    )
+    if channels == 1:
+        pixels = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+    return np.rint(pixels * (network.white / 255)).astype(np.uint8)
 
 
 def unlike(network: classifier.Classifier, image: np.ndarray) -> list[str]:
@@ -96,10 +90,10 @@ def predict(
     variables, results = jax.device_put(network.variables), []
     for start in range(0, len(paths), size):
         batch = paths[start : start + size]
-        images = np.zeros((size, *network.image_shape), np.uint8)  # what is left over stays black
-        images[: len(batch)] = [read(path, network) for path in batch]
-        found = jax.device_get(classify(variables, images))
-        for path, image, probabilities, indices in zip(batch, images, *found, strict=False):
+        stored = np.zeros((size, *network.image_shape), np.uint8)  # what is left over stays black
+        stored[: len(batch)] = [read(path, network) for path in batch]
+        found = jax.device_get(classify(variables, stored))
+        for path, image, probabilities, indices in zip(batch, stored, *found, strict=False):
             classes = [
                 {"index": int(i), "name": network.class_names[i], "probability": float(p)}
                 for p, i in zip(probabilities, indices, strict=True)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from densejax import classifier, experiment, predict, train, workdir
+from densejax import classifier, experiment, files, predict, train, workdir
 from densejax.config import UserError
 from densejax.data import builders, facts
 from tests import photos, runs
@@ -88,9 +88,9 @@ def test_what_is_unlike_the_training_images_is_named(classify, tmp_path, kind, w
 
 def test_names_cannot_steer_the_terminal(classify, tmp_path, digits):
     path = shutil.copytree(runs.trained(), tmp_path / "run")
-    stored = json.loads((path / "data.json").read_text())
+    stored = files.unseal(json.loads((path / "data.json").read_text()))
     stored["class_names"] = [f"\x1b[2J{name}\n" for name in stored["class_names"]]
-    (path / "data.json").write_text(json.dumps(stored))
+    (path / "data.json").write_text(json.dumps(files.seal(stored)))
     image = shutil.copy(digits[0][0], tmp_path / "\x1b[31m\udcff.png")
     code, output, error = classify(str(image), f"--workdir={path}", "--top=1")
     assert (code, error, len(output.splitlines())) == (0, "", 2)
@@ -288,7 +288,10 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
     [
         ([], "name at least one image file"),
         (["none.png"], "none.png: no image that can be read ([Errno 2] No such file"),
-        (["{digit}", "configs/digits.py"], "configs/digits.py: no image that can be read (cannot"),
+        (
+            ["{digit}", "configs/digits.py"],
+            "configs/digits.py: no image that can be read (it is no",
+        ),
         (["{digit}", "--top=0"], "flag --top=0: "),
         (["{digit}", "--format=xml"], "flag --format=xml: "),
         (["{digit}", "--config=configs/digits.py"], "--config: nothing here reads it"),

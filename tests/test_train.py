@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from densejax import checkpoint, goodput, pretrained, result, train, workdir
+from densejax import checkpoint, files, goodput, pretrained, result, train, workdir
 from densejax.config import UserError
 from densejax.data import builders, memory
 from densejax.experiment import build
@@ -616,9 +616,9 @@ def test_a_finished_run_of_other_weights_is_refused(tmp_path):
 
 
 def test_a_run_s_classes_are_those_of_its_data(copy, finished):
-    learned = json.loads((copy / "data.json").read_text())
+    learned = files.unseal(json.loads((copy / "data.json").read_text()))
     assert learned["class_names"] == list("0123456789") and learned["image_shape"] == [8, 8, 1]
-    renamed = json.dumps(learned | {"class_names": list("012345678x")})
+    renamed = json.dumps(files.seal(learned | {"class_names": list("012345678x")}))
     (copy / "data.json").write_text(renamed)
     more = runs.tiny(train__epochs=3)
     for config, mode in ((runs.tiny(), "eval"), (more, "train")):

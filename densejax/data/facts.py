@@ -43,7 +43,7 @@ def write(path: epath.Path, info: SetInfo, images: np.ndarray) -> None:
         usual[name] = (low - margin, high + margin)
     kept = {key: getattr(info, key) for key in KEPT} | {"usual": usual}
     try:
-        files.write(path / FILE, json.dumps(kept, indent=2) + "\n")
+        files.write(path / FILE, json.dumps(files.seal(kept), indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{path / FILE}: cannot be written ({error})") from error
 
@@ -57,7 +57,7 @@ def read(path: epath.Path) -> SetInfo | None:
     if (text := files.read_text(path / FILE)) is None:
         return None
     try:
-        stored = without_lists(json.loads(text))
+        stored = without_lists(files.unseal(json.loads(text)))
         info = SetInfo(**{key: stored[key] for key in KEPT})
         check(path / FILE, stored, info.image_shape[-1], info.num_classes)
         counts = (*info.splits.values(), info.white)

@@ -32,8 +32,10 @@ class Picture:
         if width * height > MOST_PIXELS:
             raise ValueError(f"{width}x{height} pixels exceed the limit of {MOST_PIXELS:,}")
         if not plain and self._image.format != "TIFF":  # which Pillow turns itself
-            with contextlib.suppress(Exception):
+            try:
                 orientation = self._image.getexif().get(ExifTags.Base.Orientation)
+            except Exception:  # the half of a PNG that was read on the way would pass for whole
+                del self._image
         self._swapped = orientation in (5, 6, 7, 8)
         self._rows = slice(None, None, -1 if orientation in (3, 4, 7, 8) else 1)
         self._columns = slice(None, None, -1 if orientation in (2, 3, 6, 7) else 1)

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from densejax import files
 from densejax.config import UserError
 from densejax.data import facts
 from densejax.data.official import SetInfo
@@ -60,12 +61,20 @@ def test_it_is_read_as_it_was_written(tmp_path):
 )
 def test_a_damaged_file_is_one_line(tmp_path, changes):
     facts.write(tmp_path, INFO, grey(100))
-    content = json.loads((tmp_path / "data.json").read_text())
-    text = changes if isinstance(changes, str) else json.dumps(content | changes)
+    content = files.unseal(json.loads((tmp_path / "data.json").read_text()))
+    text = changes if isinstance(changes, str) else json.dumps(files.seal(content | changes))
     (tmp_path / "data.json").write_text(text)
     with pytest.raises(UserError, match="data.json: it is damaged") as caught:
         facts.read(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_changed_name_is_damage(tmp_path):
+    facts.write(tmp_path, INFO, grey(100))
+    text = (tmp_path / "data.json").read_text()
+    (tmp_path / "data.json").write_text(text.replace("cat", "cav"))
+    with pytest.raises(UserError, match="data.json: it is damaged .its content is not what was wr"):
+        facts.read(tmp_path)
 
 
 @pytest.mark.parametrize(
