@@ -122,6 +122,16 @@ class Run:
         here = self.until(lambda: len(self.records()) >= self.before + count)
         require(here, f"it ended too early: {self.said()[-500:]}")
 
+    def wait(self, seconds):
+        """Its exit code; None where it has not ended after so many seconds, and is killed."""
+        begin = self.clock
+        self.until(lambda: self.clock - begin > seconds)
+        if self.victim.is_alive():
+            self.victim.kill()
+            return None
+        self.victim.join()
+        return self.victim.exitcode
+
     def said(self):
         """What it has printed."""
         return self.output.read_text()
@@ -153,6 +163,11 @@ def reference(processes=1):
 def finish(path, *flags, says="", processes=1, patch=""):
     """Runs to the end, which must be that of a run that was left alone."""
     Run(path, *flags, processes=processes, patch=patch).end(*[0] * processes, says=says)
+    return same_end(path, processes)
+
+
+def same_end(path, processes=1):
+    """A finished run must be equal to one that was left alone."""
     require(newest(path) == newest(reference(processes)), "other arrays", True)
     for name, keys in (("metrics.jsonl", None), ("summary.json", ("test_loss", "test_accuracy"))):
         texts = [(folder / name).read_text() for folder in (path, reference(processes))]
@@ -392,6 +407,102 @@ def another_run(path, draw):
     return 4
 
 
+def stopped_run():
+    """A run that a signal ended after six of its eight epochs."""
+    path = FOLDER / "stopped"
+    if not (path / "config.json").exists():
+        run = Run(path)
+        run.until_records(6 * EPOCH // 2)
+        os.kill(run.victim.pid, signal.SIGTERM)
+        run.end(0)
+    return path
+
+
+OTHERS = (b"", b"1", b'"x"', b"[]", b"{}", b"null", b'{"config": null}', b'{"versions": 1}')
+OTHERS += (b"\xff\xfe", b"9" * 5000, b"[" * 100000, b'{"config": {}, "versions": {"code": "1"}}')
+HARMS = ("cut", "flip", "other", "missing", "folder", "dangling", "loop", "fifo")
+
+
+def harmed(entry, draw):
+    """Puts something else in the place of a file or a folder; returns what."""
+    harm = draw.choice(HARMS)
+    if harm in ("cut", "flip", "other") and entry.is_dir():
+        harm = "missing"
+    if harm == "flip" and entry.stat().st_size:
+        flip(entry, draw)
+    elif harm == "cut" and entry.stat().st_size:
+        os.truncate(entry, draw.randrange(entry.stat().st_size))
+    elif harm in ("cut", "flip", "other"):
+        entry.write_bytes(draw.choice(OTHERS))
+    else:
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if harm == "folder":
+            entry.mkdir()
+        elif harm == "fifo":
+            os.mkfifo(entry)
+        elif harm != "missing":
+            entry.symlink_to(entry if harm == "loop" else "/nowhere")
+    return harm
+
+
+def fuzzed(path, draw, tries):
+    """Something in a run's directory is not what was written there.
+
+    The run, or its evaluation, ends as if nothing had happened, or in one line that names it.
+    """
+    for _ in range(tries):
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(draw.choice((stopped_run(), reference())), path, symlinks=True)
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        records = [file for file in files if "checkpoints" not in file.parts]
+        entry = draw.choice(draw.choice((records, files, sorted(path.rglob("*")))))
+        name, harm = entry.relative_to(path), harmed(entry, draw)
+        measures = draw.random() < 0.3
+        run = Run(path, *["--mode=eval"] * measures)
+        what = f"{'evaluation' if measures else 'training'} after {harm} of {name}"
+        code = run.wait(60)
+        said = run.said()
+        require(code is not None, f"{what}: it hangs")
+        require("Traceback" not in said, f"{what}: a traceback: {said[-300:]}")
+        if code == 2:
+            lines = [line for line in said.splitlines() if line.startswith("densejax: ")]
+            require(len(lines) == 1, f"{what}: {len(lines)} lines: {said[-300:]}")
+            require(any(part in lines[0] for part in name.parts), f"{what}: not named: {lines[0]}")
+            continue
+        require(code == 0, f"{what}: exit code {code}: {said[-300:]}")
+        if measures:
+            found = json.loads(said[said.index("{\n") :])
+            step, whole = found["steps"], json.loads((reference() / "summary.json").read_text())
+            loud = "is damaged" in said or step == newest(path)[0] or "no config.json" in said
+            require(loud, f"{what}: of step {step} without a word", True)
+            if step == whole["steps"]:
+                require(found["test_loss"] == whole["test_loss"], f"{what}: another loss", True)
+            continue
+        try:
+            same_end(path)
+        except Failed as failure:
+            raise Failed(f"{what}: {failure.args[0]}", True) from failure
+    return tries
+
+
+NOBODY = 65534
+
+
+def another_users(path, draw):
+    """A run directory, or its checkpoints, that belong to another user and are closed."""
+    for place in (path, path / "checkpoints", path / "summary.json"):
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(reference(), path)
+        for entry in (path, *path.rglob("*")):
+            os.chown(entry, *(NOBODY, NOBODY) if entry != place else (0, 0))
+        place.chmod(0o700)
+        for mode in ((), ("--mode=eval",)):
+            run = Run(path, *mode, patch=f"import os; os.setuid({NOBODY})")
+            run.end(2, says=place.name, silent=True)
+            require("Traceback" not in run.said(), f"a traceback: {run.said()[-300:]}")
+    return 6
+
+
 DISK = os.getuid() == 0  # whether one can be mounted
 FAULTS = {  # name: (cases, what happens in one, and its other arguments)
     "kill -9 at a random instant": (6, killed, "any"),
@@ -415,6 +526,8 @@ FAULTS = {  # name: (cases, what happens in one, and its other arguments)
     "ten batches of NaN in a row": (2, never_finite),
     "two runs in one directory": (2, two_runs),
     "another configuration, code or data": (1, another_run),
+    "anything in a run's directory, harmed": (10, fuzzed, 50),
+    "another user's run": (1, another_users) if DISK else None,
 }
 
 
