@@ -67,8 +67,8 @@ def require(true, text, silent=False):
 class Run:
     """A run in one process or in several; `victim` is the one that is hurt."""
 
-    def __init__(self, path, *flags, processes=1, victim=0, patch=""):
-        """Starts it, after the code `patch`."""
+    def __init__(self, path, *flags, processes=1, victim=0, patch="", each=None):
+        """Starts it, after the code `patch`; `each`: flags of each process alone."""
         self.path, self.clock, self.last = path, 0.0, time.monotonic()
         self.before, output = len(self.records()), FOLDER / "output"
         output.mkdir(parents=True, exist_ok=True)
@@ -82,6 +82,7 @@ class Run:
         self.processes = []
         for number in range(processes):
             mine = flags + [f"--process_id={number}"] * (processes > 1)
+            mine += each[number] if each else ()
             self.processes.append(FORK.Process(target=self.work, args=(mine, patch)))
             self.processes[-1].start()
         self.victim = self.processes[victim]
@@ -134,7 +135,7 @@ class Run:
 
     def said(self):
         """What it has printed."""
-        return self.output.read_text()
+        return self.output.read_text() if self.output.exists() else ""
 
     def end(self, *codes, says="", silent=False):
         """Waits for the end, which must be with these exit codes, and with these words."""
@@ -388,6 +389,61 @@ def two_runs(path, draw):
     return finish(path)
 
 
+# Another machine, whose patience is a twentieth, so that a try takes seconds.
+QUICK = """
+from densejax import lock
+lock.HEARTBEAT, lock.STALE, lock.LOOK = 1.0, 3.0, 0.2
+"""
+ELSEWHERE = QUICK + "lock._machine = lambda: 'elsewhere'\n"
+AHEAD = ELSEWHERE + "import time\nplain = time.time\ntime.time = lambda: plain() + 90\n"
+
+
+def frozen(path, draw):
+    """A run that stood still is taken over; awake again, it writes nothing and says so."""
+    run = Run(path, patch=QUICK)
+    run.until_records(draw.randint(5, 70))
+    os.kill(run.victim.pid, signal.SIGSTOP)
+    other = Run(path, patch=ELSEWHERE)
+    other.until(lambda: "stale lock" in other.said())
+    time.sleep(draw.uniform(0, 3))
+    os.kill(run.victim.pid, signal.SIGCONT)
+    run.end(2, says="another process took it over", silent=True)
+    other.end(0)
+    return same_end(path)
+
+
+def fast_clock(path, draw):
+    """A machine whose clock is 90 s ahead does not take over a run that lives."""
+    run = Run(path, patch=QUICK + SLOW)
+    run.until_records(draw.randint(1, 10))
+    Run(path, patch=AHEAD).end(2, says="is in use on", silent=True)
+    run.end(0)
+    return same_end(path)
+
+
+DIFFERENT = {  # what one of two processes is told, and what is said of it
+    "--config.train.epochs=9": "train.epochs",
+    "--config.checkpoint.every_epochs=2": "checkpoint.every_epochs",
+    "--config.evaluate.batch_size=16": "evaluate.batch_size",
+    "--config.optimizer.momentum=0.8": "optimizer.momentum",
+    "--mode=eval": "mode",
+}
+
+
+def disagreeing(path, draw):
+    """Two processes that were told different things end before the first step and say in what."""
+    for flag, says in DIFFERENT.items():
+        each = [(), (flag,)]
+        draw.shuffle(each)
+        run = Run(path, processes=2, each=each)
+        codes = [run.wait(60) for run.victim in run.processes]
+        require(None not in codes, f"{flag}: it hangs: {run.said()[-300:]}")
+        require(codes == [2, 2], f"{flag}: exit codes {codes}: {run.said()[-300:]}", 0 in codes)
+        require(says in run.said(), f"{flag}: it is not said: {run.said()[-300:]}")
+        require("Traceback" not in run.said(), f"{flag}: a traceback: {run.said()[-300:]}")
+    return len(DIFFERENT)
+
+
 def another_run(path, draw):
     """Another configuration, code or data is refused with the difference, unless it is forced."""
     run, history = Run(path), path / "history.jsonl"
@@ -526,6 +582,9 @@ FAULTS = {  # name: (cases, what happens in one, and its other arguments)
     "ten batches of NaN in a row": (2, never_finite),
     "two runs in one directory": (2, two_runs),
     "another configuration, code or data": (1, another_run),
+    "a frozen run, taken over": (4, frozen),
+    "a clock that is 90 s ahead": (2, fast_clock),
+    "two processes that were told different things": (1, disagreeing),
     "anything in a run's directory, harmed": (10, fuzzed, 50),
     "another user's run": (1, another_users) if DISK else None,
 }
@@ -549,6 +608,9 @@ def case(name, file, path):
         result |= {"tries": tries, "survived": tries}
     except Failed as failure:
         result |= {"problem": failure.args[0], "silent": int(failure.args[1])}
+    finally:
+        for process in multiprocessing.active_children():
+            process.kill()
     result["seconds"] = round(time.monotonic() - begin, 1)
     file.write_text(json.dumps(result))
     print(f"{file.stem}: {result}", flush=True)
