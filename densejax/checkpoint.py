@@ -463,7 +463,7 @@ def _files(directory: epath.Path) -> Iterator[epath.Path]:
 
 
 def _file_digest(path: epath.Path) -> str:
-    with path.open("rb") as file:
+    with files.opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

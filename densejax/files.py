@@ -8,6 +8,7 @@ import re
 import secrets
 import stat
 import time
+from typing import BinaryIO
 
 from etils import epath
 
@@ -43,17 +44,26 @@ def path_of(flag: str, text: str) -> epath.Path:
         raise UserError(f"{flag}={text}: {error}; give another path") from error
 
 
+def opened(path: epath.Path) -> BinaryIO:
+    """A file to read; OSError, at once, for a FIFO and whatever else is no regular file."""
+    if "://" in os.fspath(path):
+        return path.open("rb")
+    file = open(path, "rb", opener=lambda *a: os.open(a[0], a[1] | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("it is no regular file")
+    return file
+
+
 def read_text(path: epath.Path) -> str | None:
     """The text of a small file, None where there is none. It never waits, as for a FIFO.
 
     Raises UserError for what is there and is no file of UTF-8 text that may be read.
     """
     try:
-        if "://" in os.fspath(path):
-            return path.read_text() if path.exists() else None
-        with open(path, "rb", opener=lambda *a: os.open(a[0], a[1] | os.O_NONBLOCK)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError("it is no regular file")
+        if "://" in os.fspath(path) and not path.exists():
+            return None
+        with opened(path) as file:
             return file.read().decode()
     except (OSError, UnicodeError) as error:
         if isinstance(error, FileNotFoundError | NotADirectoryError) and not os.path.islink(path):

@@ -256,7 +256,10 @@ def _accepted_changes(path, config, found, force, accepted=RESUMABLE) -> list[st
             )
         return None
     try:
-        changes = difference(json.loads(stored), config)
+        stored = json.loads(stored)
+        if missing := {"data", "model", "train"} & config.keys() - stored.keys():
+            raise ValueError(f"it has no {min(missing)}")
+        changes = difference(stored, config)
     except (ValueError, AttributeError) as error:
         raise WorkdirError(
             f"workdir={path}: config.json is damaged ({error}); restore it or choose another "
