@@ -13,7 +13,10 @@ from densejax import models
 from densejax.config import UserError, default, flatten
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A card of configs/, with arguments after a colon: configs/cifar10.py:depth=40"
+    "config",
+    None,
+    "A card, with arguments after a colon: --config=configs/cifar10.py:depth=40. "
+    "--config.train.epochs=3 sets another of its keys; densejax/config.py lists them.",
 )
 
 
@@ -40,23 +43,38 @@ def run(main: Callable[..., int], config: str = "required", arguments: bool = Fa
         except UserError as error:
             _stop(str(error))
 
+    if {"-h", "-help", "--help", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
+        module = sys.modules[main.__module__]
+        shared = "" if config == "unused" else flags.FLAGS.module_help(__name__)
+        print(f"{module.__doc__}{flags.FLAGS.module_help(module)}\n{shared}")
+        sys.exit()
     app.run(guarded, flags_parser=lambda argv: _parse(argv, config, arguments))
 
 
 def _parse(argv: list[str], config: str, arguments: bool) -> list[str]:
+    logging.set_verbosity(logging.ERROR)  # ml_collections warns of what is refused below
     try:
         left = flags.FLAGS(argv)
-    except Exception as error:  # a card is Python: anything may come out of it
+        if isinstance(CONFIG.value, ConfigDict):
+            flatten(CONFIG.value)
+    except BaseException as error:  # a card is Python: anything may come out of it
         _stop(explain(error, argv))
+    given = {name: flag.value for name in flags.FLAGS if (flag := flags.FLAGS[name]).present}
+    for name, value in given.items():
+        if value in ("", []) and not name.startswith("config."):
+            _stop(f"--{name}=: give a value, or leave the flag out for its default")
     if left[1:] and not arguments:
         _stop(f"{left[1]!r} is no flag; flags look like --config=configs/digits.py")
-    if CONFIG.value is None and config == "required":
+    if "config" not in given and config == "required":
         _stop("--config: name a card, such as --config=configs/digits.py")
-    if CONFIG.value is not None and config == "unused":
+    if "config" in given and config == "unused":
         _stop("--config: nothing here reads it; a run has its own config.json")
-    if not isinstance(CONFIG.value, ConfigDict | None):
+    if "config" in given and not isinstance(CONFIG.value, ConfigDict):
         file = flags.FLAGS["config"].config_filename
-        _stop(f"--config={file}: there is no such file; cards are in configs/")
+        said = getattr(CONFIG.value, "_error", "get_config returns no ConfigDict")
+        if not os.path.exists(file.partition(":")[0]):
+            said = "there is no such file; cards are in configs/"
+        _stop(f"--config={file}: {said}")
     return left
 
 
@@ -65,7 +83,7 @@ def _stop(text: str) -> NoReturn:
     sys.exit(2)
 
 
-def explain(error: Exception, argv: list[str]) -> str:
+def explain(error: BaseException, argv: list[str]) -> str:
     """What a user is told of an error in reading flags: one line."""
     text = str(error)
     given = dict(re.findall(r"^--?config\.([\w.]+)=?(.*)$", "\n".join(argv), re.MULTILINE))
@@ -88,4 +106,8 @@ def explain(error: Exception, argv: list[str]) -> str:
         return "--config: the file is no card, it has no function get_config"
     # A card's own error comes as a traceback in the text, of one escaped line if it is a UserError.
     _, is_own, said = text.rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
-    return said.removesuffix("\\n") if is_own else text.strip().splitlines()[-1]
+    if is_own:
+        return said.removesuffix("\\n")
+    last = text.strip().rpartition("\n")[2]
+    kind = type(error).__name__
+    return last if isinstance(error, flags.Error) else f"--config: the card raises {kind} {last}"

@@ -13,7 +13,7 @@ import pytest
 from absl import flags, logging
 from absl.testing import flagsaver
 
-from densejax import command_line, experiment, main, parallel, workdir
+from densejax import command_line, experiment, export, main, parallel, summary, workdir
 from densejax import config as schema
 from densejax.data import builders
 from tests import archives, runs
@@ -117,6 +117,8 @@ CASES = {
         ["--config=densejax/__init__.py"],
         "--config: the file is no card, ",
     ),
+    "an empty value": ([DIGITS, "--workdir="], "--workdir=: give a value, or leave the flag out"),
+    "an empty card": (["--config="], "--config=: there is no such file"),
     "blocks and depth": (
         [DIGITS, "--config.model.blocks=(2,2)"],
         "model.depth = 22 and model.blocks = (2, 2): give exactly one",
@@ -287,6 +289,45 @@ def test_any_override_is_taken_or_refused_in_one_line(command, key, text):
 
     answer = command(DIGITS, f"--config.{key}={text}", main=describe)
     assert answer == (0, "", "") or one_line(answer)
+
+
+CARDS = {  # what a card's get_config does, and what is said of it
+    "assert False": "--config: the card raises AssertionError",
+    "raise KeyboardInterrupt": "--config: the card raises KeyboardInterrupt",
+    "raise type('Out', (SystemExit,), {})('bye')": "--config: the card raises Out bye",
+    "1 / 0": "--config: the card raises ZeroDivisionError division by zero",
+    "raise ValueError('a\\nb')": "b\n",
+    "open('/nowhere/x')": "--config={card}: [Errno 2] No such file or directory: '/nowhere/x'",
+    "return 5": "--config={card}: get_config returns no ConfigDict",
+    "return None": "--config={card}: get_config returns no ConfigDict",
+    "c.data.me = c.data; return c": "--config: the card raises RecursionError",
+}
+
+
+@pytest.mark.parametrize("body", CARDS)
+def test_what_a_card_raises_is_one_line(command, tmp_path, body):
+    card = tmp_path / "card.py"
+    card.write_text(
+        "from densejax.config import default\n\n\n"
+        f"def get_config():\n    c = default()\n    {body}\n"
+    )
+    assert one_line(command(f"--config={card}")).startswith(CARDS[body].format(card=card))
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help", "--helpfull"])
+@pytest.mark.parametrize(
+    ("module", "config", "own"),
+    [
+        (main, "required", "--workdir"),
+        (summary, "optional", "--model"),
+        (export, "unused", "--out"),
+    ],
+)
+def test_help_shows_an_example_and_every_flag(command, flag, module, config, own):
+    code, output, error = command(flag, main=module.main, config=config)
+    assert (code, error) == (None, "")
+    assert f"python -m {module.__name__} --" in output and f"  {own}" in output
+    assert ("  --config: " in output) == (config != "unused")
 
 
 def test_another_configuration_is_one_line(command, tmp_path):
