@@ -39,3 +39,25 @@ def test_text_is_read_and_an_absent_file_is_none(tmp_path):
     assert files.read_text(epath.Path(tmp_path / "link")) == "ä\n"
     assert files.read_text(epath.Path(tmp_path / "nothing")) is None
     assert files.read_text(epath.Path(tmp_path / "file" / "below")) is None
+
+
+@pytest.mark.parametrize("text", ["foo://run", "/tmp/a://b", "runs/\udcff"])
+def test_a_path_that_nothing_can_open_is_named_with_its_flag(text):
+    with pytest.raises(UserError, match="--workdir=.*give a"):
+        files.path_of("--workdir", text)
+
+
+def test_two_writers_of_one_name_have_files_of_their_own(tmp_path, monkeypatch):
+    # Of two machines both may have the same process number.
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    seen = set()
+    replace = type(epath.Path(tmp_path)).replace
+
+    def look(self, target):
+        seen.add(self.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "replace", look)
+    for _ in range(2):
+        files.write(epath.Path(tmp_path / "a"), "content")
+    assert len(seen) == 2 and [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -2,10 +2,14 @@
 
 import builtins
 import errno
+import functools
+import hashlib
 import io
 import json
+import os
 import pathlib
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +90,71 @@ def test_a_line_that_is_no_record_is_named(workdir):
     (workdir / "metrics.jsonl").write_text('{"step": 5}\nnoise\n{"step": 10}\n')
     with pytest.raises(UserError, match="metrics.jsonl.*not a record"):
         create(workdir, 10)
+
+
+def test_records_that_are_not_those_of_the_checkpoint_are_named_and_kept(workdir):
+    path, log = workdir / "metrics.jsonl", run(workdir, 0, 20)
+    whole, saved = path.read_bytes(), log.digest  # as the checkpoint of step 20 keeps it
+    assert saved == {"bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
+    create(workdir, 20, saved=saved).close()
+    assert path.read_bytes() == whole
+    changed = [whole[:size] for size in range(len(whole))]
+    changed += [whole.replace(b"0.1", b"0.2"), b"\n" + whole, b"{}\n" + whole]
+    for content in changed:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="metrics.jsonl is damaged.*step 20.*delete it"):
+            create(workdir, 20, saved=saved)
+        assert path.read_bytes() == content
+    path.write_bytes(whole + b'{"step": 20, "epoch": 1.0, "test_loss": 1.0}\n{"step": 25}\n{"st')
+    create(workdir, 20, saved=saved).close()  # an evaluation that came after the save
+    assert path.read_bytes() == whole + b'{"step": 20, "epoch": 1.0, "test_loss": 1.0}\n'
+    path.write_bytes(whole[:-9])
+    create(workdir, 20, saved={}).close()  # of an older version, which kept no digest
+
+
+def test_records_that_are_gone_are_missed(workdir, caplog):
+    log = run(workdir, 0, 20)
+    (workdir / "metrics.jsonl").unlink()
+    create(workdir, 0).close()
+    assert "gone" not in caplog.text
+    (workdir / "metrics.jsonl").unlink()
+    create(workdir, 20, saved=log.digest).close()
+    assert "metrics.jsonl is gone: the records up to step 20 are lost" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timings.jsonl", "tensorboard"])
+@pytest.mark.parametrize("leave", [os.mkfifo, lambda path: os.symlink("nowhere", path)])
+def test_what_is_something_else_in_the_place_of_the_log_is_named(workdir, name, leave):
+    leave(workdir / name)
+    with pytest.raises(UserError, match=f"{name}.*(move away|clear its place)"):
+        create(workdir)
+
+
+def test_who_lost_the_directory_writes_nothing(workdir):
+    def guard():
+        if lost:
+            raise UserError("another process took it over")
+
+    lost, folder = False, pathlib.Path(workdir)
+    log = create(workdir, guard=guard)
+    log.train(5, {"train_loss": 1.0})
+    log.write()
+    lost, before = True, {path: path.read_bytes() for path in folder.rglob("*.*")}
+    train = functools.partial(log.train, 10, {"train_loss": 1.0})
+    for write in (train, log.write, log.close, lambda: create(workdir, guard=guard)):
+        with pytest.raises(UserError, match="took it over"):
+            write()
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+
+
+def test_what_a_kill_within_a_write_left_is_removed(workdir):
+    (workdir / "tensorboard").mkdir()
+    left = ["metrics.jsonl.123.tmp", "config.json.0a1b2c3d.tmp", "tensorboard/events.x.77.tmp"]
+    for name in [*left, "my.tmp"]:
+        (workdir / name).write_text("half")
+    create(workdir).close()
+    assert not any((workdir / name).exists() for name in left)
+    assert (workdir / "my.tmp").exists()
 
 
 def test_an_object_store_gets_whole_files(tmp_path):
@@ -224,6 +293,15 @@ def test_tensorboard_drops_what_the_resume_writes_again(workdir):
     scalars = {(value.tag, event.step) for event in events for value in event.summary.value}
     assert ("train_loss", 25) in scalars and ("validation_loss", 40) in scalars
     assert min(step for _, step in scalars) == 25
+
+
+def test_a_trace_arrives_whatever_its_folders_are_called(workdir, monkeypatch):
+    for name in ("a[1]b", "run[2]"):
+        (workdir / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(workdir / "a[1]b"))
+    with metric_log.trace(workdir / "run[2]" / "profile"):
+        jnp.ones(8).block_until_ready()
+    assert list(pathlib.Path(workdir / "run[2]" / "profile").rglob("*.xplane.pb"))
 
 
 def test_numbers():

@@ -112,6 +112,19 @@ def test_a_new_run_a_resume_and_what_they_record(tmp_path):
     assert {"jax", "flax", "densejax"} <= set(first["versions"])
 
 
+def test_nobody_else_may_write_what_is_written_in_a_run(tmp_path):
+    before = os.umask(0)
+    try:
+        with open_run(tmp_path / "run", make_config()):
+            (tmp_path / "run" / "folder").mkdir()  # as orbax makes its own
+            written = [tmp_path / "run", *(tmp_path / "run").iterdir()]
+            assert len(written) == 5  # the lock too
+            assert [path.name for path in written if path.stat().st_mode & 0o022] == []
+        assert os.umask(0) == 0
+    finally:
+        os.umask(before)
+
+
 def test_another_configuration_is_shown_and_only_forced(tmp_path):
     with open_run(tmp_path, make_config()):
         pass
