@@ -256,6 +256,8 @@ class Checkpoints:
             logging.warning("Waited %.1f s for the save of step %d.", waited, step)
         if not problem and jax.process_index() == 0:
             problem = _manifest(self._directory / str(step))["problem"]  # it is read back
+        if problem:
+            self._guard()  # another process may have taken over and cleared this save away
         if self._failed(step, problem):
             return
         self._saved, self._problem = self._saved | under_way, ""

@@ -69,7 +69,7 @@ class MetricLog:
         if self.is_writer:
             files.remove_leftovers(workdir)
             files.remove_leftovers(workdir / "tensorboard")
-            if start_step and not (workdir / "metrics.jsonl").exists():
+            if start_step and files.read_text(workdir / "metrics.jsonl") is None:
                 logging.warning(
                     "%s/metrics.jsonl is gone: the records up to step %d are lost, it begins anew "
                     "behind that step.", workdir, start_step)  # fmt: skip

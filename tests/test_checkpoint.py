@@ -341,6 +341,23 @@ def test_who_may_no_longer_write_changes_nothing_and_ends(tmp_path, allowed):
     assert Checkpoints(tmp_path).metrics(1) == {"validation/loss": 1.0}
 
 
+def test_a_save_that_another_process_cleared_away_is_not_called_a_failed_save(tmp_path):
+    def guard():
+        if lost:
+            raise Lost("another process took over")
+
+    lost = False
+    checkpoints = Checkpoints(tmp_path, guard=guard)
+    checkpoints.save(1, make_state(1), {})
+    while not (tmp_path / "1" / MANIFEST).exists():
+        time.sleep(0.01)
+    shutil.rmtree(tmp_path / "1")
+    lost = True
+    with pytest.raises(Lost, match="another process took over"):
+        checkpoints.wait()
+    checkpoints.close()
+
+
 @noisy
 def test_all_damaged_is_an_error_that_keeps_the_files(two_steps, tmp_path):
     directory = shutil.copytree(two_steps, tmp_path / "checkpoints")
