@@ -8,7 +8,7 @@ import re
 import secrets
 import stat
 import time
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -72,6 +72,14 @@ def read_text(path: epath.Path) -> str | None:
             f"{path} cannot be read ({error}): put the file that belongs there in its place, or "
             f"move away what is there"
         ) from error
+
+
+def parse_json(text: str) -> Any:
+    """The value that JSON text stands for; ValueError for anything else, however deeply nested."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def write(path: epath.Path, content: str | bytes) -> None:

@@ -49,7 +49,7 @@ class Goodput:
         if (text := files.read_text(path)) is None:
             return
         try:
-            before = json.loads(text)
+            before = files.parse_json(text)
             marks = {int(step): mark for step, mark in before["at_checkpoints"].items()}
             self._marks = {step: mark for step, mark in marks.items() if step <= start_step}
             kept = self._marks[max(self._marks)] if self._marks else dict.fromkeys(KINDS, 0.0)

@@ -153,7 +153,7 @@ def _dead(lock, wait) -> str | None:
 def _holder(text) -> tuple[str, bool | None]:
     # Who it is, and whether it lives: None where that cannot be seen from here.
     try:
-        holder = json.loads(text)
+        holder = files.parse_json(text)
         name = f"{holder['host']} by process {holder['pid']}"
         if holder.get("machine") != _machine():
             return name, None

@@ -183,7 +183,7 @@ class MetricLog:
             )
         lines = text.splitlines(keepends=True)
         try:
-            records = [(line, json.loads(line)) for line in lines if line[-1] == "\n"]
+            records = [(line, files.parse_json(line)) for line in lines if line[-1] == "\n"]
             return [(line, record) for line, record in records if record["step"] >= 0]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(

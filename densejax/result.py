@@ -1,7 +1,6 @@
 """What a run says of itself: the summary before its first step, and its result."""
 
 import contextlib
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -99,7 +98,7 @@ def read(path: epath.Path) -> dict[str, Any] | None:
     try:
         if text is None:
             return None
-        summary = workdir.unseal(json.loads(text))
+        summary = workdir.unseal(files.parse_json(text))
         line(summary, path)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(

@@ -106,7 +106,7 @@ def history(path: epath.Path) -> list[dict]:
     """
     lines = (files.read_text(path / "history.jsonl") or "").splitlines()
     try:
-        starts = [unseal(json.loads(line)) for line in lines]
+        starts = [unseal(files.parse_json(line)) for line in lines]
         if not all(isinstance(start["changes"], list) for start in starts):
             raise ValueError("changes are not a list")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -256,7 +256,7 @@ def _accepted_changes(path, config, found, force, accepted=RESUMABLE) -> list[st
             )
         return None
     try:
-        stored = json.loads(stored)
+        stored = files.parse_json(stored)
         if missing := {"data", "model", "train"} & config.keys() - stored.keys():
             raise ValueError(f"it has no {min(missing)}")
         changes = difference(stored, config)

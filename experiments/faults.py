@@ -103,9 +103,9 @@ class Run:
     def records(self):
         """The steps in timings.jsonl, which is never cut."""
         file = self.path / "timings.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+        lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
         with contextlib.suppress(ValueError):  # a try has harmed it
-            return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+            return [json.loads(line)["step"] for line in lines if line.endswith(b"\n")]
         return []
 
     def until(self, condition):

@@ -286,6 +286,7 @@ def test_what_has_no_config_json_is_not_taken_up_without_a_word(tmp_path, kept):
         "x",
         "1",
         "[]",
+        100_000 * "[",
         '{"versions": 1}',
         '{"versions": {"code": 1}, "changes": []}',
         '{"versions": {"code": "1"}, "changes": {}}',

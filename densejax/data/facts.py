@@ -57,7 +57,7 @@ def read(path: epath.Path) -> SetInfo | None:
     if (text := files.read_text(path / FILE)) is None:
         return None
     try:
-        stored = without_lists(files.unseal(json.loads(text)))
+        stored = without_lists(files.unseal(files.parse_json(text)))
         info = SetInfo(**{key: stored[key] for key in KEPT})
         check(path / FILE, stored, info.image_shape[-1], info.num_classes)
         counts = (*info.splits.values(), info.white)
