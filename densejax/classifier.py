@@ -115,7 +115,7 @@ def _of_weights(path: epath.Path) -> Classifier:
     classes = description["num_classes"]
     if classes == 0:
         raise UserError(f"{path}: a network without a classifier names no class")
-    found = facts.without_lists(facts.of_weights(path / "model.json", description))
+    found = facts.of_weights(path)
     return Classifier(
         models.create(description["model"], classes),
         variables,

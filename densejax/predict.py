@@ -1,7 +1,6 @@
 """Classifies image files: python -m densejax.predict --workdir=runs/digits-... image.png."""
 
 import json
-import math
 import sys
 from typing import Any
 
@@ -59,14 +58,12 @@ def read(path: epath.PathLike, network: classifier.Classifier) -> np.ndarray:
 
 def unlike(network: classifier.Classifier, image: np.ndarray) -> list[str]:
     """How a stored image differs from those that the network was trained on, as far as is known."""
-    differences = []
-    for name, (value,) in facts.brightness(image[None]).items():
-        low, high = network.usual.get(name, (-math.inf, math.inf))
-        if not low <= value <= high:
-            differences.append(
-                f"{name} {value:.3g} (of {network.white}), usual is {max(low, 0):.3g} to {high:.3g}"
-            )
-    return differences
+    return [
+        f"{name} {value:.3g} (of {network.white}), usual is {max(low, 0):.3g} to {high:.3g}"
+        for name, (value,) in facts.brightness(image[None]).items()
+        for low, high in [network.usual.get(name, (0, 255))]
+        if not low <= value <= high
+    ]
 
 
 def predict(

@@ -520,7 +520,7 @@ def test_a_run_normalises_as_its_weights_say(tmp_path):
     path.write_text(
         json.dumps(description | {"mean": [3.0] * 3, "std": [2.0] * 3, "image_channels": 3})
     )
-    with pytest.raises(UserError, match="has 3 numbers for the mean, and the images have 1 ch"):
+    with pytest.raises(UserError, match="for images of 3 channels, and these have 1"):
         runs.build(config)
 
 

@@ -64,11 +64,12 @@ def info(config: ConfigDict) -> SetInfo:
     if section.normalization == "scale":
         mean, std = (0.0,) * channels, (255.0,) * channels
     elif section.normalization == "weights":
-        mean, std = facts.levels(config.train.weights)
+        learned = facts.of_weights(config.train.weights, ("mean", "std"))
+        mean, std = learned["mean"], learned["std"]
         if len(mean) != channels:
             raise UserError(
-                f"data.normalization = 'weights': {config.train.weights} has {len(mean)} numbers "
-                f"for the mean, and the images have {channels} channels"
+                f"data.normalization = 'weights': {config.train.weights} are for images of "
+                f"{len(mean)} channels, and these have {channels}"
             )
     elif not mean:
         raise UserError(

@@ -87,46 +87,29 @@ def require_same(path: epath.Path, info: SetInfo) -> None:
             raise UserError(f"workdir={path}: it was trained with {key} = {old}, not {new}: {hint}")
 
 
-def of_weights(
-    file: epath.Path, description: dict[str, Any], keys: tuple[str, ...] = tuple(IMAGENET)
-) -> dict[str, Any]:
-    """What a model.json says of the images that its network reads, checked.
+def of_weights(directory: str, keys: tuple[str, ...] = tuple(IMAGENET)) -> dict[str, Any]:
+    """What a directory of weights, or the run that `train.weights` names, says of its images.
 
     Raises:
-      UserError: one of `keys`, or what it says does not fit its network.
-    """
-    classes, channels = description["num_classes"], description["image_channels"]
-    if (description.get("names"), description["model"]["family"]) == ("keras", "resnet"):
-        raise UserError(f"{file}: Keras' ResNets want images in the order blue, green, red")
-    found = (IMAGENET if (classes, channels) == (1000, 3) else {}) | description
-    if missing := [key for key in keys if key not in found]:
-        raise UserError(f"{file}: add {', '.join(missing)}; images cannot do without")
-    found["class_names"] = found.get("class_names") or [str(index) for index in range(classes)]
-    check(file, found, channels, classes, (*keys, "class_names"))
-    return found
-
-
-def levels(directory: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The mean and the std, in uint8 units, of images for what `train.weights` names.
-
-    Raises:
-      UserError: it names no directory of weights and no run's, or one that does not say it.
+      UserError: it is neither, or one of `keys` is missing or does not fit its network.
     """
     path = epath.Path(directory)
     if learned := read(path):
-        return learned.mean, learned.std
+        return vars(learned)
     try:
-        found = of_weights(
-            path / "model.json", json.loads((path / "model.json").read_text()), ("mean", "std")
-        )
-    except UserError:
-        raise
+        found = without_lists(json.loads((path / "model.json").read_text()))
+        classes, channels = found["num_classes"], found["image_channels"]
+        is_bgr = (found.get("names"), found["model"]["family"]) == ("keras", "resnet")
     except Exception as error:  # whatever damage leads to
-        raise UserError(
-            f"data.normalization = 'weights': train.weights = {directory!r} has no model.json that "
-            f"can be read ({type(error).__name__}: {error})"
-        ) from error
-    return tuple(found["mean"]), tuple(found["std"])
+        raise UserError(f"{path}: no model.json that can be read ({error!r})") from error
+    if is_bgr:
+        raise UserError(f"{path}: Keras' ResNets want images in the order blue, green, red")
+    found = (IMAGENET if (classes, channels) == (1000, 3) else {}) | found
+    if missing := [key for key in keys if key not in found]:
+        raise UserError(f"{path}/model.json: add {', '.join(missing)}; images cannot do without")
+    found["class_names"] = found.get("class_names") or tuple(map(str, range(classes)))
+    check(path / "model.json", found, channels, classes, (*keys, "class_names"))
+    return found
 
 
 def check(
