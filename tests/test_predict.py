@@ -17,7 +17,7 @@ from PIL import Image
 
 from densejax import classifier, experiment, files, predict, train, workdir
 from densejax.config import UserError
-from densejax.data import builders, facts
+from densejax.data import builders, encoded, facts
 from tests import photos, runs
 from tests.test_command_line import ROOT, command, one_line  # noqa: F401
 
@@ -144,6 +144,7 @@ def test_a_file_is_prepared_as_evaluation_does(tmp_path, crop_size):
         shutil.copy(file, tmp_path / f"{i}.{file.parent.name}") for i, file in enumerate(files)
     ]
     shutil.rmtree(tmp_path / "data")  # the run needs it no more
+    encoded.open_splits.cache_clear()
     network = classifier.load(path)
     read = np.stack([predict.read(file, network) for file in files])
     np.testing.assert_array_equal(read, np.asarray(batch["image"])[: len(files)])

@@ -56,7 +56,7 @@ def test_scripts_make_targets_and_cards_are_there():
 
 
 def test_keys_and_networks_are_there():
-    keys = {*schema.flatten(schema.default()), "summary.json", "metrics.jsonl"}
+    keys = {*schema.flatten(schema.default()), "summary.json", "metrics.jsonl", "data.json"}
     sections = {key.partition(".")[0] for key in keys if "." in key}
     for key in re.findall(rf"`((?:{'|'.join(sections)})\.\w+)(?:=\w+)?`", README):
         assert key in keys, key

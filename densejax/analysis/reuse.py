@@ -103,8 +103,6 @@ def main() -> int:
     """Does what the flags say; returns the exit code."""
     if not WORKDIR.value:
         raise UserError("--workdir: name a run's directory, or one of weights")
-    if OUTPUT.value == "":
-        raise UserError("--output=: name a folder, or leave the flag out for that of --workdir")
     from densejax.analysis import plots
 
     parallel.start()

@@ -97,7 +97,7 @@ def of_weights(directory: str, keys: tuple[str, ...] = tuple(IMAGENET)) -> dict[
     if learned := read(path):
         return vars(learned)
     try:
-        found = without_lists(json.loads((path / "model.json").read_text()))
+        found = json.loads((path / "model.json").read_text())
         classes, channels = found["num_classes"], found["image_channels"]
         is_bgr = (found.get("names"), found["model"]["family"]) == ("keras", "resnet")
     except Exception as error:  # whatever damage leads to
@@ -107,9 +107,9 @@ def of_weights(directory: str, keys: tuple[str, ...] = tuple(IMAGENET)) -> dict[
     found = (IMAGENET if (classes, channels) == (1000, 3) else {}) | found
     if missing := [key for key in keys if key not in found]:
         raise UserError(f"{path}/model.json: add {', '.join(missing)}; images cannot do without")
-    found["class_names"] = found.get("class_names") or tuple(map(str, range(classes)))
+    found["class_names"] = found.get("class_names") or list(map(str, range(classes)))
     check(path / "model.json", found, channels, classes, (*keys, "class_names"))
-    return found
+    return without_lists(found)
 
 
 def check(

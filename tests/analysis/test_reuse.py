@@ -136,4 +136,3 @@ def test_command(command, tmp_path, monkeypatch):  # noqa: F811
         assert arrays["block2/targets"].tolist() == ["layer1", "layer2", "layer3", "classifier"]
         np.testing.assert_allclose(arrays["block2/weights"][:, -1], [1, 2, 3, 4])
     assert one_line(say()) == "--workdir: name a run's directory, or one of weights\n"
-    assert one_line(say("--workdir=runs/mine", "--output=")).startswith("--output=: name a folder")
