@@ -30,9 +30,7 @@ def run(main: Callable[..., int], config: str = "required", arguments: bool = Fa
     """
 
     # What a shell has closed is None, and its number would be that of the next file opened.
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(number)
+    sys.stdin = sys.stdin or open(os.devnull)
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
 

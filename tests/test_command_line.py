@@ -369,3 +369,13 @@ def test_the_real_command_says_one_line():
         "model.depth = 41: with model.bottleneck = True it must be 6n + 4, n >= 1; "
         "the nearest are 40 and 46"
     )
+
+
+def test_closed_outputs_are_no_place_for_files(tmp_path):
+    code = (
+        "import os, sys; from densejax import command_line\n"
+        "command_line.run(lambda: sys.stdout.isatty() + sys.stderr.isatty() + "
+        "(os.open('/dev/null', os.O_RDONLY) < 3), config='unused')"
+    )
+    command = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code]
+    assert subprocess.run(command, cwd=tmp_path).returncode == 0

@@ -142,10 +142,13 @@ def test_the_heart_beats_until_the_lock_is_lost(tmp_path, monkeypatch):
     path = tmp_path / "lock"
     with lock.hold(tmp_path):
         seen = {path.read_text()}
-        while len(seen) < 4:  # each change is a sign of life
+        deadline = time.monotonic() + 60
+        while len(seen) < 4 and time.monotonic() < deadline:  # each change is a sign of life
             seen.add(path.read_text())
+        assert len(seen) == 4
         heart = next(t for t in lock.threading.enumerate() if t.name == "workdir heartbeat")
-        while heart.is_alive():
+        while heart.is_alive() and time.monotonic() < deadline:
             files.write(path, "of another")
             heart.join(0.1)
+        assert not heart.is_alive()
     assert path.read_text() == "of another"
