@@ -2,38 +2,56 @@
 
 import dataclasses
 import functools
+import os
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from densejax import files
 from densejax.data import builders
 from densejax.data.builders import DataError
 from densejax.data.official import STREAMED, SetInfo
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
+# Those of torchvision's ImageFolder.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 Example = tuple[bytes, int, str]  # an encoded image, its label, and where it is
 
 
-class Folder(Sequence[Example]):
-    """The images of `path/class/*.jpg`, ordered by name; a class's label is its rank by name."""
+class ImageError(DataError):
+    """One image of a set cannot be read; the others may be."""
 
-    def __init__(self, path: epath.Path, class_names: tuple[str, ...]):
-        """Lists the images; DataError where there are none, or other classes."""
-        self.path = path
-        names, labels = [], []
-        for folder in _folders(path):
-            if folder not in class_names:
-                raise DataError(f"data.manual_dir: {path / folder} is no class of the training set")
-            files = sorted(p.name for p in (path / folder).iterdir())
-            files = [f"{folder}/{file}" for file in files if file.lower().endswith(SUFFIXES)]
-            names += files
-            labels += [class_names.index(folder)] * len(files)
-        if not names:
-            raise DataError(f"data.manual_dir: {path} has no class/image.jpg; also .jpeg and .png")
+
+class Folder(Sequence[Example]):
+    """The images anywhere below `path/class`, in the order of torchvision's ImageFolder.
+
+    Files and folders whose name begins with a dot are no part of it. A class's label is its rank.
+    """
+
+    def __init__(self, path: epath.Path, class_names: tuple[str, ...] = ()):
+        """Lists the images of `class_names`, or of every class that has a folder.
+
+        Raises:
+          DataError: a class has no image or is not among `class_names`, or nothing is there.
+        """
+        self.path, found = path, _image_files(path)
+        self.class_names = class_names or tuple(dict.fromkeys(map(_composed, found)))
+        ranks, labels = {name: rank for rank, name in enumerate(self.class_names)}, []
+        for name, images in found.items():
+            if (label := ranks.get(_composed(name))) is None:
+                raise DataError(f"data.manual_dir: {path / name} is no class of the training set")
+            if not images:
+                raise DataError(
+                    f"data.manual_dir: {path / name} has no image ({', '.join(SUFFIXES)}); add "
+                    f"some, or remove the folder"
+                )
+            labels += [label] * len(images)
+        if not labels:
+            raise DataError(f"data.manual_dir: {path} has no class/image.jpg")
         # A million strings are slow to send to workers, one array of bytes is not.
-        self.names = np.array([name.encode() for name in names])
+        self.names = np.array([os.fsencode(name) for images in found.values() for name in images])
         self.labels = np.array(labels, np.int32)
 
     def __len__(self):
@@ -45,9 +63,44 @@ class Folder(Sequence[Example]):
         return self.names, self.labels
 
     def __getitem__(self, index):
-        """Reads an image."""
-        path = self.path / self.names[index].decode()
-        return path.read_bytes(), int(self.labels[index]), str(path)
+        """Reads an image; ImageError where that is impossible."""
+        path = self.path / os.fsdecode(self.names[index])
+        try:
+            with files.opened(path) as file:
+                return file.read(), int(self.labels[index]), str(path)
+        except OSError as error:
+            raise ImageError(f"{path}: {error.strerror or error}") from error
+
+
+def _composed(name: str) -> str:
+    """A name as most systems spell it; others spell a letter and its accent as two characters."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _image_files(path: epath.Path) -> dict[str, list[str]]:
+    """The image files of each class by name, ordered, as paths below `path`."""
+
+    def refuse(error):
+        problem = f"data.manual_dir: the folder {error.filename} cannot be read"
+        raise DataError(f"{problem} ({error.strerror}); it needs train and val") from error
+
+    found = {}
+    if "://" in os.fspath(path):
+        walk = path.walk(on_error=refuse)
+    else:
+        walk = os.walk(path, onerror=refuse, followlinks=True)
+    for folder, folders, names in walk:
+        folders[:] = [name for name in folders if not name.startswith(".")]  # goes into these
+        inside = str(folder).removeprefix(str(path)).strip("/")
+        if not inside:
+            found = {name: [] for name in sorted(folders)}
+        for name in (name for name in names if not name.startswith(".")):
+            place = os.path.join(folder, name)
+            if inside and name.lower().endswith(SUFFIXES):
+                found[inside.partition("/")[0]].append((inside, name))
+            elif os.path.islink(place) and not os.path.exists(place):  # it may stand for a folder
+                raise DataError(f"data.manual_dir: the link {place} leads nowhere; remove it")
+    return {name: ["/".join(pair) for pair in sorted(pairs)] for name, pairs in found.items()}
 
 
 class Records(Sequence[Example]):
@@ -78,11 +131,14 @@ class Records(Sequence[Example]):
         return (np.frombuffer(self.version.encode(), np.uint8),)
 
     def __getitem__(self, index):
-        """Reads an image."""
-        example = self.source[index]
-        name, label = example.get("file_name", b"").decode(), int(example["label"])
-        place = f"{self.place}[{index}] {name}".rstrip()
-        if not 0 <= label < self.num_classes:
+        """Reads an image; ImageError where that is impossible, DataError for a wrong label."""
+        place = f"{self.place}[{index}]"
+        try:
+            example = self.source[index]
+        except Exception as error:  # what damage to its file leads to
+            raise ImageError(f"{place}: {' '.join(str(error).split())}") from error
+        place = f"{place} {os.fsdecode(example.get('file_name', b''))}".rstrip()
+        if not 0 <= (label := int(example["label"])) < self.num_classes:
             raise DataError(f"{place}: has label {label}, not 0 to {self.num_classes - 1}")
         return example["image"], label, place
 
@@ -93,12 +149,6 @@ class Records(Sequence[Example]):
 
 def _records(folder: str, split: str) -> Records:
     return Records(builders.open_folder(folder), split)
-
-
-def _folders(path: epath.Path) -> list[str]:
-    if not path.is_dir():
-        raise DataError(f"data.manual_dir: there is no folder {path}; it needs train and val")
-    return sorted(p.name for p in path.iterdir() if p.is_dir())
 
 
 @functools.cache
@@ -114,12 +164,19 @@ def open_splits(name: str, directory: str, manual_dir: str) -> tuple[SetInfo, di
     """
     if manual_dir:
         path = epath.Path(manual_dir).expanduser()
-        class_names = tuple(_folders(path / "train"))
-        splits = {"train": Folder(path / "train", class_names)}
-        test, splits["test"] = "val", Folder(path / "val", class_names)
+        splits, test = {"train": Folder(path / "train")}, "val"
+        class_names = splits["train"].class_names
+        splits["test"] = Folder(path / "val", class_names)
     else:
         builder = builders.prepare(name, directory)
-        class_names = tuple(builder.info.features["label"].names)
+        features = builder.info.features
+        try:
+            class_names, _ = tuple(features["label"].names), features["image"]
+        except Exception as error:  # TFDS has many kinds of them
+            line = " ".join(str(features).split())
+            raise DataError(
+                f"data.name = {name}: needs image and label, a ClassLabel; has {line}"
+            ) from error
         test = builders.test_split(builder) or "test"
         splits = {"train": Records(builder, "train"), "test": Records(builder, test)}
     sizes = {split: len(examples) for split, examples in splits.items()}

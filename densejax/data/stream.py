@@ -26,7 +26,7 @@ from absl import flags, logging
 from jax.sharding import Sharding
 
 from densejax.data.builders import DataError
-from densejax.data.encoded import Example
+from densejax.data.encoded import Example, ImageError
 from densejax.data.memory import Batch, permutation
 
 PIECE = 16  # images that a worker hands over at once: few messages, little shared memory
@@ -95,15 +95,21 @@ class Pieces:
                 rank = _order(self.seed, epoch, count)[rank]
                 # Another counter than the permutation's, whose third word is zero.
                 bits = (np.random.Philox(key=[self.seed, epoch], counter=[0, place, 1, 0]),)
-            encoded, label, name = self.examples[int(self.indices[rank])]
             try:
-                return self.crop(encoded, self.image_size, *bits), label
-            except Exception as error:  # Pillow's decoders raise whatever damage leads to
-                problem = f"{name}: no image that can be read ({' '.join(str(error).split())})"
+                return self._read(int(self.indices[rank]), *bits)
+            except ImageError as error:
                 if not self.skip:
-                    raise DataError(problem) from None
-                logging.warning("%s; the next one is trained on instead", problem)
+                    raise
+                logging.warning("%s; the next one is trained on instead", error)
         raise DataError("data.corrupt_images = 'skip': none of the training images can be read")
+
+    def _read(self, index, *bits):
+        encoded, label, name = self.examples[index]
+        try:
+            return self.crop(encoded, self.image_size, *bits), label
+        except Exception as error:  # Pillow's decoders raise whatever damage leads to
+            line = " ".join(str(error).split()) or type(error).__name__
+            raise ImageError(f"{name}: no image that can be read ({line})") from error
 
 
 _order = functools.lru_cache(maxsize=2)(permutation)

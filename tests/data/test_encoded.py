@@ -5,6 +5,8 @@ import os
 import pickle
 import subprocess
 import sys
+import types
+import unicodedata
 
 import numpy as np
 import pytest
@@ -89,8 +91,9 @@ def test_a_label_that_is_no_class_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds.features.ClassLabel, "encode_example", lambda *_: 2)
     prepare(tmp_path, written, "validation")
     _, found = encoded.open_splits("photos", str(tmp_path / "tfds"), "")
-    with pytest.raises(DataError, match=r"train\[0\] .*: has label 2, not 0 to 1"):
+    with pytest.raises(DataError, match=r"train\[0\] .*: has label 2, not 0 to 1") as caught:
         found["train"][0]
+    assert not isinstance(caught.value, encoded.ImageError)  # which are skipped
 
 
 def test_a_worker_opens_records_without_running_what_their_files_name(tmp_path):
@@ -136,14 +139,128 @@ def test_an_official_set_has_its_official_size(tmp_path, monkeypatch):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(DataError, match="there is no folder .*/photos/train"):
+    with pytest.raises(DataError, match="folder .*/photos/train cannot be read .No such file"):
         encoded.open_splits("photos", "", str(tmp_path / "photos"))
     photos.make(tmp_path / "photos", train=1, val=1)
     (tmp_path / "photos/val/n03").mkdir()
     with pytest.raises(DataError, match="photos/val/n03 is no class of the training set"):
         encoded.open_splits("photos", "", str(tmp_path / "photos"))
-    (tmp_path / "empty/train/n01").mkdir(parents=True)
+    (tmp_path / "empty/train").mkdir(parents=True)
     with pytest.raises(DataError, match=r"empty/train has no class/image.jpg"):
         encoded.open_splits("photos", "", str(tmp_path / "empty"))
     with pytest.raises(DataError, match="data.name = photos: neither one of"):
         encoded.open_splits("photos", str(tmp_path / "nothing"), "")
+
+
+def small(tmp_path):
+    """train/cat, train/dog and val/cat with an image each."""
+    for path in ("train/cat/0.jpg", "train/dog/0.jpg", "val/cat/0.jpg"):
+        put(tmp_path / path)
+    return tmp_path
+
+
+def put(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(photos.encode(photos.photo(20, 20)))
+
+
+def test_images_lie_at_any_depth_and_what_is_hidden_is_left_out(tmp_path):
+    """The order is that of `sorted(os.walk(folder, followlinks=True))`, then of the names."""
+    put(tmp_path / "elsewhere/7.png")
+    root = small(tmp_path / "root")
+    for path in ("b/x/1.JPEG", "b-c/2.webp", "b/9.jpg", "a.jpg/3.TIF"):
+        put(root / "train/dog" / path)
+    for path in (".ipynb_checkpoints/0.jpg", "dog/.ipynb_checkpoints/0.jpg", "dog/._0.jpg"):
+        put(root / "train" / path)
+    put(root / "train/0.jpg")  # of no class
+    (root / "train/owl").symlink_to(tmp_path / "elsewhere")
+    (root / "train/dog/.#0.jpg").symlink_to("an editor's lock")
+    facts, splits = encoded.open_splits("photos", "", str(root))
+    assert facts.class_names == ("cat", "dog", "owl")
+    found = [(label, place) for _, label, place in map(splits["train"].__getitem__, range(7))]
+    dog = ["0.jpg", "a.jpg/3.TIF", "b/9.jpg", "b-c/2.webp", "b/x/1.JPEG"]
+    expected = [(0, "cat/0.jpg"), *((1, f"dog/{name}") for name in dog), (2, "owl/7.png")]
+    assert found == [(label, str(root / "train" / place)) for label, place in expected]
+    assert facts.splits == {"train": 7, "test": 1}
+
+
+def refused(root):
+    with pytest.raises(DataError) as caught:
+        encoded.open_splits("photos", "", str(root))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_class_without_an_image_is_named(tmp_path):
+    root = small(tmp_path)
+    (root / "train/owl/2020").mkdir(parents=True)
+    (root / "train/owl/2020/notes.txt").write_text("no image")
+    assert f"{root}/train/owl has no image (.jpg, " in refused(root)
+
+
+def test_a_link_that_leads_nowhere_or_round_is_named(tmp_path):
+    for name, target in (("nowhere", "gone"), ("round", ".")):
+        root = small(tmp_path / name)
+        (root / "train/dog" / name).symlink_to(target)
+        assert f"train/dog/{name}" in refused(root) and "leads nowhere" in refused(root)
+    root = small(tmp_path / "class")
+    (root / "train/owl").symlink_to("gone")
+    assert f"the link {root}/train/owl leads nowhere" in refused(root)
+    root = small(tmp_path / "file")
+    (root / "val").rename(root / "other")
+    (root / "val").write_text("no folder")
+    assert f"{root}/val cannot be read (Not a directory)" in refused(root)
+
+
+def test_a_name_is_bytes_and_shown_in_one_line(tmp_path):
+    root = small(tmp_path)
+    latin = os.fsdecode(os.fsencode(root) + b"/train/cat/caf\xe9\n\x1b[31m.jpg")
+    content = photos.encode(photos.photo(30, 20))
+    with open(latin, "wb") as file:
+        file.write(content)
+    train = encoded.open_splits("photos", "", str(root))[1]["train"]
+    assert train[1] == (content, 0, latin)
+    os.remove(latin)
+    with pytest.raises(encoded.ImageError, match=r"cat/caf\\udce9\\n\\x1b\[31m.jpg: No such file"):
+        train[1]
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_an_accent_is_the_same_however_a_file_system_spells_it(tmp_path, forms):
+    for split, form in zip(("train", "val"), forms, strict=True):
+        put(tmp_path / split / unicodedata.normalize(form, "\u00e9tang") / "0.jpg")
+        put(tmp_path / split / "zoo/0.jpg")
+    facts, splits = encoded.open_splits("photos", "", str(tmp_path))
+    for split in splits.values():
+        labels = {os.path.basename(os.path.dirname(place)): label for _, label, place in split}
+        assert labels.pop("zoo") == facts.class_names.index("zoo")
+        assert list(labels.values()) == [facts.class_names.index("\u00e9tang")]
+
+
+def test_what_is_no_file_is_an_image_that_cannot_be_read(tmp_path):
+    root = small(tmp_path)
+    (root / "train/cat/1.jpg").symlink_to("gone")
+    os.mkfifo(root / "train/cat/2.jpg")
+    train = encoded.open_splits("photos", "", str(root))[1]["train"]
+    for index, problem in ((1, "1.jpg: No such file"), (2, "2.jpg: it is no regular file")):
+        with pytest.raises(encoded.ImageError, match=f"{root}/train/cat/{problem}"):
+            train[index]
+
+
+def test_a_set_of_other_features_is_named(monkeypatch):
+    builder = types.SimpleNamespace(info=types.SimpleNamespace(features={"text": "bytes"}))
+    monkeypatch.setattr(encoded.builders, "prepare", lambda *_: builder)
+    with pytest.raises(DataError, match="words: needs image and label, a ClassLabel; has .*text"):
+        encoded.open_splits("words", "", "")
+
+
+def test_a_damaged_record_is_an_image_that_cannot_be_read(tmp_path):
+    written = photos.make(tmp_path / "photos", train=3, val=2)
+    prepare(tmp_path, written, "test")
+    (path,) = (tmp_path / "tfds").rglob("*train*.array_record*")
+    content = bytearray(path.read_bytes())
+    content[1000:3000] = bytes(2000)
+    path.write_bytes(content)
+    train = encoded.open_splits("photos", str(tmp_path / "tfds"), "")[1]["train"]
+    with pytest.raises(encoded.ImageError, match=r"train\[0\]: "):
+        train[0]

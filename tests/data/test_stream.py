@@ -263,19 +263,24 @@ def test_test_images_are_opened_only_where_they_are_measured(root):
     assert set(streams.evaluation) == {"validation"}
 
 
-@pytest.fixture
-def damaged(tmp_path):
-    """The folder again, with one training image cut; and its place in the set."""
+@pytest.fixture(params=["cut", "gone"])
+def damaged(tmp_path, request):
+    """The folder again, with one training image cut, or a link to nothing; its place in the set."""
     written = sorted(path for path in photos.make(tmp_path) if path.startswith("train"))
     content = (tmp_path / written[5]).read_bytes()
-    (tmp_path / written[5]).write_bytes(content[: len(content) // 2])
+    (tmp_path / written[5]).unlink()
+    if request.param == "cut":
+        (tmp_path / written[5]).write_bytes(content[: len(content) // 2])
+    else:
+        (tmp_path / written[5]).symlink_to("gone")
     return tmp_path, 5, written[5]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_read_is_named(damaged, workers):
     root, _, name = damaged
-    with pytest.raises(DataError, match=f"{name}: no image that can be read .*Premature") as caught:
+    problem = "(no image that can be read .*Premature|No such file)"
+    with pytest.raises(DataError, match=f"{name}: {problem}") as caught:
         batches(create(root, data__workers=workers), range(4))
     assert "\n" not in str(caught.value)
 
