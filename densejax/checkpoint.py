@@ -24,7 +24,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import metadata
 
-from densejax import files
+from densejax import files, parallel
 from densejax.config import UserError
 
 MANIFEST = "MANIFEST"
@@ -187,16 +187,26 @@ class Checkpoints:
             raise CheckpointError(f"No checkpoint in {self._directory} has a {self._keep_best!r}.")
         return state
 
-    def restore_step(self, step: int, abstract_state):
-        """The state of `step`; CheckpointError when it is missing, damaged or does not fit."""
+    def restore_step(self, step: int, abstract_state=None):
+        """The state of `step`; CheckpointError when it is missing, damaged or does not fit.
+
+        Without an `abstract_state` it is whatever was saved, as dicts and lists.
+        """
         if step not in self.steps():
             raise CheckpointError(f"No checkpoint {step} in {self._directory}, only {self.steps()}")
         path = self._directory / str(step)
         manifest = _manifest(path)
         problem = self._saved[step].get("problem") or manifest["problem"]
         _require_everywhere(path, problem or _wrong_file(path, manifest["files"]))
-        _check_fit(path, manifest["leaves"], abstract_state)
+        if abstract_state is not None:
+            _check_fit(path, manifest["leaves"], abstract_state)
         try:
+            if abstract_state is None:
+                whole = parallel.replicated(parallel.mesh())
+                abstract_state = jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+                    self._writer.metadata(path).item_metadata.tree,
+                )
             state = self._writer.restore(path, args=_Restore(abstract_state))
             wrong = sorted(set(manifest["leaves"].items()) - set(_leaves(state).items()))
             problem = f"{len(wrong)} leaves are not as saved: {wrong[0][0]} ..." if wrong else ""

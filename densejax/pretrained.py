@@ -12,24 +12,26 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
+import jax
 import numpy as np
 import safetensors.numpy
 from etils import epath
 
 from densejax import files, models, transfer
-from densejax.checkpoint import Checkpoints
+from densejax.checkpoint import CheckpointError, Checkpoints
 from densejax.config import UserError
 from densejax.data.facts import IMAGENET
 from densejax.transfer import from_keras, from_torch, to_torch
-from densejax.weight_files import HUB, brief, read
+from densejax.weight_files import HUB, READERS, brief, from_safetensors, read
 from densejax.weight_names import LAYOUTS
 
 __all__ = ["convert_file", "digest", "load", "load_for", "save"]
 __all__ += ["from_keras", "from_torch", "to_torch"]  # of densejax.transfer
 
+COLLECTIONS = ("params", "batch_stats")
 # What changes the computation, and neither the names nor the shapes of the variables.
 UNSEEN = ("batch_norm_epsilon", "identity", "join", "shortcut", "stride_on", "survival")
 
@@ -58,21 +60,32 @@ def save(directory: str, description: Mapping[str, Any], variables: Mapping[str,
 
 
 def load(directory: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads what `save` wrote.
+    """Reads what `save` wrote, or the checkpoint that a run's result is measured on.
 
     Returns:
       The description, whose "model" is fit for `densejax.models.create`, and the variables, float32
-      NumPy arrays, checked against that network.
+      NumPy arrays, checked against that network. Nothing larger than what is read is built.
 
     Raises:
       UserError: no such directory, a damaged one, or weights that are not of its network.
     """
     path = epath.Path(directory)
-    try:
-        description = json.loads((path / "model.json").read_text())
-        data = (path / "weights.safetensors").read_bytes()
-        if hashlib.sha256(data).hexdigest() != description["weights_sha256"]:
-            raise ValueError("weights.safetensors is not the file that model.json was written for")
+    with _refusing(path):
+        description, checkpoint = _describe(path)
+        if checkpoint:
+            with contextlib.closing(checkpoint[0]):
+                state = jax.device_get(checkpoint[0].restore_step(checkpoint[1]))
+            flat = transfer.flatten({name: state[name] for name in COLLECTIONS})
+            flat = {name: np.asarray(array, np.float32) for name, array in flat.items()}
+            kernel = flat.get(transfer.CLASSIFIER[0])
+            description["num_classes"] = 0 if kernel is None else kernel.shape[1]
+            description["image_channels"] = transfer.stem(flat).shape[2]
+        else:
+            with files.opened(path / "weights.safetensors") as file:
+                data = file.read()
+            if hashlib.sha256(data).hexdigest() != description["weights_sha256"]:
+                raise ValueError("weights.safetensors is not the one that model.json is of")
+            flat = from_safetensors(data)
         stored = {
             k: tuple(v) if isinstance(v, list) else v for k, v in description["model"].items()
         }
@@ -83,12 +96,12 @@ def load(directory: str) -> tuple[dict[str, Any], dict[str, Any]]:
         classes, channels = description["num_classes"], description["image_channels"]
         if (type(classes), type(channels)) != (int, int) or classes < 0 or channels < 1:
             raise ValueError(f"num_classes = {classes!r} and image_channels = {channels!r}")
+        depth, blocks = stored.get("depth") or 0, sum(stored.get("blocks") or ())
+        modules = sum(stored.get("modules") or ()) * stored.get("module_depth", 1)
+        # Every layer has a kernel and the four arrays of a norm; the last layer of all has two.
+        if max(depth, blocks, modules) * 4 > len(flat):
+            raise ValueError(f"{len(flat)} arrays are too few for its network")
         expected = transfer.abstract(models.create(description["model"], classes), channels)
-        flat = safetensors.numpy.load(data)
-    except Exception as error:  # whatever damage leads to
-        raise UserError(
-            f"{directory}: not a directory of densejax.pretrained, or damaged ({brief(error)})"
-        ) from error
     transfer.check_fit(flat, expected, f"{directory}/weights.safetensors")
     return description, transfer.unflatten(flat)
 
@@ -104,21 +117,41 @@ def digest(directory: str) -> str:
       UserError: it is neither, or it records none.
     """
     path = epath.Path(directory)
+    with _refusing(path):
+        description, checkpoint = _describe(path)
+        if not checkpoint:
+            return str(description["weights_sha256"])
+        with contextlib.closing(checkpoint[0]):
+            return checkpoint[0].digest(checkpoint[1], COLLECTIONS)
+
+
+@contextlib.contextmanager
+def _refusing(path: epath.Path) -> Iterator[None]:
     try:
-        if (path / "model.json").exists():
-            return str(json.loads((path / "model.json").read_text())["weights_sha256"])
-        best = json.loads((path / "config.json").read_text())["checkpoint"]["select"] == "best"
+        yield
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever damage leads to
         raise UserError(
-            f"{directory}: neither a directory of densejax.pretrained nor a run's, or damaged "
+            f"{path}: not a directory of densejax.pretrained nor a run's, or damaged "
             f"({brief(error)})"
         ) from error
-    kept = Checkpoints(path / "checkpoints", keep_best="validation_error")
-    with contextlib.closing(kept):
-        step = kept.best_step() if best else kept.latest_step()
-        if step is None:
-            raise UserError(f"{directory}: the run has no checkpoint to start from yet")
-        return kept.digest(step, ("params", "batch_stats"))
+
+
+def _describe(path: epath.Path) -> tuple[dict[str, Any], tuple[Checkpoints, int] | None]:
+    """What model.json says, or config.json and the checkpoint of a run's result."""
+    if (path / "model.json").exists() or not (path / "config.json").exists():
+        with files.opened(path / "model.json") as file:
+            return json.load(file), None
+    with files.opened(path / "config.json") as file:
+        config = json.load(file)
+    checkpoints = Checkpoints(path / "checkpoints", keep_best="validation_error")
+    best = config["checkpoint"]["select"] == "best"
+    step = checkpoints.best_step() if best else checkpoints.latest_step()
+    if step is None:
+        checkpoints.close()
+        raise CheckpointError(f"{path}: the run has no checkpoint to start from yet")
+    return {"model": config["model"]}, (checkpoints, step)
 
 
 def load_for(
@@ -127,7 +160,7 @@ def load_for(
     """The variables of a directory, checked to be those of a run's network.
 
     Args:
-      directory: written by `save`.
+      directory: written by `save`, or a run's.
       model: the section `config.model` of the run.
       expected: its params and batch_stats, arrays or shapes.
     """
@@ -151,7 +184,7 @@ def convert_file(
     in_channels: int | None = None,
     adapt: bool = False,
     seed: int = 0,
-    allow_pickle: bool = False,
+    shortcut: str = "",
 ) -> dict[str, Any]:
     """Makes a directory from a weights file; returns its description.
 
@@ -163,7 +196,7 @@ def convert_file(
       in_channels: of the images; None: as the weights have.
       adapt: see `densejax.transfer.convert`.
       seed: see there.
-      allow_pickle: see `read`.
+      shortcut: of a ResNet whose weights do not show it; "": as the weights' project has it.
     """
     for flag, value, least in (("num_classes", num_classes, 0), ("in_channels", in_channels, 1)):
         if value is not None and value < least:
@@ -171,28 +204,35 @@ def convert_file(
     if epath.Path(output).exists():
         raise UserError(f"--output={output}: exists; name a new directory")
     family = models.fields(model).family
-    arrays, digest = read(weights, allow_pickle)
-    layout = transfer.find_layout(LAYOUTS[family], arrays)
-    bias = transfer.spelled(layout, arrays).get(layout.name(transfer.CLASSIFIER[1]))
+    arrays, digest = read(weights)
+    layout, found, assumed = transfer.recognise(LAYOUTS[family], arrays)
+    if shortcut:
+        layout = dataclasses.replace(layout, fields=layout.fields | {"shortcut": shortcut})
+    bias = found.get(layout.name(transfer.CLASSIFIER[1]))
     classes_before = 0 if bias is None else bias.size
     num_classes = classes_before if num_classes is None else num_classes
     fields = models.fields(model, **layout.fields)
+    for field in UNSEEN:
+        default = getattr(models.FAMILIES[family], field, None)
+        if field not in layout.fields and (value := fields.get(field, default)) != default:
+            choice = "; --shortcut chooses" if field == "shortcut" else ""
+            assumed.append(f"model.{field} = {value!r}, which weights do not show{choice}")
     variables = transfer.convert(
         models.create(fields, num_classes),
-        *(arrays, layout),
+        *(found, layout),
         image_channels=in_channels,
         adapt=adapt,
         seed=seed,
     )
-    stem = next(k for p, k in transfer.flatten(variables).items() if p in transfer.STEMS)
     description = {
         "name": model,
         "model": fields.to_dict(),
         "num_classes": num_classes,
-        "image_channels": stem.shape[2],
+        "image_channels": transfer.stem(transfer.flatten(variables)).shape[2],
         "source": weights,
         "source_sha256": digest,
         "names": layout.project,
+        "assumed": assumed,
     }
     if (classes_before, description["image_channels"]) == (1000, 3):  # a new classifier hides it
         description |= {key: IMAGENET[key] for key in ("mean", "std")}
@@ -209,9 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = _Parser("densejax.pretrained", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="a name of densejax.models.MODELS")
-    parser.add_argument(
-        "--weights", required=True, help=f".safetensors, .pth, .h5, {HUB}owner/name"
-    )
+    parser.add_argument("--weights", required=True, help=f"{', '.join(READERS)} or {HUB}owner/name")
     parser.add_argument("--output", required=True, help="a new directory")
     parser.add_argument("--num_classes", type=int, help="default: as the weights have")
     parser.add_argument(
@@ -220,16 +258,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--adapt", action="store_true", help="new classifier, other image channels")
     parser.add_argument("--seed", type=int, default=0, help="of a new classifier")
     parser.add_argument(
-        "--allow_pickle", action="store_true", help="let a .pth execute whatever it likes"
+        "--allow_pickle", action="store_true", help="changes nothing: no file is executed"
+    )
+    parser.add_argument(
+        "--shortcut", default="", help="of a ResNet without projections: identity, identity_middle"
     )
     try:
         options = vars(parser.parse_args(arguments))
+        del options["allow_pickle"]
         made = convert_file(**options)
     except UserError as error:
         print(f"densejax: {error}", file=sys.stderr)
         return 2
     print(f"{options['output']}: {made['name']}, {made['num_classes']} classes, "
           f"{made['image_channels']} image channels")  # fmt: skip
+    for line in made["assumed"]:
+        print(f"assumed: {line}")
     return 0
 
 

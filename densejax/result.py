@@ -72,10 +72,11 @@ def versions(config: ConfigDict) -> dict[str, str]:
     """`workdir.versions`, and what else a result depends on but the data.
 
     Raises:
-      UserError: `train.weights` names no directory of weights.
+      UserError: what `train.weights` names is no directory of weights and no run's.
     """
     found = workdir.versions()
-    if config.train.weights:
+    # A run that goes on needs them no more; one that starts says that they are not there.
+    if config.train.weights and epath.Path(config.train.weights).exists():
         found["weights"] = pretrained.digest(config.train.weights)
     if config.parallel.batch_norm == "replica":  # a device's share of the batch is normalised
         found["devices"] = str(jax.device_count())

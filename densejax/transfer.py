@@ -1,5 +1,6 @@
 """Weights of torchvision, timm and Keras Applications <-> variables, with nothing left over."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,8 +23,8 @@ CLASSIFIER = ("params/head/classifier/kernel", "params/head/classifier/bias")
 def from_torch(model: nn.Module, state_dict: Weights, **adapt: Any) -> dict[str, Any]:
     """Variables from a state_dict by torchvision's, timm's or the VoVNet authors' names.
 
-    DenseNet's other spellings are known ("norm.1", "norm_final"), and a "module." in front;
-    num_batches_tracked is dropped: nothing here reads it.
+    DenseNet's other spellings are known ("norm.1", "norm_final"), and what is before every name
+    ("module.") is left out, as is num_batches_tracked: nothing here reads it.
 
     Args:
       model: a network of densejax.models; its fields decide what has to be there.
@@ -34,7 +35,8 @@ def from_torch(model: nn.Module, state_dict: Weights, **adapt: Any) -> dict[str,
       UserError: the names that are missing, unexpected or of another shape, in one line.
     """
     layouts = [layout for layout in LAYOUTS[_family(model)] if layout.is_torch]
-    return convert(model, state_dict, find_layout(layouts, state_dict), **adapt)
+    layout, found, _ = recognise(layouts, state_dict)
+    return convert(model, found, layout, **adapt)
 
 
 def from_keras(model: nn.Module, weights: Any, **adapt: Any) -> dict[str, Any]:
@@ -52,7 +54,8 @@ def from_keras(model: nn.Module, weights: Any, **adapt: Any) -> dict[str, Any]:
             for variable in layer.weights
         }
     layouts = [layout for layout in LAYOUTS[_family(model)] if not layout.is_torch]
-    return convert(model, weights, find_layout(layouts, weights), **adapt)
+    layout, found, _ = recognise(layouts, weights)
+    return convert(model, found, layout, **adapt)
 
 
 def to_torch(
@@ -74,27 +77,56 @@ def to_torch(
     return {name: _turned(flat[path], (3, 2, 0, 1)) for name, path in paths.items()}
 
 
-def find_layout(layouts: Sequence[Layout], weights: Weights) -> Layout:
-    """The layout that the weights are in, told by the name of their first kernel."""
-    for layout in layouts:
-        if any(layout.name(stem) in spelled(layout, weights) for stem in STEMS):
-            return layout
-    first = [layout.name(stem) for layout in layouts for stem in STEMS]
+def recognise(
+    layouts: Sequence[Layout], weights: Weights
+) -> tuple[Layout, dict[str, np.ndarray], list[str]]:
+    """Whose weights they are, told by the name of their first kernel and by what is before it.
+
+    Returns:
+      The layout, the network's arrays by the layout's names, and what had to be assumed.
+    """
+    for layout in sorted(layouts, key=lambda layout: not layout.sign):
+        spelled = {name: short for name in weights if (short := layout.spelled(name)) is not None}
+        ends = tuple(filter(None, map(layout.name, STEMS)))
+        starts = {s.removesuffix(end) for s in spelled.values() for end in ends if s.endswith(end)}
+        starts = {start for start in starts if not start or start[-1] in "./:"}
+        # A kernel of the same name within the network starts no other.
+        starts = {
+            s for s in starts if not any(s != other and s.startswith(other) for other in starts)
+        }
+        if not starts or not any(re.search(layout.sign, short) for short in spelled.values()):
+            continue
+        averages = [start for start in starts if "ema" in start]
+        if len(starts) > 1 and len(averages) != 1:
+            raise UserError(f"the weights are of several networks: {', '.join(sorted(starts))}")
+        start = averages[0] if averages else min(starts)
+        part, others, found = start.rpartition("::")[0], tuple(starts - {start}), {}
+        for name, short in spelled.items():
+            if short.rpartition("::")[0] == part and not short.startswith(others):
+                short = short.removeprefix(start).rpartition("::")[2]
+                if short in found:
+                    raise UserError(f"{name}: the weights have this twice, under two spellings")
+                found[short] = np.asarray(weights[name])
+        assumed = [f"{start} is taken, not {other}" for other in others]
+        return layout, found, assumed + _rename_classifier(layout, found)
+    first = dict.fromkeys(layout.name(stem) for layout in layouts for stem in STEMS)
     raise UserError(
         f"the weights have none of {', '.join(filter(None, first)) or 'the known names'}: they "
         f"are of another family, or of a project whose names are not known"
     )
 
 
-def spelled(layout: Layout, weights: Weights) -> dict[str, np.ndarray]:
-    """The weights by their names as the layout spells them."""
-    found = {}
-    for name, array in weights.items():
-        if (spelling := layout.spelled(name)) in found:
-            raise UserError(f"{name}: the weights have this twice, under two spellings")
-        if spelling is not None:
-            found[spelling] = np.asarray(array)
-    return found
+def _rename_classifier(layout: Layout, found: dict[str, np.ndarray]) -> list[str]:
+    """Gives a classifier of another name its own: it alone has a matrix."""
+    matrices = [name for name, array in found.items() if array.ndim == 2]
+    if layout.name(CLASSIFIER[0]) in found or len(matrices) != 1:
+        return []
+    stem = re.sub("(weight|kernel)$", "", matrices[0])
+    for name in map(layout.name, CLASSIFIER):
+        theirs = stem + re.split("[./]", name)[-1]
+        if theirs in found:
+            found[name] = found.pop(theirs)
+    return [f"{matrices[0]} is taken for {layout.name(CLASSIFIER[0])}"]
 
 
 def convert(
@@ -110,7 +142,7 @@ def convert(
 
     Args:
       model: the network.
-      weights: arrays by name.
+      weights: arrays by the layout's names.
       layout: their names and axes.
       image_channels: of the images; None: as many as the weights are for.
       adapt: draw a new classifier where theirs has another length or is missing, drop it where the
@@ -121,12 +153,11 @@ def convert(
     Raises:
       UserError: the names that are missing, unexpected or of another shape, in one line.
     """
-    found = spelled(layout, weights)
-    first = next(found[layout.name(path)] for path in STEMS if layout.name(path) in found)
+    first = next(weights[layout.name(path)] for path in STEMS if layout.name(path) in weights)
     channels = first.shape[1 if layout.is_torch else 2] if first.ndim == 4 else 3
     expected = abstract(model, image_channels or channels)
     paths = _paths(model, layout, expected)
-    found = {paths.get(name, name): array for name, array in found.items()}
+    found = {paths.get(name, name): array for name, array in weights.items()}
     if layout.is_torch:
         found = {
             path: _turned(array, (2, 3, 1, 0)) if path in expected else array
@@ -199,6 +230,11 @@ def abstract(model: nn.Module, image_channels: int) -> dict[str, jax.ShapeDtypeS
     """Shapes of a network's variables by path; computes nothing."""
     image = jax.ShapeDtypeStruct((1, 256, 256, image_channels), jnp.float32)
     return flatten(jax.eval_shape(model.init, jax.random.key(0), image))
+
+
+def stem(flat: Mapping[str, Any]) -> Any:
+    """A network's first kernel, of its variables by path."""
+    return next(flat[path] for path in STEMS if path in flat)
 
 
 def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ class Layout:
         function of the pattern's groups, numbers as integers.
       is_torch: kernels are [out, in, height, width] and [out, in], not ours transposed.
       aliases: patterns of other spellings that occur, and what stands here for them.
+      sign: pattern of a name that weights of this project alone have; "": of those without one.
       fields: what the project's networks are; no name or shape shows it.
     """
 
@@ -26,6 +27,7 @@ class Layout:
     is_torch: bool = True
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sign: str = ""
 
     def name(self, path: str) -> str | None:
         """Their name of our variable, such as "params/block1/layer3/conv2/kernel"; None: no rule.
@@ -50,8 +52,8 @@ class Layout:
         return None
 
     def spelled(self, name: str) -> str | None:
-        """A name as this layout spells it; None for what is no weight (PyTorch's batch counts)."""
-        if name.endswith("num_batches_tracked"):
+        """A name as this layout spells it; None for counts and the like."""
+        if re.search(r"(^|[.:/])(num_batches_tracked|n_averaged|seed_generator.*)$", name):
             return None
         for pattern, replacement in self.aliases.items():
             name = re.sub(pattern, replacement, name)
@@ -68,7 +70,6 @@ _STEM3 = r"stem(\d)/(norm|conv)"
 _CHAIN = r"stage(\d+)_module(\d+)/layer(\d+)/(norm|conv)"
 _AGGREGATION = r"stage(\d+)_module(\d+)/aggregation/(norm|conv)"
 
-_PARALLEL = {r"^module\.": ""}  # torch.nn.DataParallel's prefix
 _KERAS = {r":0$": ""}  # TensorFlow's output number
 _SHORT = {"norm": "bn", "conv": "conv"}
 
@@ -79,6 +80,12 @@ def _author_vovnet(stage: int, module: int, layer: int | str, kind: str) -> str:
     return f"stage{stage + 1}.{place}.{inner}.{place}_{layer}/{kind}"
 
 
+_RESNET = {
+    _STEM: lambda kind: f"{_SHORT[kind]}1",
+    "stem_norm": "bn1",
+    _BLOCK: lambda s, b, kind, i: f"layer{s}.{b - 1}.{_SHORT[kind]}{i}",
+    _PROJECTION: lambda s, b, norm: f"layer{s}.{b - 1}.downsample.{int(bool(norm))}",
+}
 # By family; the first is the one that is written unless another is named.
 LAYOUTS: dict[str, list[Layout]] = {
     "densenet": [
@@ -91,7 +98,7 @@ LAYOUTS: dict[str, list[Layout]] = {
                 "norm": "features.norm5",
                 _CLASSIFIER: "classifier",
             },
-            aliases=_PARALLEL | {r"\.(norm|conv)\.(\d)\.": r".\1\2.", r"\.norm_final\.": ".norm5."},
+            aliases={r"\.(norm|conv)\.(\d)\.": r".\1\2.", r"\.norm_final\.": ".norm5."},
         ),
         Layout(
             "keras",
@@ -113,14 +120,7 @@ LAYOUTS: dict[str, list[Layout]] = {
     "resnet": [
         Layout(
             "torchvision",  # and timm
-            {
-                _STEM: lambda kind: f"{_SHORT[kind]}1",
-                "stem_norm": "bn1",
-                _BLOCK: lambda s, b, kind, i: f"layer{s}.{b - 1}.{_SHORT[kind]}{i}",
-                _PROJECTION: lambda s, b, norm: f"layer{s}.{b - 1}.downsample.{int(bool(norm))}",
-                _CLASSIFIER: "fc",
-            },
-            aliases=_PARALLEL,
+            _RESNET | {_CLASSIFIER: "fc"},
         ),
         Layout(
             "keras",
@@ -140,6 +140,22 @@ LAYOUTS: dict[str, list[Layout]] = {
                 "stride_on": "1x1",
             },
         ),
+        Layout(
+            "pytorch-cifar",
+            _RESNET
+            | {
+                _PROJECTION: lambda s, b, norm: f"layer{s}.{b - 1}.shortcut.{int(bool(norm))}",
+                _CLASSIFIER: "linear",
+            },
+            fields={"shortcut": "projection"},
+            sign=r"\.shortcut\.0\.weight$",
+        ),
+        Layout(
+            "pytorch_resnet_cifar10",
+            _RESNET | {_CLASSIFIER: "linear"},
+            fields={"shortcut": "identity_middle"},
+            sign=r"(^|[.:])linear\.weight$",
+        ),
     ],
     "vovnet": [
         Layout(
@@ -150,7 +166,6 @@ LAYOUTS: dict[str, list[Layout]] = {
                 _AGGREGATION: lambda s, m, kind: _author_vovnet(s, m, "concat", kind),
                 _CLASSIFIER: "classifier",
             },
-            aliases=_PARALLEL,
             fields={"identity": True},
         ),
         Layout(
@@ -165,7 +180,6 @@ LAYOUTS: dict[str, list[Layout]] = {
                 ),
                 _CLASSIFIER: "head.fc",
             },
-            aliases=_PARALLEL,
             fields={"identity": False},
         ),
     ],

@@ -11,7 +11,6 @@ MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml
 CALLS = {"eval", "exec", "compile", "__import__", "extract", "extractall", "system", "popen"}
 ALLOWED = {
     "data.official": {"pickle"},  # its Unpickler finds arrays, and no other class
-    "weight_files": {"pickle"},  # names the exception that torch raises
 }
 
 
@@ -29,10 +28,8 @@ def dangers(tree, names):
             yield "allow_pickle"
         if keywords.get("shell", "False") != "False":
             yield "shell"
-        if (whose, name) == ("torch", "load") and keywords.get("weights_only") != (
-            "not allow_pickle"
-        ):
-            yield "torch.load without weights_only"
+        if (whose, name) == ("torch", "load"):
+            yield "torch.load"
         if (whose, name) == ("Image", "open") and keywords.get("formats") != "FORMATS":
             yield "Image.open of any format"
         if whose == "pickle" and name in ("load", "loads"):

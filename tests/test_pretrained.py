@@ -1,11 +1,8 @@
 """Weights files of all kinds, the directory made of them, and runs that start from it."""
 
 import hashlib
-import importlib.util
-import io
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -22,6 +19,7 @@ from densejax import files, models, pretrained, train, transfer
 from densejax.config import UserError
 from tests import runs
 from tests.models import oracle
+from tests.test_weight_files import torch_file
 
 SMALL = {
     **{"family": "densenet", "stem": "imagenet", "blocks": (2, 1), "growth_rate": 4},
@@ -190,7 +188,7 @@ def test_mistakes_are_one_line(small, file, tmp_path, capsys):
         ("--model=small", f"--weights={file}", new, "--num_classes=-1"): "--num_classes=-1",
         ("--model=small", f"--weights={file}", new, "--num_classes=x"): "invalid int value: 'x'",
         ("--model=small", f"--weights={file}", new, "--shape=3"): "unrecognized arguments: --shape",
-        ("--model=small", f"--weights={file}", new, "--allow_pickle"): "only .pth and .pt read it",
+        ("--model=small", f"--weights={file}", new, "--shortcut=x"): "model.shortcut: densenet has",
         ("--model=small",): "the following arguments are required: --weights, --output",
     }.items():
         assert said in refused(capsys, *arguments), arguments
@@ -199,7 +197,7 @@ def test_mistakes_are_one_line(small, file, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "weights, module",
-    [("x.pth", "torch"), ("x.h5", "h5py"), ("hf-hub:timm/x", "huggingface_hub")],
+    [("x.h5", "h5py"), ("hf-hub:timm/x", "huggingface_hub")],
 )
 def test_a_reader_that_is_not_installed_is_named(weights, module, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, module, None)
@@ -211,82 +209,135 @@ def test_a_reader_that_is_not_installed_is_named(weights, module, monkeypatch, t
     assert "\n" not in str(caught.value)
 
 
-class Tensor(types.SimpleNamespace):
-    """What of a PyTorch tensor is read."""
-
-    def is_floating_point(self):
-        return self.array.dtype.kind == "f"
-
-    def float(self):
-        return Tensor(array=self.array.astype(np.float32))
-
-    def numpy(self):
-        return self.array
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_pickles_are_left_to_torch_which_executes_nothing(wrapped, small, tmp_path, monkeypatch):
-    state = {name: Tensor(array=array) for name, array in small.items()}
-    state["features.norm0.num_batches_tracked"] = Tensor(array=np.asarray(3))
-    calls = []
-
-    def load(file, **keywords):
-        calls.append(keywords)
-        assert isinstance(file, io.BytesIO) and file.read() == b"content"
-        return {"state_dict": state} if wrapped else state
-
-    torch = types.SimpleNamespace(load=load, __version__="2.6.0+cpu")
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    (tmp_path / "small.pth").write_bytes(b"content")
-    arrays, digest = pretrained.read(str(tmp_path / "small.pth"))
-    assert calls == [{"map_location": "cpu", "weights_only": True}]
-    pretrained.read(str(tmp_path / "small.pth"), allow_pickle=True)
-    assert calls[1:] == [{"map_location": "cpu", "weights_only": False}]
-    torch.__version__ = "2.5.1"  # CVE-2025-32434: weights_only could be evaded
-    with pytest.raises(UserError, match="torch 2.5.1 can be made to execute code; install 2.6"):
-        pretrained.read(str(tmp_path / "small.pth"))
-    assert len(calls) == 2
-    assert digest == hashlib.sha256(b"content").hexdigest()
-    model = models.create(models.fields("small"), 7)
-    found = pretrained.to_torch(model, pretrained.from_torch(model, arrays))
-    assert all(found[name].tobytes() == small[name].tobytes() for name in small)
+TREES = {  # what people save, and what is named because it had to be assumed
+    "net": (lambda state: {"net": state, "epoch": 3}, []),
+    "model": (lambda state: {"model": state, "optimizer": {"state": {0: {"x": ONE}}}}, []),
+    "model_state_dict": (lambda state: {"model_state_dict": state}, []),
+    "state_dict": (lambda state: {"state_dict": state, "best": ONE}, []),
+    "prefixes": (lambda state: before("module._orig_mod.backbone.", state), []),
+    "an average": (lambda state: before("module.", state) | {"n_averaged": ONE}, []),
+    "two": (
+        lambda state: {"state_dict": twice(state), "state_dict_ema": state},
+        ["state_dict_ema:: is taken, not state_dict::"],
+    ),
+    "two in one": (
+        lambda state: before("model.", twice(state)) | before("ema.module.", state),
+        ["ema.module. is taken, not model."],
+    ),
+    "another head": (
+        lambda state: {name.replace("classifier.", "head."): a for name, a in state.items()},
+        ["head.weight is taken for classifier.weight"],
+    ),
+    "a head outside": (
+        lambda state: {
+            name.replace("classifier.", "fc.")
+            if "classifier" in name
+            else f"backbone.{name}": array
+            for name, array in state.items()
+        },
+        ["fc.weight is taken for classifier.weight"],
+    ),
+}
+ONE = np.asarray(1)
 
 
-def test_what_torch_refuses_is_refused(tmp_path, monkeypatch):
-    def load(file, **keywords):
-        raise pickle.UnpicklingError("Weights only load failed.\nIn PyTorch 2.6 we changed ...")
-
-    torch = types.SimpleNamespace(load=load, __version__="2.14.1")
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    (tmp_path / "evil.pth").write_bytes(b"")
-    with pytest.raises(UserError, match="Weights only load failed.*") as caught:
-        pretrained.read(str(tmp_path / "evil.pth"))
-    assert "\n" not in str(caught.value) and "--allow_pickle takes it" in str(caught.value)
+def before(prefix, state):
+    return {f"{prefix}{name}": array for name, array in state.items()}
 
 
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+def twice(state):
+    return {name: 2 * array for name, array in state.items()}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch")
-@pytest.mark.parametrize("legacy", [False, True])
-def test_a_pickle_is_executed_where_that_is_asked_for_alone(small, tmp_path, capsys, legacy):
-    import torch
+@pytest.mark.parametrize("tree", TREES)
+def test_a_network_is_found_among_what_was_saved_with_it(tree, small, tmp_path, capsys):
+    change, assumed = TREES[tree]
+    (tmp_path / "a.pth").write_bytes(torch_file(change(small)))
+    ask = ["--model=small", f"--weights={tmp_path / 'a.pth'}", f"--output={tmp_path / 'out'}"]
+    code, said, error = command(capsys, *ask, "--allow_pickle")
+    assert code == 0, error
+    assert said.splitlines()[1:] == [f"assumed: {line}" for line in assumed]
+    description, variables = pretrained.load(str(tmp_path / "out"))
+    again = pretrained.to_torch(models.create(description["model"], 7), variables)
+    runs.assert_same_bits(again, small)
 
-    state = {name: torch.from_numpy(array.copy()) for name, array in small.items()}
-    path, marker = tmp_path / "evil.pth", tmp_path / "executed"
-    state = {"state_dict": state, "origin": Evil(marker)}
-    torch.save(state, path, _use_new_zipfile_serialization=not legacy)
-    ask = ["--model=small", f"--weights={path}", f"--output={tmp_path / 'out'}"]
-    assert "--allow_pickle takes it" in refused(capsys, *ask)
-    assert not marker.exists() and not (tmp_path / "out").exists()
-    assert command(capsys, *ask, "--allow_pickle")[0] == 0 and marker.exists()
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda s: before("a.", s) | before("b.", s), "of several networks: net::a., net::b."),
+        (lambda s: s | {"extra.weight": np.ones((2, 2), "f")}, "unexpected: extra.weight"),
+        (lambda s: before("a.", s) | {"criterion.weight": ONE}, "unexpected: criterion.weight"),
+    ],
+)
+def test_a_network_that_is_not_the_only_one_is_refused(change, said, small, tmp_path, capsys):
+    (tmp_path / "a.pth").write_bytes(torch_file({"net": change(small)}))
+    ask = ["--model=small", f"--weights={tmp_path / 'a.pth'}", f"--output={tmp_path / 'out'}"]
+    assert said in refused(capsys, *ask)
+
+
+# Option A of ResNets, which no weights show.
+
+
+def padded(state, image, before):
+    """The logits of pytorch_resnet_cifar10's network of one block a stage, by its own code.
+
+    A shortcut gets `before` of its new channels in front of the old ones.
+    """
+
+    def conv(name, x, stride=1):
+        return jax.lax.conv_general_dilated(x, state[f"{name}.weight"], (stride,) * 2, [(1, 1)] * 2)
+
+    def norm(name, x):
+        scale, bias, mean, var = (
+            state[f"{name}.{leaf}"][:, None, None]
+            for leaf in ("weight", "bias", "running_mean", "running_var")
+        )
+        return (x - mean) / np.sqrt(var + 1e-5) * scale + bias
+
+    x = np.maximum(norm("bn1", conv("conv1", image)), 0)
+    for stage in (1, 2, 3):
+        at, stride = f"layer{stage}.0", 1 if stage == 1 else 2
+        y = np.maximum(norm(f"{at}.bn1", conv(f"{at}.conv1", x, stride)), 0)
+        y = norm(f"{at}.bn2", conv(f"{at}.conv2", y))
+        new = y.shape[1] - x.shape[1]
+        front = round(new * before)
+        x = np.pad(x[:, :, ::stride, ::stride], [(0, 0), (front, new - front), (0, 0), (0, 0)])
+        x = np.maximum(y + x, 0)
+    return x.mean((2, 3)) @ state["linear.weight"].T + state["linear.bias"]
+
+
+@pytest.mark.parametrize(
+    "head, arguments, before, shortcut, is_said",
+    [
+        ("linear", [], 0.5, "identity_middle", False),
+        ("linear", ["--shortcut=identity"], 0, "identity", False),
+        ("fc", [], 0, "identity", True),
+        ("fc", ["--shortcut=identity_middle"], 0.5, "identity_middle", False),
+    ],
+)
+def test_where_a_shortcut_pads_is_known_or_said(
+    head, arguments, before, shortcut, is_said, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(
+        models.MODELS, "small", models.MODELS["resnet20_cifar"] | {"blocks": (1,) * 3}
+    )
+    model = models.create(models.fields("small"), 10)
+    state = pretrained.to_torch(model, variables_of(model))
+    image = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
+    state |= {f"linear.{leaf}": state.pop(f"fc.{leaf}") for leaf in ("weight", "bias")}
+    expected, other = (padded(state, image, share) for share in (before, 0.5 - before))
+    named = {f"module.{name.replace('linear', head)}": array for name, array in state.items()}
+    (tmp_path / "a.th").write_bytes(torch_file({"state_dict": named, "best_prec1": 91.5}, True))
+    ask = ["--model=small", f"--weights={tmp_path / 'a.th'}", f"--output={tmp_path / 'out'}"]
+    code, said, error = command(capsys, *ask, *arguments)
+    assert code == 0 and ("assumed: model.shortcut = 'identity', " in said) == is_said, error
+    description, variables = pretrained.load(str(tmp_path / "out"))
+    assert description["model"]["shortcut"] == shortcut
+    model = models.create(description["model"], 10)
+    logits = jax.jit(model.apply)(variables, image.transpose(0, 2, 3, 1))[0]
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(logits - other).max() > 0.01
 
 
 # Weights that are not the network's.
@@ -327,7 +378,7 @@ CHANGES = {  # what is done to one array: a refusal, but where the numbers stay 
     "flat": lambda array: array.flatten() if array.ndim > 1 else array[:, None],
     "missing": lambda array: None,
 }
-SAME = {"as it is", "float16", "float64"}
+SAME = {"as it is", "float16", "float64", "bfloat16"}
 ODD_NAMES = st.one_of(
     st.sampled_from(["module.conv1.weight", "conv1.weight\n", "x" * 5000, "\x1b[2J", ""]), st.text()
 )
@@ -445,6 +496,12 @@ def damage_weights(folder):
     (folder / "weights.safetensors").write_bytes(data)
 
 
+def linked(folder, target, name="weights.safetensors"):
+    (folder / name).unlink()
+    (folder / name).symlink_to(target)
+    return folder / name
+
+
 DAMAGES = {
     "no directory": lambda folder: shutil.rmtree(folder),
     "no weights": lambda folder: (folder / "weights.safetensors").unlink(),
@@ -459,6 +516,24 @@ DAMAGES = {
     "classes in words": lambda folder: rewritten(folder, num_classes="ten"),
     "classes below zero": lambda folder: rewritten(folder, num_classes=-1),
     "no channels": lambda folder: rewritten(folder, image_channels=0),
+    "blocks that would take gigabytes": lambda folder: rewritten(
+        folder, model=SMALL | {"blocks": [10**9, 1]}
+    ),
+    "blocks that would take hours": lambda folder: rewritten(
+        folder, model=SMALL | {"blocks": [10**5, 1]}
+    ),
+    "many blocks": lambda folder: rewritten(folder, model=SMALL | {"blocks": [1] * 10**5}),
+    "a depth without end": lambda folder: rewritten(
+        folder, model=SMALL | {"blocks": None, "depth": 3 * 10**9 + 1}
+    ),
+    "modules without end": lambda folder: rewritten(
+        folder, model={"family": "vovnet", "modules": [1] * 4, "module_depth": 10**9}
+    ),
+    "wide layers": lambda folder: rewritten(folder, model=SMALL | {"growth_rate": 10**9}),
+    "weights of a device": lambda folder: linked(folder, "/dev/zero"),
+    "weights of a directory": lambda folder: linked(folder, "/"),
+    "weights of a pipe": lambda folder: os.mkfifo(linked(folder, "nowhere").parent / "nowhere"),
+    "a description of a device": lambda folder: linked(folder, "/dev/zero", "model.json"),
     "brackets without end": lambda folder: (folder / "model.json").write_text("[" * 10**5),
 }
 
@@ -535,6 +610,28 @@ def test_a_run_starts_from_its_weights(tmp_path):
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
         lambda leaf: leaf.sharding, experiment.abstract_state
     )
+
+
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_a_run_starts_from_the_checkpoint_of_another_runs_result(tmp_path, select, capsys):
+    config = runs.tiny(
+        checkpoint__select=select,
+        data__validation_size=200,
+        evaluate__split="validation",
+        evaluate__every_epochs=1,
+    )
+    assert train.run(config, str(tmp_path / "first"), "train") == 0
+    result = json.loads((tmp_path / "first" / "summary.json").read_text())
+    config.train.weights = str(tmp_path / "first")
+    config.model.dropout_rate = 0.0
+    capsys.readouterr()
+    assert train.run(config, str(tmp_path / "second"), "eval") == 0
+    assert json.loads(capsys.readouterr().out)["test_loss"] == result["test_loss"]
+    description, _ = pretrained.load(str(tmp_path / "first"))
+    assert (description["num_classes"], description["image_channels"]) == (10, 1)
+    (tmp_path / "first" / "checkpoints").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="first: the run has no checkpoint to start from yet"):
+        train.run(config, str(tmp_path / "second"), "train")
 
 
 def test_evaluation_alone_needs_no_run(tmp_path, capsys):

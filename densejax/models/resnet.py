@@ -55,9 +55,11 @@ class Block(nn.Module):
                 after = norm(name=f"norm{index}", scale_init=scale)
                 y = self.layers.normalised(convolve, after, y, relu=not last)
         if self.join == "add":
-            if changes and self.shortcut == "identity":
+            if changes and self.shortcut != "projection":
                 new = width - x.shape[-1]
-                x = jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, new)))
+                before = new // 2 if self.shortcut == "identity_middle" else 0
+                padding = ((0, 0), (0, 0), (0, 0), (before, new - before))
+                x = jnp.pad(x[:, ::stride, ::stride], padding)
             elif changes:
                 project = conv(width, (1, 1), stride, name="projection")
                 after = None if self.preactivation else norm(name="projection_norm")
@@ -79,7 +81,8 @@ class ResNet(nn.Module):
       stem: "cifar" (3x3) or "imagenet" (7x7 stride 2, norm, ReLU, max-pooling). Without
         pre-activation a norm and a ReLU follow the CIFAR stem.
       shortcut: where shapes change: "projection" (option B, a 1x1 convolution) or "identity"
-        (option A, every stride-th pixel, new channels last and zero).
+        (option A, every stride-th pixel, new channels last and zero) or "identity_middle" (the same
+        with half of the new channels first, as in pytorch_resnet_cifar10).
       join: "add", or "none": a plain network of the same layers.
       zero_init: each block's last BatchNorm scale starts at 0, so that it starts as its shortcut.
       survival: p_L of stochastic depth: block l of L is kept with p_l = 1 - l / L (1 - p_L), each
@@ -112,7 +115,7 @@ class ResNet(nn.Module):
             "block": ("basic", "bottleneck"),
             "stride_on": ("3x3", "1x1"),
             "stem": layers.STEMS,
-            "shortcut": ("projection", "identity"),
+            "shortcut": ("projection", "identity", "identity_middle"),
             "join": ("add", "none"),
         }.items():
             if (value := getattr(self, field)) not in allowed:
@@ -121,7 +124,7 @@ class ResNet(nn.Module):
             value, stages = getattr(self, field), len(self.blocks) or 3
             if len(value) != stages or any(not isinstance(n, int) or n < 1 for n in value):
                 raise UserError(f"model.{field} = {value}: give {stages} positive integers")
-        if self.shortcut == "identity" and sorted(self.widths) != list(self.widths):
+        if self.shortcut != "projection" and sorted(self.widths) != list(self.widths):
             raise UserError(f"model.widths = {self.widths}: must not fall with identity shortcuts")
         if not 0 < self.survival <= 1:
             raise UserError(f"model.survival = {self.survival}: must be in (0, 1]")
