@@ -56,7 +56,7 @@ def default() -> config_dict.ConfigDict:
     train.accumulate_steps = 1  # parts of each device's share that are computed one after another
     train.max_skipped_steps = 10  # in a row, skipped as they were not finite, that end the run
     train.label_smoothing = 0.0  # probability mass spread evenly over all classes
-    train.weights = ""  # a directory of densejax.pretrained to start from; "" draws from the seed
+    train.weights = ""  # a directory of densejax.pretrained or of a run to start from; "": drawn
     train.dtype = "float32"  # of the computation; parameters and statistics stay float32
 
     config.optimizer = optimizer = config_dict.ConfigDict()  # SGD, decay coupled into the gradient

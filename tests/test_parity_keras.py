@@ -150,6 +150,31 @@ def test_a_file_of_the_form_that_keras_publishes(keras, tmp_path, monkeypatch):
         assert_close(compiled(model.apply)(variables, images(32))[0], expected, 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+@pytest.mark.parametrize("form", ["weights.h5", "h5", "keras"])
+def test_a_model_within_a_model_and_a_renamed_classifier(keras, tmp_path, monkeypatch, form):
+    pytest.importorskip("h5py")
+    inner = importlib.import_module("keras.src.applications.densenet").DenseNet(
+        blocks=[2, 1, 1, 1],
+        weights=None,
+        input_shape=(32, 32, 3),
+        include_top=False,
+        pooling="avg",
+    )
+    head = [keras.layers.Dropout(0.5), keras.layers.Dense(5, name="head")]
+    network = randomise(keras.Sequential([keras.Input((32, 32, 3)), inner, *head]))
+    path, output = str(tmp_path / f"network.{form}"), str(tmp_path / "out")
+    network.save_weights(path) if form == "weights.h5" else network.save(path)
+    small = models.MODELS["densenet121"] | {"blocks": (2, 1, 1, 1)}
+    monkeypatch.setitem(models.MODELS, "small", small)
+    made = pretrained.convert_file("small", path, output)
+    assert len(made["assumed"]) == 1 and "head/kernel is taken for" in made["assumed"][0]
+    description, variables = pretrained.load(output)
+    model = models.create(description["model"], 5)
+    expected = np.asarray(logits_of(network, images(32)))
+    assert_close(compiled(model.apply)(variables, images(32))[0], expected, 1e-5)
+
+
 def test_the_numbers_of_keras_are_known():
     """ResNet50's and DenseNet121's trainable parameters, as Keras prints them."""
     image = (64, 64, 3)
