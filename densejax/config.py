@@ -76,7 +76,8 @@ def default() -> config_dict.ConfigDict:
     evaluate.split = "test"  # read during training; "validation" where images are held out
     evaluate.final_split = "test"  # what the run's result is measured on; "validation" to tune
     evaluate.train_images = 0  # training images, not augmented, that are measured at the end too
-    evaluate.resize_size = 256  # "stream": pixels, the shorter side before the middle is taken
+    evaluate.resize_size = 0  # "stream": pixels, the shorter side before the middle is taken; 0:
+    # 256/224 of data.image_size, as is usual
     evaluate.crop_size = 0  # pixels; above 0: the logits' mean over ten crops of this size
     evaluate.batch_size = 512  # images per step over all devices; a multiple of their number
 
@@ -151,7 +152,7 @@ _CHECKS = {
     "evaluate.split": _one_of("test", "validation"),
     "evaluate.final_split": _one_of("test", "validation"),
     "evaluate.train_images": _NOT_NEGATIVE,
-    "evaluate.resize_size": _POSITIVE,
+    "evaluate.resize_size": _NOT_NEGATIVE,
     "evaluate.crop_size": _NOT_NEGATIVE,
     "evaluate.batch_size": _POSITIVE,
     "checkpoint.every_epochs": _POSITIVE,
@@ -184,7 +185,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def check(config: config_dict.ConfigDict) -> None:
     """Raises UserError for the first key that is unknown, missing, mistyped or out of range.
 
-    Keys of `config.model` are checked by `densejax.models.create`, which knows the families.
+    `evaluate.resize_size` of 0 is set to the pixels that it stands for. Keys of `config.model` are
+    checked by `densejax.models.create`, which knows the families.
     """
     schema, values = flatten(default()), flatten(config)
     values = {key: value for key, value in values.items() if not key.startswith("model.")}
@@ -199,6 +201,11 @@ def check(config: config_dict.ConfigDict) -> None:
         test, allowed = _CHECKS.get(key, (None, None))
         if test and not test(value):
             raise UserError(f"{key} = {value!r}: allowed is {allowed}")
+    # Where nothing reads it, it is 256, which runs have always stored.
+    size = config.data.image_size if config.data.storage == "stream" else 224
+    schema["evaluate.resize_size"] = round(size * 256 / 224)
+    config.evaluate.resize_size = config.evaluate.resize_size or schema["evaluate.resize_size"]
+    values["evaluate.resize_size"] = config.evaluate.resize_size
     for key, conflicts, remedy in _conflicts(config, {k for k in values if values[k] != schema[k]}):
         if conflicts:
             raise UserError(f"{key} = {values[key]!r}: {remedy}")

@@ -53,7 +53,7 @@ OUT_OF_RANGE = {
     "evaluate.split": ["train"],
     "evaluate.final_split": ["extra"],
     "evaluate.train_images": [-1],
-    "evaluate.resize_size": [0],
+    "evaluate.resize_size": [-1],
     "evaluate.crop_size": [-1],
     "evaluate.batch_size": [0],
     "checkpoint.every_epochs": [0],
@@ -103,6 +103,25 @@ def message(config):
 
 def test_the_defaults_and_the_tiny_configuration_pass():
     schema.check(runs.tiny())
+
+
+@pytest.mark.parametrize(("size", "resize"), [(224, 256), (64, 73), (192, 219), (299, 342)])
+def test_evaluation_resizes_in_the_usual_ratio_to_the_images_size(size, resize):
+    config = runs.tiny(**STREAM | {"data__image_size": size})
+    for _ in range(2):  # a run's configuration is checked again when it is opened
+        schema.check(config)
+        assert config.evaluate.resize_size == resize
+    config.evaluate.resize_size = 400
+    schema.check(config)
+    assert config.evaluate.resize_size == 400
+
+
+def test_runs_that_stored_the_resize_of_before_are_still_of_the_same_configuration():
+    for changes in ({}, {"data__image_size": 14}, STREAM | {"data__image_size": 224}):
+        stored, config = runs.tiny(evaluate__resize_size=256, **changes), runs.tiny(**changes)
+        for found in (stored, config):
+            schema.check(found)
+        assert stored == config
 
 
 def test_every_key_has_a_range_or_is_checked_elsewhere():
@@ -210,7 +229,7 @@ CONFLICTS = [  # changes, the line, and a further change that settles it
         {"data__image_size": 256},
     ),
     (
-        STREAM | {"data__image_size": 257},
+        STREAM | {"data__image_size": 257, "evaluate__resize_size": 256},
         "data.image_size = 257: must be at most evaluate.resize_size = 256",
         {"evaluate__resize_size": 257},
     ),
@@ -295,7 +314,8 @@ def test_one_conflict_does_not_hide_another():
 
 def test_every_conflict_has_its_example():
     lines = [line for _, line, _ in CONFLICTS]
-    for key, _, remedy in schema._conflicts(runs.tiny(), set()):
+    schema.check(config := runs.tiny())
+    for key, _, remedy in schema._conflicts(config, set()):
         assert any(line.startswith(f"{key} = ") and line.endswith(remedy) for line in lines), key
 
 

@@ -140,7 +140,7 @@ IMAGENET_RECIPE = {
     "augmentation.crop_area": 0.08,
     "augmentation.jitter": 0.4,
     "augmentation.lighting": 0.1,
-    "evaluate.resize_size": 256,
+    "evaluate.resize_size": 0,  # 256 for these images
     "train.epochs": 90,
     "train.batch_size": 256,
     "train.dtype": "float32",
