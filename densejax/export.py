@@ -45,7 +45,7 @@ def main() -> int:
     for flag in (WORKDIR, OUTPUT):
         if not flag.value:
             raise UserError(f"--{flag.name}: give a value; --help explains it")
-    if not set(PLATFORMS.value) or set(PLATFORMS.value) - set(ALLOWED):
+    if set(PLATFORMS.value) - set(ALLOWED):
         given = ",".join(PLATFORMS.value)
         raise UserError(f"--platforms={given}: allowed are {', '.join(ALLOWED)}")
     parallel.start()

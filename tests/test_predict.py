@@ -296,7 +296,7 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
         (["{digit}", "--top=0"], "flag --top=0: "),
         (["{digit}", "--format=xml"], "flag --format=xml: "),
         (["{digit}", "--config=configs/digits.py"], "--config: nothing here reads it"),
-        (["{digit}", "--workdir="], "--workdir: name a run's directory, or one of weights"),
+        (["{digit}", "--workdir="], "--workdir=: give a value"),
         (["{digit}", "--workdir=configs"], "--workdir=configs: neither a run's directory nor"),
     ],
 )
