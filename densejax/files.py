@@ -99,7 +99,8 @@ def remove_leftovers(directory: epath.Path) -> None:
     """Removes what a kill within `write` has left; for whoever alone writes in the directory."""
     for path in directory.iterdir() if directory.is_dir() else ():
         if re.search(r"\.[0-9a-f]+\.tmp$", path.name):
-            path.unlink()
+            with contextlib.suppress(OSError):  # it may be anything, of anybody
+                path.unlink()
 
 
 class Growing:

@@ -47,19 +47,10 @@ class MetricLog:
     ):
         """Cuts off what lies behind `start_step`.
 
-        Args:
-          workdir: an existing `epath.Path`.
-          total_steps: of the run.
-          start_step: that it goes on from.
-          batch_size: images in a step.
-          epoch_steps: steps in an epoch.
-          seconds: between writes, and plain lines.
-          evaluates_first: the evaluation of `start_step` comes (again).
-          saved: `digest` when the checkpoint of `start_step` was saved, if that is known.
-          guard: called before every write; what it raises but OSError ends the run.
-
-        Raises:
-          UserError: a log that is damaged, or cannot be read or written.
+        `workdir`: an existing `epath.Path`; `seconds`: between writes, and plain lines;
+        `evaluates_first`: the evaluation of `start_step` comes (again); `saved`: the `digest` that
+        the checkpoint of `start_step` has, if any; `guard`: called before every write, what it
+        raises but OSError ends the run. UserError: a log that is damaged, or no file.
         """
         self.workdir, self.total_steps, self.start_step = workdir, total_steps, start_step
         self.batch_size, self.epoch_steps, self.seconds = batch_size, epoch_steps, seconds
@@ -96,8 +87,7 @@ class MetricLog:
     @property
     def digest(self):
         """Length and SHA-256 of what metrics.jsonl holds once `write` has succeeded."""
-        content = self.metrics.content
-        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        return _digest(self.metrics.content)
 
     @property
     def images_per_second(self):
@@ -174,8 +164,7 @@ class MetricLog:
         path = self.workdir / name
         if not self.is_writer or (text := files.read_text(path)) is None:
             return []
-        begin = text.encode()[: saved["bytes"]] if saved else b""
-        if saved and hashlib.sha256(begin).hexdigest() != saved["sha256"]:
+        if saved and _digest(text.encode()[: saved["bytes"]]) != saved:
             raise UserError(
                 f"{path} is damaged: its first {saved['bytes']:,} bytes are not those that the "
                 f"checkpoint of step {self.start_step} was saved with; put a copy back, or delete "
@@ -231,6 +220,10 @@ def trace(directory):
             target = directory / file.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             epath.Path(file).copy(target, overwrite=True)
+
+
+def _digest(content):
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _line(step, values):

@@ -80,10 +80,7 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
 
 
 def train(
-    experiment: Experiment,
-    path: epath.Path,
-    versions: dict[str, str],
-    guard: Callable[[], None],
+    experiment: Experiment, path: epath.Path, versions: dict[str, str], guard: Callable[[], None]
 ) -> int:
     """Trains from where the run directory stands; returns the process's exit code.
 
@@ -101,13 +98,8 @@ def train(
         state = checkpoints.restore_latest(experiment.abstract_state)
         start = 0 if state is None else int(state.step)
         clock = goodput.Goodput(
-            path / "goodput.json",
-            start,
-            densejax.STARTED,
-            config.log.seconds,
-            len(workdir.history(path)),
-            guard,
-        )
+            path / "goodput.json", start, densejax.STARTED, config.log.seconds,
+            len(workdir.history(path)), guard)  # fmt: skip
         clock.write()
         stack.callback(clock.write)
         described = result.summarise(experiment, path, start)
