@@ -41,7 +41,7 @@ def assert_same_run(path, other):
     runs.assert_same_bits(runs.restored(path), runs.restored(other))
     assert (path / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
     names = [name for name in summary(path) if name.startswith("test_") or name == "steps"]
-    assert len(names) == 6
+    assert len(names) == 7
     assert {n: summary(path)[n] for n in names} == {n: summary(other)[n] for n in names}
 
 
