@@ -6,7 +6,6 @@ Nor is it allocated: arrays are views of the file's own bytes, which they must l
 import hashlib
 import importlib
 import io
-import math
 import pickletools
 import re
 import zipfile
@@ -98,7 +97,7 @@ def _from_torch(data: bytes) -> dict[str, np.ndarray]:
     _collect(tree, "", tensors, set())
     return {
         MODULE.sub(lambda match: f"{match[1]}." if match[1] else "", name): _array(
-            tensor, np.frombuffer(storages[tensor.storage[2]], kinds[tensor.storage[2]])
+            tensor, storages[tensor.storage[2]], kinds[tensor.storage[2]]
         )
         for name, tensor in tensors.items()
     }
@@ -191,13 +190,12 @@ def _collect(tree: Any, prefix: str, found: dict[str, _Tensor], seen: set[int]) 
             _collect(value, f"{prefix}{key}{INSIDE}", found, seen)
 
 
-def _array(tensor: _Tensor, storage: np.ndarray) -> np.ndarray:
+def _array(tensor: _Tensor, storage: bytes, dtype: np.dtype) -> np.ndarray:
     _, offset, shape, strides = tensor
-    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    if min((offset, *shape, *strides)) < 0 or max(last, math.prod(shape) - 1) >= storage.size:
-        raise ValueError(f"a tensor of {shape} is not within its {storage.size} numbers")
-    strides = [step * storage.itemsize for step in strides]
-    return np.lib.stride_tricks.as_strided(storage[offset:], shape, strides, writeable=False)
+    size = dtype.itemsize
+    array = np.ndarray(shape, dtype, storage, offset * size, [step * size for step in strides])
+    _require_within(array.nbytes, storage)
+    return array
 
 
 def _from_keras(data: bytes) -> dict[str, np.ndarray]:
