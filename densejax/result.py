@@ -142,5 +142,8 @@ def line(summary: dict[str, Any], path: epath.Path) -> str:
     accuracy = formats.percent(summary[f"{split}_accuracy"])
     examples = formats.count(summary[f"{split}_examples"])
     stored = summary.get("test_split", "test") if split == "test" else split
-    of = f" of the split {stored!r}" if stored != split else ""
-    return f"{split} accuracy {accuracy} on {examples} images{of}; {path}/summary.json has the rest"
+    text = f"{split} accuracy {accuracy} on {examples} images"
+    text += f" of the split {stored!r}" if stored != split else ""
+    if damaged := summary.get("damaged_checkpoints"):
+        text += f" at step {summary['steps']}, as the checkpoints of steps {damaged} are damaged"
+    return f"{text}; {path}/summary.json has the rest"

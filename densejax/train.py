@@ -62,6 +62,7 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
     with contextlib.closing(open_checkpoints(config, path)) as checkpoints:
         if mode == "eval":
             outcome = result.measure(experiment, select(experiment, checkpoints))
+            outcome["damaged_checkpoints"] = checkpoints.passed_over
             result.say(json.dumps(outcome | {"versions": versions, "changes": changes}, indent=2))
             return 0
         start = checkpoints.latest_step() or 0
@@ -122,9 +123,10 @@ def train(
         with clock.spend("save"):
             checkpoints.wait()
         if not stop.signal:
-            chosen = (
-                select(experiment, checkpoints) if config.checkpoint.select == "best" else state
-            )
+            chosen, passed_over = state, []
+            if config.checkpoint.select == "best":
+                chosen = select(experiment, checkpoints)
+                passed_over = checkpoints.passed_over
             with log.pause(), clock.spend("evaluation"):
                 known = last_metrics if chosen is state else {}
                 outcome = result.measure(experiment, chosen, known, stop.after_step)
@@ -136,6 +138,7 @@ def train(
             )
             return 128 + signal.SIGINT if stop.signal is signal.SIGINT else 0
     outcome |= described | {
+        "damaged_checkpoints": passed_over,
         "seconds_to_first_step": first_step,
         "images_per_second": log.images_per_second,
         "versions": versions,
@@ -284,7 +287,10 @@ def open_checkpoints(
 
 
 def select(experiment: Experiment, checkpoints: checkpoint.Checkpoints) -> TrainState:
-    """The state that the result is measured on: the newest, or the best on held-out images."""
+    """The state that the result is measured on: the newest, or the best on held-out images.
+
+    The damaged ones that were passed over for it are `checkpoints.passed_over`.
+    """
     checkpoints.wait()  # the last save may still be under way
     if experiment.config.train.weights and checkpoints.latest_step() is None:
         return experiment.start()

@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import os
+import pathlib
 import random
 import re
 import resource
 import shutil
+import tempfile
+import threading
 import time
 from typing import Any
 
@@ -432,6 +436,74 @@ def test_a_directory_that_cannot_be_made_is_one_clear_error(tmp_path):
     checkpoints.save(1, make_state(1), {})
     with pytest.raises(CheckpointError, match="Step 1 could not be saved in .*NotADirectory"):
         checkpoints.close()
+
+
+def test_a_folder_that_cannot_be_made_leaves_no_thread(tmp_path, monkeypatch):
+    """Nothing may wait for it: the process ends at once."""
+    monkeypatch.setattr(Checkpoints, "_make_room", lambda _: None)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").write_text("")
+    before = threading.active_count()
+    checkpoints.save(1, make_state(1), {})
+    with pytest.raises(CheckpointError, match="Step 1 could not be saved in .*Not a directory"):
+        checkpoints.close()
+    assert threading.active_count() == before
+
+
+NAMES = ["lr[0.1]", "a b", "50%41", "a#b", "a?b", "a*b", "ü日", "{a}", "x~"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_folder_may_have_any_name(tmp_path, monkeypatch, name, relative):
+    saved(tmp_path / "aXb", [7])  # not among the steps of "a*b"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    if relative:
+        monkeypatch.chdir(name)
+    directory = "run" if relative else tmp_path / name / "run"
+    saved(directory, [1, 2])
+    checkpoints = Checkpoints(directory)
+    assert checkpoints.steps() == [1, 2]
+    assert_bitwise(checkpoints.restore_latest(abstract(make_state())), make_state(2))
+    checkpoints.close()
+    leftover = tmp_path / name / "run" / "3.orbax-checkpoint-tmp"
+    leftover.mkdir()
+    saved(directory, [3])
+    assert not leftover.exists()
+
+
+def test_what_cannot_be_read_is_refused_at_once_and_kept(two_steps, tmp_path, monkeypatch):
+    (tmp_path / "gone").symlink_to(tmp_path / "unmounted")
+    (tmp_path / "file").write_text("mine")
+    for name in "gone", "file":
+        with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
+            Checkpoints(tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"back.slash.*choose a --workdir without"):
+        Checkpoints(tmp_path / "back\\slash")
+
+
+@pytest.mark.parametrize("part", ["", "20", f"20/{MANIFEST}", "20/_METADATA"])
+def test_the_checkpoints_of_another_user_are_refused_and_kept(two_steps, part):
+    """They are not damaged: passing them over would start from an older step and delete them."""
+    with tempfile.TemporaryDirectory() as folder:
+        pathlib.Path(folder).chmod(0o755)
+        directory = shutil.copytree(two_steps, pathlib.Path(folder) / "checkpoints")
+        (directory / part).chmod(0)
+        checkpoints = None
+        user = os.geteuid()
+        if user == 0:  # who may read all
+            os.seteuid(65534)
+        try:
+            with pytest.raises(
+                CheckpointError, match=r"cannot be read .*Permission denied.*; make"
+            ):
+                checkpoints = Checkpoints(directory)
+                checkpoints.restore_latest(abstract(make_state()))
+        finally:
+            os.seteuid(user)
+            (directory / part).chmod(0o755)
+        assert checkpoints is None or checkpoints.steps() == [10, 20]
 
 
 def test_a_problem_of_the_caller_is_a_failed_save(tmp_path):

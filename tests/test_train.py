@@ -571,6 +571,27 @@ def test_the_best_of_the_held_out_images_is_measured_once(
     assert script[-1] == ("test", 10)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of tensorstore
+@pytest.mark.parametrize("file", ["_METADATA", checkpoint.MANIFEST])
+def test_a_result_says_that_the_best_is_damaged_and_what_was_measured_instead(
+    tmp_path, script, monkeypatch, capsys, file
+):
+    """Without its manifest, nobody knows whether step 10 was the best: it is kept and named."""
+    assert interrupted(monkeypatch, tmp_path, signal.SIGTERM, 12, best())[0] == 0
+    (tmp_path / "checkpoints/10" / file).write_text("")
+    capsys.readouterr()
+    assert train.run(best(), str(tmp_path), "train") == 0
+    told = "at step 20, as the checkpoints of steps [10] are damaged"
+    assert told in capsys.readouterr().out.splitlines()[-1]
+    result = summary(tmp_path)
+    assert (result["steps"], result["damaged_checkpoints"]) == (20, [10])
+    assert script[-1] == ("test", 20)
+    assert train.run(best(), str(tmp_path), "train") == 0  # the result again
+    assert told in capsys.readouterr().out
+    assert train.run(best(), str(tmp_path), "eval") == 0
+    assert json.loads(capsys.readouterr().out)["damaged_checkpoints"] == [10]
+
+
 def test_the_last_model_is_measured_where_that_is_asked_for(tmp_path, script):
     config = best(checkpoint__select="last")
     assert train.run(config, str(tmp_path), "train") == 0
