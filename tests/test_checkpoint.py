@@ -447,7 +447,8 @@ def test_a_folder_that_cannot_be_made_leaves_no_thread(tmp_path, monkeypatch):
     checkpoints.save(1, make_state(1), {})
     with pytest.raises(CheckpointError, match="Step 1 could not be saved in .*Not a directory"):
         checkpoints.close()
-    assert {*threading.enumerate()} <= before
+    left = {thread for thread in threading.enumerate() if not thread.name.startswith("asyncio_")}
+    assert left <= before  # asyncio's idle threads end when they are asked
 
 
 NAMES = ["lr[0.1]", "a b", "50%41", "a#b", "a?b", "a*b", "ü日", "{a}", "x~"]
