@@ -99,7 +99,8 @@ class Pieces:
                 return self._read(int(self.indices[rank]), *bits)
             except ImageError as error:
                 if not self.skip:
-                    raise
+                    hint = "" if self.seed is None else ", or set data.corrupt_images = 'skip'"
+                    raise DataError(f"{error}; replace or remove it{hint}") from error
                 logging.warning("%s; the next one is trained on instead", error)
         raise DataError("data.corrupt_images = 'skip': none of the training images can be read")
 

@@ -282,7 +282,8 @@ def test_an_image_that_cannot_be_read_is_named(damaged, workers):
     problem = "(no image that can be read .*Premature|No such file)"
     with pytest.raises(DataError, match=f"{name}: {problem}") as caught:
         batches(create(root, data__workers=workers), range(4))
-    assert "\n" not in str(caught.value)
+    remedy = "; replace or remove it, or set data.corrupt_images = 'skip'"
+    assert "\n" not in str(caught.value) and remedy in str(caught.value)
 
 
 def test_the_next_image_is_trained_on_instead_where_that_is_asked_for(damaged, reference, caplog):
@@ -312,7 +313,7 @@ def test_an_image_that_is_evaluated_is_never_skipped(root, tmp_path):
     photos.make(tmp_path)
     (tmp_path / "val/n02/03.JPEG").write_bytes(b"")
     streams = create(tmp_path, data__corrupt_images="skip")
-    with pytest.raises(DataError, match="val/n02/03.JPEG: no image"):
+    with pytest.raises(DataError, match="val/n02/03.JPEG: no image .*replace or remove it(?!,)"):
         list(streams.evaluation["test"].evaluation())
 
 
