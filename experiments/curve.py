@@ -1,32 +1,28 @@
 """Draws a run's learning curve: python experiments/curve.py --workdir=DIR --output=FILE.png."""
 
-import argparse
-import json
-import pathlib
-
 import matplotlib
+import script
+from etils import epath
+
+from densejax.config import UserError
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-def draw(workdir: pathlib.Path, output: pathlib.Path) -> None:
+def draw(workdir: epath.Path, output: epath.Path) -> None:
     """Writes a PNG: loss and accuracy over epochs, and the result where the run is finished."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    summary_file = workdir / "summary.json"
-    summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
-    config = json.loads((workdir / "config.json").read_text())
+    records = script.read_json(workdir / "metrics.jsonl", lines=True)
+    config, summary = (script.read_json(workdir / f"{name}.json") for name in ("config", "summary"))
+    if not (records and config):
+        raise UserError(f"--workdir={workdir}: it is no run that has taken steps")
     augmented = config["augmentation"]["shift"] or config["augmentation"]["flip"]
     training = "training" + (", augmented" if augmented else "")
     training += ", smoothed labels" if config["train"]["label_smoothing"] else ""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, quantity in zip(axes, ("loss", "error"), strict=True):
-        for split, color in (
-            ("train", "tab:blue"),
-            ("validation", "tab:orange"),
-            ("test", "tab:red"),
-        ):
+        colors = {"train": "tab:blue", "validation": "tab:orange", "test": "tab:red"}
+        for split, color in colors.items():
             key = f"{split}_loss" if quantity == "loss" else f"{split}_accuracy"
             points = [(record["epoch"], record[key]) for record in records if key in record]
             if not points:
@@ -35,16 +31,13 @@ def draw(workdir: pathlib.Path, output: pathlib.Path) -> None:
             if quantity == "error":
                 values = [100 * (1 - value) for value in values]
             label = training if split == "train" else split
-            axis.plot(
-                epochs, values, color=color, marker="." if len(points) < 50 else "", label=label
-            )
+            marker = "." if len(points) < 50 else ""
+            axis.plot(epochs, values, color=color, marker=marker, label=label)
         for split in ("validation", "test"):
-            if f"{split}_{quantity}" in summary:
-                value = summary[f"{split}_{quantity}"]
-                value, text = (
-                    (100 * value, "{:.2f} %") if quantity == "error" else (value, "{:.3f}")
-                )
-                label = f"{split}, result: {text.format(value)}"
+            if summary and f"{split}_{quantity}" in summary:
+                value = summary[f"{split}_{quantity}"] * (100 if quantity == "error" else 1)
+                shown = f"{value:.2f} %" if quantity == "error" else f"{value:.3f}"
+                label = f"{split}, result: {shown}"
                 axis.plot([summary["config"]["train"]["epochs"]], [value], "rD", label=label)
         axis.set_xlabel("epoch")
         axis.set_ylabel("cross-entropy (nats)" if quantity == "loss" else "error (%)")
@@ -54,12 +47,17 @@ def draw(workdir: pathlib.Path, output: pathlib.Path) -> None:
     if summary:
         config = summary["config"]
         figure.suptitle(f"{config['name']}: {summary['parameters']:,} parameters", fontsize=11)
-    figure.savefig(output, dpi=150)
+    figure.savefig(output, dpi=150, format="png")
+
+
+def main() -> None:
+    """Draws what the flags say."""
+    parser = script.Parser(__doc__)
+    parser.add_argument("--workdir", type=script.path, required=True)
+    parser.add_argument("--output", type=script.path, required=True)
+    options = parser.parse_args()
+    draw(options.workdir, options.output)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workdir", type=pathlib.Path, required=True)
-    parser.add_argument("--output", type=pathlib.Path, required=True)
-    options = parser.parse_args()
-    draw(options.workdir, options.output)
+    script.run(main)

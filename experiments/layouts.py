@@ -10,7 +10,6 @@ by one unit in the last place), and prints them. Runs are kept under --runs: a s
 goes on from what is there.
 """
 
-import argparse
 import csv
 import json
 import os
@@ -20,6 +19,10 @@ import socket
 import subprocess
 import sys
 import time
+
+import script
+
+from densejax.config import UserError
 
 LAYOUTS = ((1, 1), (1, 4), (2, 2), (4, 1))  # processes, devices of each
 FLAGS = (
@@ -58,11 +61,12 @@ def start(
 
 
 def finish(run: pathlib.Path, started: list[subprocess.Popen]) -> None:
-    """Waits for the processes of a run; raises RuntimeError with its output where one fails."""
+    """Waits for the processes of a run; raises UserError with its last line where one fails."""
     for number, process in enumerate(started):
         if process.wait(timeout=600):
-            text = (run / f"output{number}").read_text()
-            raise RuntimeError(f"{run}: process {number} ended with {process.returncode}:\n{text}")
+            output = run / f"output{number}"
+            said = output.read_text().splitlines()[-1:] or ["it said nothing"]
+            raise UserError(f"{output}: the process ended with {process.returncode}: {said[0]}")
 
 
 def losses(run: pathlib.Path) -> list[float]:
@@ -89,13 +93,12 @@ def compare(runs: pathlib.Path) -> list[dict]:
     def trained(name, *layout):
         run = runs / name
         for tries_left in (2, 1, 0):  # a machine that is suspended for seconds ends a job
-            if not (run / "summary.json").exists():
-                try:
-                    finish(run, start(run, *layout))
-                except RuntimeError:
-                    if not tries_left:
-                        raise
-        return run
+            try:
+                finish(run, start(run, *layout))  # a finished one says its result again
+                return run
+            except UserError:
+                if not tries_left:
+                    raise
 
     rows = []
     for processes, devices in LAYOUTS:
@@ -125,12 +128,11 @@ def kill(runs: pathlib.Path, victim: int) -> dict:
     layout = 2, 1, "float32", "shard_map"
     run, whole = runs / f"killed-{victim}-{time.time():.0f}", runs / "2x1-shard_map-float32"
     flags = ("--config.checkpoint.every_epochs=1",)
-    if not (whole / "summary.json").exists():
-        finish(whole, start(whole, *layout, *flags))
+    finish(whole, start(whole, *layout, *flags))
     started = start(run, *layout, *flags)
     while not (run / "checkpoints/22").exists():
         if started[0].poll() is not None:
-            raise RuntimeError(f"{run} ended early")
+            raise UserError(f"{run} ended early; {run}/output0 says why")
         time.sleep(0.01)
     started[victim].send_signal(signal.SIGKILL)
     begin = time.monotonic()
@@ -186,9 +188,9 @@ def rounding(draws: int = 8) -> list[dict]:
 
 def main() -> None:
     """Runs what is not there yet, writes and prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/layouts"))
-    parser.add_argument("--output", type=pathlib.Path, required=True)
+    parser = script.Parser(__doc__)
+    parser.add_argument("--runs", type=script.path, default="runs/layouts")
+    parser.add_argument("--output", type=script.path, required=True)
     options = parser.parse_args()
     rows = compare(options.runs)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -208,4 +210,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -5,7 +5,8 @@ Command: python experiments/pods.py --output=experiments/results/compile
 Needs:   the extras `tpu` and `cuda` in the interpreters that are named; a CPU. A cell of the table
          is one process of `python -m densejax.compile`, minutes long (BC-100 on a TPU the longest).
 
-Each cell is kept in a JSON file of its own and not compiled again; table.md has all that are there.
+Each cell is kept in a JSON file of its own and not compiled again while the package's code for
+models, data and training is the same; table.md has all that are there.
 Efficiency is t / (t + c) at weak scaling: t is the roofline of the program's bytes and FLOPs on one
 device (its main memory alone: a TPU's own counts as free), c what its all-reduces take one after
 another, by `densejax.analysis.roofline.communication` and the bandwidths and latencies in
@@ -13,13 +14,15 @@ densejax/targets; nothing is taken to overlap. Both are the least that it can be
 one that overlaps, scales better.
 """
 
-import argparse
 import json
 import math
 import pathlib
 import subprocess
 import sys
 
+import script
+
+from densejax import workdir
 from densejax.analysis import roofline, targets
 
 IMAGENET = "--config=configs/imagenet.py"
@@ -52,8 +55,8 @@ COLUMNS = {  # title: (key, unit); all but the global batch are of one device
 
 
 def compile_cell(name: str, place: str, python: str, path: pathlib.Path) -> None:
-    """Writes what densejax.compile says of one cell, unless it is there already or fails."""
-    if path.exists():
+    """Writes what densejax.compile says of one cell, unless today's code has or it fails."""
+    if (cell := script.read_json(path)) and cell.get("code") == workdir.code_digest():
         return
     images, flags = NETWORKS[name]
     batch = images * math.prod(map(int, place.partition(":")[2].split("x")))
@@ -65,7 +68,8 @@ def compile_cell(name: str, place: str, python: str, path: pathlib.Path) -> None
     if done.returncode:
         print(f"  failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr, flush=True)
         return
-    path.write_text(json.dumps(json.loads(done.stdout) | {"network": name}, indent=1) + "\n")
+    facts = json.loads(done.stdout) | {"network": name, "code": workdir.code_digest()}
+    path.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def scaling(cell: dict, place: str) -> dict:
@@ -83,8 +87,8 @@ def report(folder: pathlib.Path) -> str:
     """The table of all cells that are there, in markdown."""
     lines = [["network", "topology", *COLUMNS], ["---"] * (2 + len(COLUMNS))]
     for name, place in sorted(CELLS, key=lambda cell: [*NETWORKS].index(cell[0])):
-        if (path := folder / f"{name}-{place.replace(':', '-')}.json").exists():
-            cell = {"collective_bytes": {}} | json.loads(path.read_text())
+        if cell := script.read_json(folder / f"{name}-{place.replace(':', '-')}.json"):
+            cell = {"collective_bytes": {}} | cell
             cell |= scaling(cell, place)
             void = " (FLOPs void)" if cell.get("program_flops_are_void") else ""
             fits = "" if cell["fits"] else " DOES NOT FIT"
@@ -97,8 +101,8 @@ def report(folder: pathlib.Path) -> str:
 
 def main() -> None:
     """Compiles what is missing, writes table.md and prints it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=pathlib.Path, required=True)
+    parser = script.Parser(__doc__)
+    parser.add_argument("--output", type=script.path, required=True)
     parser.add_argument("--tpu_python", default=sys.executable)
     parser.add_argument("--cuda_python", default=sys.executable)
     parser.add_argument("--report", action="store_true", help="compile nothing")
@@ -114,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

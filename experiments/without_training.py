@@ -7,12 +7,9 @@ gradients.png     gradient norm of every layer before the first step (compiles f
 How much memory a compiled training step takes is experiments/benchmarks/memory_by_depth.py's.
 """
 
-import argparse
-import sys
-
 import jax
 import numpy as np
-from etils import epath
+import script
 
 from densejax import formats, models, parallel
 from densejax.analysis import counts, gradients, plots
@@ -121,18 +118,17 @@ def draw_gradients(seeds=3, batch_size=64):
 FIGURES = {"counts": draw_counts, "feature_maps": draw_feature_maps, "gradients": draw_gradients}
 
 
-def main() -> int:
-    """Writes the figures; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=epath.Path, required=True, help="folder")
+def main() -> None:
+    """Writes the figures."""
+    parser = script.Parser(__doc__)
+    parser.add_argument("--output", type=script.path, required=True, help="folder")
     parser.add_argument("--figures", nargs="+", choices=FIGURES, default=list(FIGURES))
     options = parser.parse_args()
     parallel.start()
     options.output.mkdir(parents=True, exist_ok=True)
     for name in options.figures:
         plots.save(FIGURES[name](), options.output / f"{name}.png")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script.run(main)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from turns import Process, Unavailable, alternate
 
 from densejax import formats, models
 from densejax.config import UserError
+from experiments import script
 
 HERE = pathlib.Path(__file__).parent
 LAYOUTS = ("nchw", "channels_last")
@@ -125,21 +127,28 @@ class Different(Exception):
     """Implementations that do not compute the same."""
 
 
-def check(values: Mapping[str, Sequence[float]]) -> None:
-    """Prints each implementation's losses or logits, and how far they are from the first one's.
+def check(values: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """Prints how far each implementation's quantities are from the first one's.
+
+    Args:
+      values: of each implementation its logits, or its first loss and the norms of its gradient.
 
     Raises:
       Different: by more than LIMIT of the largest value.
     """
     (first, expected), *_ = values.items()
-    wrong = []
+    wrong = {}
     for name, found in values.items():
-        error = np.abs(np.subtract(found, expected)).max() / np.abs(expected).max()
-        wrong += [name] if not error < LIMIT else []
-        shown = " ".join(f"{value:.6g}" for value in found[:3])
-        print(f"{name}: {shown} ({error:.1e} from {first})", file=sys.stderr)
+        for quantity, numbers in expected.items():
+            error = np.inf  # of networks that do not have as many arrays
+            if len(found[quantity]) == len(numbers):
+                error = np.abs(np.subtract(found[quantity], numbers)).max() / np.abs(numbers).max()
+            if not error < LIMIT:
+                wrong[name] = quantity
+            print(f"{name}: {quantity} {error:.1e} from {first}'s", file=sys.stderr)
     if wrong:
-        raise Different(f"{', '.join(wrong)}: more than {LIMIT} from {first}; nothing is timed")
+        names = ", ".join(f"{name} ({quantity})" for name, quantity in wrong.items())
+        raise Different(f"{names}: more than {LIMIT} from {first}; nothing is timed")
 
 
 def text(rows: Sequence[Mapping[str, Any]], title: str) -> str:
@@ -211,26 +220,27 @@ def main(mode: str, document: str, implementations: Mapping[bool, str]) -> int:
       implementations: the default list, for DenseNets (True) and for other networks.
 
     Returns:
-      Exit code: 1 where implementations differ in what they compute, 2 for bad input.
+      Exit code: 1 where implementations differ in what they compute.
     """
-    parser = argparse.ArgumentParser(description=document.splitlines()[0])
+    parser = script.Parser(document)
     parser.add_argument("--model", default="densenet_bc_100_12")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=script.positive, default=64)
     parser.add_argument("--image_size", type=int, default=0, help="0: as the network's paper")
     parser.add_argument("--implementations", help=f"default: {implementations[True]}")
     parser.add_argument("--recompute", default="none", help="of the dense blocks")
-    parser.add_argument("--fields", type=json.loads, default={}, help='such as {"depth": 40}')
-    parser.add_argument("--tries", type=int, default=5, help="rounds, in which all take a turn")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a turn")
+    parser.add_argument("--fields", type=script.fields, default={}, help='such as {"depth": 40}')
+    parser.add_argument(
+        "--tries", type=script.positive, default=5, help="rounds, in which all take a turn"
+    )
+    parser.add_argument("--steps", type=script.positive, default=3, help="timed steps of a turn")
     parser.add_argument("--torch_python", default=sys.executable, help="another interpreter")
     parser.add_argument("--format", choices=["text", "json"], default="text")
     parser.set_defaults(defaults=implementations)
     options = parser.parse_args()
+    if not shutil.which(options.torch_python):
+        raise UserError(f"--torch_python={options.torch_python}: there is no such program")
     try:
         rows = measure(options, mode)
-    except UserError as error:
-        print(f"densejax: {error}", file=sys.stderr)
-        return 2
     except (Unavailable, Different) as error:
         print(f"densejax: {error}", file=sys.stderr)
         return 1

@@ -8,13 +8,13 @@ Command: python experiments/benchmarks/inference.py --model=densenet121 --batch_
 image's logits must agree.
 """
 
-import sys
-
 import compare
+
+from experiments import script
 
 if __name__ == "__main__":
     ours = {
         True: "densejax,flax,torchvision,torch_compile,keras",
         False: "densejax,torchvision,torch_compile",
     }
-    sys.exit(compare.main("inference", __doc__, ours))
+    script.run(lambda: compare.main("inference", __doc__, ours))

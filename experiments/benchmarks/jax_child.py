@@ -6,7 +6,7 @@ one reads, `weights.npz` and `batch.npz`, and the weights by PyTorch's names, `t
 
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -76,7 +76,16 @@ def training(work: Work, directory: pathlib.Path, name: str) -> tuple[dict, Call
         held[0], seen = jax.block_until_ready(program(held[0], arrays))
         return float(seen if name == "flax" else seen["loss"] / seen["count"])
 
-    return facts | {"check": [take_step() for _ in range(3)]}, take_step
+    check = {"loss": [take_step()]}
+    # After one step the optimizer's memory is that step's gradient, weight decay added.
+    memory = held[0]["optimizer"] if name == "flax" else held[0].opt_state
+    check["gradient"] = norms([leaf for leaf in jax.tree.leaves(memory) if leaf.ndim])
+    return facts | {"check": check}, take_step
+
+
+def norms(arrays: Sequence[Any]) -> list[float]:
+    """The L2 norm of each array, sorted: what no layout, name or order of arrays changes."""
+    return sorted(float(np.linalg.norm(np.asarray(array, np.float64))) for array in arrays)
 
 
 def ours(work: Work, variables: Mapping[str, Any], name: str) -> Callable:
@@ -105,7 +114,7 @@ def inference(work: Work, directory: pathlib.Path, name: str) -> tuple[dict, Cal
     def take_step():
         return jax.block_until_ready(program(variables, images))
 
-    return facts | {"check": np.asarray(take_step())[0].tolist()}, take_step
+    return facts | {"check": {"logits": np.asarray(take_step())[0].tolist()}}, take_step
 
 
 def keras_network(work: Work, variables: Mapping[str, Any]) -> Any:
@@ -184,10 +193,14 @@ def with_keras(work: Work, directory: pathlib.Path, is_training: bool) -> tuple[
         network.reset_metrics()  # what it returns is the mean since then
         return train()
 
+    decay = [settings.weight_decay * np.asarray(v) for v in network.trainable_variables]
     start = time.perf_counter()
     first = loss() if is_training else classify()
     facts = {"compile_seconds": time.perf_counter() - start}
-    check = [first, loss(), loss()] if is_training else first[0].tolist()
+    check = {"loss": [first]} if is_training else {"logits": first[0].tolist()}
+    if is_training:  # its memory is the gradient times the negative rate, without the decay
+        memory = [-np.asarray(v) / settings.learning_rate for v in network.optimizer.momentums]
+        check["gradient"] = norms([m + d for m, d in zip(memory, decay, strict=True)])
     return facts | {"check": check}, train if is_training else classify
 
 

@@ -8,7 +8,6 @@ workers have started. The images are gradients with noise, 500x375, JPEG of qual
 large as ImageNet's are on average. The pod: chips x images per chip / seconds per step.
 """
 
-import argparse
 import contextlib
 import functools
 import io
@@ -21,6 +20,8 @@ import time
 
 import numpy as np
 from PIL import Image
+
+from experiments import script
 
 SIZE = 224
 
@@ -137,9 +138,9 @@ def loader_rate(root: pathlib.Path, kind: str, workers: int, batch: int, seconds
 
 def main() -> None:
     """Prints the rates and the need."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser = script.Parser(__doc__)
+    parser.add_argument("--images", type=script.positive, default=512)
+    parser.add_argument("--batch_size", type=script.positive, default=64)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--step_seconds", type=float, default=None, help="of the pod's step")
@@ -184,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -7,7 +7,7 @@ Command: python experiments/benchmarks/memory_by_depth.py --output=FILE.json [--
 The step is compiled for abstract arrays and the compiler's own account is read: its temporary
 memory is what activations and their gradients need. `--target` is `cpu` or a device of
 densejax/targets, as for traffic.py. Every figure goes into FILE.json as it comes, and what stands
-there already is not compiled again.
+there already is not compiled again by the same code.
 """
 
 import argparse
@@ -23,8 +23,9 @@ import numpy as np
 from etils import epath
 from networks import Work
 
-from densejax import files, formats
+from densejax import files, formats, workdir
 from densejax.config import UserError
+from experiments import script
 
 MODEL = "densenet_bc_100_12"
 
@@ -71,11 +72,7 @@ def text(rows: list[dict[str, Any]], title: str) -> str:
         sizes = dict(points)
         fitted = ("-" if value is None else f"{value:.2f}" for value in growth(points))
         cells.append(
-            (
-                name,
-                *(f"{sizes[d] / 2**20:,.0f}" if d in sizes else "-" for d in depths),
-                *fitted,
-            )
+            (name, *(f"{sizes[d] / 2**20:,.0f}" if d in sizes else "-" for d in depths), *fitted)
         )
     return f"{title}\n{formats.table(cells, right=len(depths) + 2)}"
 
@@ -107,17 +104,24 @@ def draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
     axis.grid(alpha=0.3)
     figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     axis.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def depths(text: str) -> list[int]:
+    """Depths that a flag gives with commas between them."""
+    return [script.positive(word) for word in text.split(",")]
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows that were asked for, those that are in the file already from there."""
     path = epath.Path(options.output)
-    stored = json.loads(path.read_text()) if path.exists() else []
+    stored = script.read_json(path, [])
+    if not (isinstance(stored, list) and all(isinstance(row, dict) for row in stored)):
+        raise UserError(f"--output={path}: it is no file that this script wrote")
     common = {"target": options.target, "batch_size": options.batch_size, "dtype": options.dtype}
-    common |= {"jax": jax.__version__}
+    common |= {"jax": jax.__version__, "code": workdir.code_digest()}
     rows = []
-    for depth in map(int, options.depths.split(",")):
+    for depth in options.depths:
         for name in options.implementations.split(","):
             row = {"implementation": name, "depth": depth} | common
             known = [old for old in stored if row.items() <= old.items()]
@@ -131,25 +135,23 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> int:
-    """Prints a table of bytes by depth and their growth; returns the exit code, 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    """Prints a table of bytes by depth and their growth."""
+    parser = script.Parser(__doc__)
     levels = [f":{level}" if level != "none" else "" for level in networks.RECOMPUTE]
     every = [block + level for block in networks.BLOCKS for level in levels]
-    parser.add_argument("--output", required=True, help="JSON that figures are kept in")
+    parser.add_argument(
+        "--output", type=script.path, required=True, help="JSON that figures are kept in"
+    )
     parser.add_argument("--target", default="cpu", help="cpu or a name of densejax/targets")
-    parser.add_argument("--depths", default="40,100,160,250")
+    parser.add_argument("--depths", type=depths, default="40,100,160,250")
     parser.add_argument("--implementations", default=",".join(every))
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=script.positive, default=64)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
-    parser.add_argument("--plot", help="PNG to draw; needs the extra `plots`")
+    parser.add_argument("--plot", type=script.path, help="PNG to draw; needs the extra `plots`")
     parser.add_argument("--format", choices=["text", "json"], default="text")
     options = parser.parse_args()
-    try:
-        rows = measure(options)
-    except UserError as error:
-        print(f"densejax: {error}", file=sys.stderr)
-        return 2
+    rows = measure(options)
     title = (
         f"DenseNet-BC, k = 12, batch {options.batch_size}, {options.dtype}, compiled for "
         f"{options.target}, jax {jax.__version__}"
@@ -157,8 +159,7 @@ def main() -> int:
     print(json.dumps(rows, indent=2) if options.format == "json" else text(rows, title))
     if options.plot:
         draw(rows, title, options.plot)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script.run(main)

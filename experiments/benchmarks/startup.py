@@ -17,6 +17,9 @@ import sys
 import tempfile
 import time
 
+from densejax.config import UserError
+from experiments import script
+
 
 def child(model: str, batch_size: int) -> None:
     """Takes one step of a network and prints the time of its end."""
@@ -43,21 +46,25 @@ def measure(model: str, batch_size: int, cache: str) -> float:
     command.append(f"--batch_size={batch_size}")
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
     start = time.time()
-    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    return float(output.stdout.split()[-1]) - start
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.splitlines()[-1:] or ["a try said nothing"]
+        raise UserError(said[0].removeprefix("densejax: "))
+    return float(done.stdout.split()[-1]) - start
 
 
 def main() -> None:
     """Prints the medians over `--tries` pairs of a cold and a warm start."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script.Parser(__doc__)
     parser.add_argument("--model", default="densenet_40_12")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--tries", type=int, default=5)
+    parser.add_argument("--batch_size", type=script.positive, default=64)
+    parser.add_argument("--tries", type=script.positive, default=5)
     parser.add_argument("--format", choices=["text", "json"], default="text")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        return child(options.model, options.batch_size)
+        child(options.model, options.batch_size)
+        return
     seconds = {"cold": [], "warm": []}
     for _ in range(options.tries):
         with tempfile.TemporaryDirectory() as cache:
@@ -77,14 +84,13 @@ def main() -> None:
     }
     if options.format == "json":
         print(json.dumps(result, indent=2))
-        return None
+        return
     print(f"{options.model}, batch {options.batch_size}, {result['device']}, jax {jax.__version__}")
     for name, tries in seconds.items():
         spread = f"{min(tries):.1f} to {max(tries):.1f}"
         median = statistics.median(tries)
         print(f"{name}: {median:.1f} s to the first step (n = {len(tries)}, {spread})")
-    return None
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

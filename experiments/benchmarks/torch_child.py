@@ -4,16 +4,23 @@ The network is torchvision's own class where it has one that fits, with our CIFA
 of its own, and otherwise a DenseNet of the same layers and names, written here.
 """
 
+import json
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
-from torch.nn import functional
 from turns import Unavailable, serve
+
+try:
+    import numpy as np
+    import torch
+    from torch import nn
+    from torch.nn import functional
+except ModuleNotFoundError as error:
+    print(json.dumps({"unavailable": f"{error.name} is not installed"}))
+    sys.exit()
 
 try:
     import torchvision
@@ -175,6 +182,10 @@ def build(spec: Mapping[str, Any]) -> tuple[dict[str, Any], Callable]:
             raise
         raise Unavailable(f"torch.compile: {str(error).strip().splitlines()[0]}") from error
     compiling = {"compile_seconds": time.perf_counter() - start} if name == "torch_compile" else {}
+    check = {"loss": [first]} if is_training else {"logits": first[0].tolist()}
+    if is_training:  # after one step the buffer is that step's gradient, weight decay added
+        buffers = [held["momentum_buffer"] for held in optimizer.state.values()]
+        check["gradient"] = sorted(buffer.double().norm().item() for buffer in buffers)
     kind = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     versions = {"torch": torch.__version__}
     if source == "torchvision":
@@ -183,7 +194,7 @@ def build(spec: Mapping[str, Any]) -> tuple[dict[str, Any], Callable]:
         "device": f"1 x {kind}",
         "versions": versions,
         "network": source,
-        "check": [first, train(), train()] if is_training else first[0].tolist(),
+        "check": check,
     }, take_step
 
 

@@ -11,7 +11,6 @@ and image, plus what its recompute level says and less what transitions that poo
 is void.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -23,7 +22,7 @@ from networks import Work
 
 from densejax import formats, hlo
 from densejax.analysis import counts, roofline, targets
-from densejax.config import UserError
+from experiments import script
 
 LIMIT = 0.1  # share by which FLOPs may differ from what they should be
 
@@ -99,17 +98,8 @@ def text(rows: list[dict[str, Any]], work: Work) -> str:
     limit = ""
     if "floor_seconds" in rows[0]:
         limit = f"{1e3 * rows[0]['floor_seconds']:.3g} ms, by {rows[0]['floor_limit']}"
-    cells.append(
-        (
-            "floor",
-            f"{floor.flops / 1e9:.4g}",
-            "",
-            gibibytes(floor.bytes),
-            *[""] * 3,
-            limit,
-            *[""] * 3,
-        )
-    )
+    known = ("floor", f"{floor.flops / 1e9:.4g}", "", gibibytes(floor.bytes))
+    cells.append((*known, *[""] * 3, limit, *[""] * 3))
     title = (
         f"{work.model}, batch {work.batch_size}, {work.dtype}, compiled for {rows[0]['target']}, "
         f"jax {jax.__version__}"
@@ -117,36 +107,27 @@ def text(rows: list[dict[str, Any]], work: Work) -> str:
     return f"{title}\n{formats.table(cells, right=10)}"
 
 
-def main() -> int:
-    """Prints a row for each implementation; returns the exit code, 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    """Prints a row for each implementation."""
+    parser = script.Parser(__doc__)
     parser.add_argument("--target", default="v5e", help="cpu or a name of densejax/targets")
     parser.add_argument("--model", default="densenet_bc_100_12")
     parser.add_argument("--implementations", default="in_place,concat,flax")
-    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--batch_size", type=script.positive, default=128)
     parser.add_argument("--image_size", type=int, default=0, help="0: as the network's paper")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--fields", type=json.loads, default={}, help='such as {"depth": 40}')
+    parser.add_argument("--fields", type=script.fields, default={}, help='such as {"depth": 40}')
     parser.add_argument("--format", choices=["text", "json"], default="text")
     options = parser.parse_args()
     rows = []
-    try:
-        work = Work(
-            options.model,
-            options.batch_size,
-            options.image_size,
-            options.dtype,
-            options.fields,
-        )
-        for name in options.implementations.split(","):
-            rows.append(analyse(work, name, options.target))
-            print(f"{name}: compiled in {rows[-1]['compile_seconds']:.0f} s", file=sys.stderr)
-    except UserError as error:
-        print(f"densejax: {error}", file=sys.stderr)
-        return 2
+    work = Work(
+        options.model, options.batch_size, options.image_size, options.dtype, options.fields
+    )
+    for name in options.implementations.split(","):
+        rows.append(analyse(work, name, options.target))
+        print(f"{name}: compiled in {rows[-1]['compile_seconds']:.0f} s", file=sys.stderr)
     print(json.dumps(rows, indent=2) if options.format == "json" else text(rows, work))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script.run(main)

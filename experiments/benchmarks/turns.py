@@ -56,7 +56,11 @@ class Process:
         if not line:
             self.close()
             raise Unavailable(f"its process ended with code {self._process.returncode}")
-        answer = json.loads(line)
+        try:
+            answer = dict(json.loads(line))
+        except (ValueError, TypeError):
+            self.close()
+            raise Unavailable(f"it is no process of a benchmark: it said {line[:60]!r}") from None
         if "unavailable" in answer:
             self.close()
             raise Unavailable(answer["unavailable"])
@@ -114,6 +118,8 @@ def serve(build: Callable[[Mapping[str, Any]], tuple[dict[str, Any], Callable[[]
     except ModuleNotFoundError as error:
         print(json.dumps({"unavailable": f"{error.name} is not installed"}), file=channel)
         return
+    for _ in range(2):  # the steps after the first may still fill caches
+        take_step()
     print(json.dumps(facts), file=channel)
     waiting, busy = time.perf_counter(), time.process_time()
     for line in sys.stdin:

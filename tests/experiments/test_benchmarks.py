@@ -1,6 +1,7 @@
 """The benchmarks' parts: who is measured, in which order, and what is made of the figures."""
 
 import argparse
+import importlib.util
 import json
 import pathlib
 import subprocess
@@ -18,10 +19,14 @@ BENCHMARKS = ROOT / "experiments" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # where Python looks when one of them is run
 
 import compare  # noqa: E402
+import loader  # noqa: E402
 import memory_by_depth  # noqa: E402
 import networks  # noqa: E402
+import startup  # noqa: E402
 import traffic  # noqa: E402
 import turns  # noqa: E402
+
+from experiments import script  # noqa: E402
 
 DENSE = networks.Work("densenet_bc_40_12", 2, fields={"depth": 10})
 
@@ -73,7 +78,8 @@ def test_children_take_turns():
 
 
 CHILD = """
-import sys, time
+import os, sys, time
+channel = os.dup(1)
 sys.path.insert(0, {path!r})
 from turns import Unavailable, serve
 
@@ -85,6 +91,8 @@ def build(spec):
         raise Unavailable("not today")
     if spec["what"] == "dead":
         sys.exit(3)
+    if spec["what"] == "noisy":
+        os.write(channel, b"hello\\n")
     return {{"device": spec["what"]}}, lambda: time.sleep(0.05)
 
 serve(build)
@@ -115,6 +123,7 @@ def test_a_process_answers_and_waits_idly(command):
         ("missing", "no_such_module is not installed"),
         ("refused", "not today"),
         ("dead", "its process ended with code 3"),
+        ("noisy", "it is no process of a benchmark: it said 'hello"),
     ],
 )
 def test_a_process_that_cannot_be_measured_says_why(command, what, why):
@@ -132,8 +141,8 @@ def answer(seconds, idle=0.0):
 
 
 def rows():
-    facts = {"device": "1 x cpu", "versions": {"jax": "1"}, "check": [2.0, 1.0]}
-    torch = {"device": "1 x cpu", "versions": {"torch": "2"}, "check": [2.0, 1.1]}
+    facts = {"device": "1 x cpu", "versions": {"jax": "1"}}
+    torch = {"device": "1 x cpu", "versions": {"torch": "2"}}
     return [
         compare.row("in_place", facts, [answer(s) for s in (3, 1, 2)], batch_size=8),
         compare.row("flax", facts, [answer(4, idle=9), answer(4), answer(5, idle=1)], 8),
@@ -158,11 +167,26 @@ def test_of_torch_the_better_layout_counts():
 
 
 def test_implementations_must_compute_the_same(capsys):
-    compare.check({"ours": [2.0, 1.0], "flax": [2.0, 1.001]})
-    assert capsys.readouterr().err.splitlines()[1] == "flax: 2 1.001 (5.0e-04 from ours)"
-    for other in ([2.0, 1.01], [2.0, float("nan")], [float("inf"), 1.0]):
-        with pytest.raises(compare.Different, match="^flax: more than 0.001 from ours"):
-            compare.check({"ours": [2.0, 1.0], "same": [2.0, 1.0], "flax": other})
+    ours = {"loss": [2.0], "gradient": [1.0, 3.0]}
+    compare.check({"ours": ours, "flax": {"loss": [2.001], "gradient": [1.001, 3.0]}})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[2:] == ["flax: loss 5.0e-04 from ours's", "flax: gradient 3.3e-04 from ours's"]
+    nan, inf = float("nan"), float("inf")
+    for change in (
+        *({"loss": [2.01]}, {"loss": [nan]}, {"loss": [inf]}),
+        *({"gradient": [1.1, 3.0]}, {"gradient": [1.0]}, {"gradient": [3.0, 1.0]}),
+    ):
+        message = rf"^flax \({next(iter(change))}\): more than 0.001 from ours"
+        with pytest.raises(compare.Different, match=message):
+            compare.check({"ours": ours, "same": ours, "flax": ours | change})
+
+
+def test_a_python_without_torch_says_so():
+    if importlib.util.find_spec("torch"):
+        pytest.skip("torch is installed")
+    command = [sys.executable, BENCHMARKS / "torch_child.py"]
+    with pytest.raises(turns.Unavailable, match="^torch is not installed$"):
+        turns.Process(command, {})
 
 
 def test_the_table_compares_with_torch_and_flax():
@@ -200,7 +224,7 @@ def test_memory_by_depth_goes_on_where_it_stopped(tmp_path, monkeypatch):
         target="cpu",
         batch_size=4,
         dtype="float32",
-        depths="10,16",
+        depths=[10, 16],
         implementations="concat,in_place",
     )
     with pytest.raises(KeyboardInterrupt):
@@ -288,8 +312,8 @@ def test_training_steps_side_by_side():
     for row in (ours, flax):
         assert len(row["tries"]) == 2 and min(row["tries"]) > 0
         assert row["temp_bytes"] > 0 and row["compile_seconds"] > 0
-    assert ours["check"] == pytest.approx(flax["check"], rel=1e-3)
-    assert len(set(flax["check"])) == 3  # three steps, and each has changed something
+    for quantity in ("loss", "gradient"):
+        assert ours["check"][quantity] == pytest.approx(flax["check"][quantity], rel=1e-3)
 
 
 @pytest.mark.slow
@@ -297,11 +321,37 @@ def test_inference_side_by_side_with_keras():
     done = run("inference.py", *TINY, "--implementations=densejax,keras", "--format=json")
     assert done.returncode == 0, done.stderr
     ours, keras = json.loads(done.stdout)
-    assert ours["check"] == pytest.approx(keras["check"], rel=1e-3)
+    assert ours["check"]["logits"] == pytest.approx(keras["check"]["logits"], rel=1e-3)
 
 
-def test_bad_input_is_one_line():
-    done = run("train_step.py", "--implementations=fast")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("densejax: --implementations: 'fast'")
-    assert len(done.stderr.splitlines()) == 1
+@pytest.mark.parametrize(
+    "module, flags, message",
+    [
+        (None, ["--implementations=fast"], "--implementations: 'fast'"),
+        (None, ["--torch_python=/no/python"], "--torch_python=/no/python: there is no"),
+        (None, ["--fields=[1]"], "argument --fields: invalid fields value: '[1]'"),
+        (None, ["--tries=0"], "argument --tries: invalid positive value: '0'"),
+        (memory_by_depth, ["--output="], "argument --output: name a file or a folder"),
+        (
+            memory_by_depth,
+            ["--output=a", "--depths=4,x"],
+            "argument --depths: invalid depths value: '4,x'",
+        ),
+        (memory_by_depth, [f"--output={__file__}"], f"{__file__} is damaged"),
+        (memory_by_depth, [f"--output={BENCHMARKS}"], f"{BENCHMARKS} cannot be read"),
+        (
+            traffic,
+            ["--batch_size=-1"],
+            "argument --batch_size: invalid positive value: '-1'",
+        ),
+        (startup, ["--tries=1", "--model=no"], "model = 'no': allowed are"),
+        (loader, ["--images=0"], "argument --images: invalid positive value: '0'"),
+    ],
+)
+def test_bad_input_is_one_line(module, flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        script.run(module.main if module else lambda: compare.main("train", "Doc.", {True: "flax"}))
+    output = capsys.readouterr()
+    assert (ended.value.code, output.out) == (2, "")
+    assert output.err.startswith(f"densejax: {message}") and output.err.count("\n") == 1

@@ -1,0 +1,69 @@
+"""Bad input of the small scripts is one line and exit code 2, and nothing is written."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+
+import densejax
+
+EXPERIMENTS = pathlib.Path(densejax.__file__).parents[1] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))  # where Python looks when one of them is run
+
+import curve  # noqa: E402
+import layouts  # noqa: E402
+import pods  # noqa: E402
+import script  # noqa: E402
+import without_training  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    "module, flags, message",
+    [
+        (curve, "--workdir=missing --output=a.png", "--workdir=missing: it is no run"),
+        (curve, "--workdir=empty --output=a.png", "--workdir=empty: it is no run"),
+        (curve, "--workdir=file --output=a.png", "--workdir=file: it is no run"),
+        (curve, "--workdir=damaged --output=a.png", "damaged/metrics.jsonl is damaged "),
+        (curve, "--workdir= --output=a.png", "argument --workdir: name a file or a folder"),
+        (curve, "--workdir=empty", "the following arguments are required: --output; --help"),
+        (without_training, "--output=file --figures counts", "file: File exists"),
+        (without_training, "--output= --figures counts", "argument --output: name a file"),
+        (without_training, "--output=a --figures b", "argument --figures: invalid choice: 'b'"),
+        (
+            without_training,
+            "--output=no://a --figures counts",
+            "argument --output: invalid path",
+        ),
+        (pods, "--output=file --report", "file: File exists"),
+        (pods, "--output=empty --cuda_python=/no/python", "/no/python: No such file"),
+        (pods, "--output=damaged --report", "damaged/densenet121-h100-8.json is damaged"),
+        (layouts, "--output=a --runs=file", "file/1x1-shard_map-float64: Not a directory"),
+        (layouts, "--output=a --runs=", "argument --runs: name a file or a folder"),
+    ],
+)
+def test_bad_input_is_one_line(module, flags, message, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("a file in the place of a folder")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    for name in ("metrics.jsonl", "config.json", "densenet121-h100-8.json"):
+        (tmp_path / "damaged" / name).write_text("{}\n[\n")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags.split()])
+    with pytest.raises(SystemExit) as ended:
+        script.run(module.main)
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(said) <= 2  # pods.py says first what it compiles
+    assert said[-1].startswith(f"densejax: {message}")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_curve_draws_a_run_whose_last_line_is_torn(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"epoch": 1, "train_loss": 1.5, "train_accuracy": 0.5}\n{"epo'
+    )
+    config = {"augmentation": {"shift": 0, "flip": False}, "train": {"label_smoothing": 0.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    curve.draw(tmp_path, tmp_path / "curve")
+    assert (tmp_path / "curve").read_bytes().startswith(b"\x89PNG")
