@@ -2,9 +2,10 @@
 
 Any number of processes, on any machines that share DIR, work on it without a server. Each claims a
 run by a lock in its directory, ROOT/SWEEP/RUN, and trains it in a process of its own, so that its
-memory is freed and its failure is its own. What is finished is skipped; what a dead process left is
-taken over and resumed. --config.section.key=value holds for every run. `taskset -c 0 python ...`
-and `taskset -c 1 python ...` beside it give each of two workers a core.
+memory is freed and its failure is its own. What is finished is skipped, unless it is of other code
+or data, which is said; what a dead process left is taken over and resumed.
+--config.section.key=value holds for every run. `taskset -c 0 python ...` and `taskset -c 1 python
+...` beside it give each of two workers a core.
 """
 
 import collections
@@ -12,7 +13,6 @@ import contextlib
 import dataclasses
 import fnmatch
 import functools
-import json
 import shlex
 import signal
 import statistics
@@ -27,9 +27,10 @@ import numpy as np
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
-from sweeps import SWEEPS, Run, image_shape, runs
+from script import read_json
+from sweeps import SWEEPS, Run, differences, image_shape, origin, runs
 
-from densejax import command_line, experiment, formats, lock, parallel, workdir
+from densejax import command_line, experiment, files, formats, lock, parallel, result, workdir
 from densejax.analysis import counts
 from densejax.config import UserError
 from densejax.step import train_step
@@ -43,6 +44,9 @@ LEARNING_RATES = flags.DEFINE_string(
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs and the hours they would take.")
 LATENCY = flags.DEFINE_bool("latency", False, "Time classification; let nothing else run beside.")
+RESUME = flags.DEFINE_enum(
+    "resume", "same", ["same", "force"], "force: go on with, or measure again, runs of other code."
+)
 PRINT = flags.DEFINE_enum("print", None, ["shell", "slurm"], "Commands, or an array script.")
 POLL = 2.0  # seconds between two looks at runs that others have claimed, and at the table
 SLURM = """#!/usr/bin/env bash
@@ -64,12 +68,15 @@ class Work:
     Attributes:
       run: from the sweep.
       path: ROOT/SWEEP/RUN.
-      arguments: what `densejax.main` is called with, but for --workdir.
+      arguments: what `densejax.main` is called with, but for --workdir and --resume.
+      force: --resume=force.
     """
 
     run: Run
     path: epath.Path
     arguments: tuple[str, ...]
+    force: bool = False
+    seen: dict[str | None, Any] = dataclasses.field(default_factory=dict)  # by summary.json's text
 
     @property
     def sweep(self) -> str:
@@ -84,7 +91,8 @@ class Work:
     @property
     def command(self) -> list[str]:
         """What trains, or resumes, the run."""
-        return [sys.executable, "-m", "densejax.main", *self.arguments, f"--workdir={self.path}"]
+        words = [*self.arguments, f"--workdir={self.path}", *["--resume=force"] * self.force]
+        return [sys.executable, "-m", "densejax.main", *words]
 
     @functools.cached_property
     def config(self) -> ConfigDict:
@@ -98,10 +106,30 @@ class Work:
         return holder.value
 
     def result(self) -> dict[str, Any] | None:
-        """The summary of the finished run; None where it is not finished, or is another's."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            summary = json.loads((self.path / "summary.json").read_text())
-            return summary if workdir.same_run(summary["config"], self.config) else None
+        """The summary of the finished run; None where it is not finished, or is another's.
+
+        Raises:
+          UserError: it is damaged, or of other code, data or weights.
+        """
+        text = files.read_text(self.path / "summary.json")
+        if text not in self.seen:  # all data are read for their version
+            try:
+                # This process' devices may be others than the run's, which compares them itself.
+                own = ("matmul_precision", "devices")
+                found = {k: v for k, v in result.versions(self.config).items() if k not in own}
+                self.seen[text] = result.finished(self.path, self.config, found, self.force)
+            except UserError as error:
+                self.seen[text] = UserError(str(error).replace("--workdir", "--root"))
+        if isinstance(self.seen[text], UserError):
+            raise self.seen[text]
+        return self.seen[text]
+
+    def is_finished(self) -> bool:
+        """Whether there is a result, of today's code, data and weights."""
+        try:
+            return self.result() is not None
+        except UserError:
+            return False
 
     def accuracy(self) -> float:
         """The accuracy of the finished run on the images that the card asks for."""
@@ -109,16 +137,16 @@ class Work:
 
     def state(self) -> str:
         """What a table says of it: its result, how far it is, or that nobody works on it."""
-        if self.result():
+        if self.is_finished():
             return formats.percent(self.accuracy())
         try:
             lock.require_free(self.path / "claim", wait=False)
             return "waiting"
-        except lock.LockError:
-            lines = []
-            with contextlib.suppress(FileNotFoundError):
-                lines = (self.path / "metrics.jsonl").read_text().splitlines()
-            done = json.loads(lines[-1])["epoch"] / self.config.train.epochs if lines else 0.0
+        except UserError:
+            done = 0.0
+            with contextlib.suppress(ValueError, LookupError, TypeError):  # a line that is torn
+                records = read_json(self.path / "metrics.jsonl", [], lines=True)
+                done = records[-1]["epoch"] / self.config.train.epochs
             return f"running, {done:.0%}"
 
 
@@ -126,7 +154,8 @@ def works() -> list[Work]:
     """The runs that the flags ask for, in the order in which they are tried (raises UserError)."""
     if not (SWEEP.value and ROOT.value):
         raise UserError("--sweep and --root: say what is varied, and where results are")
-    if "://" in ROOT.value:
+    root = files.path_of("--root", ROOT.value)
+    if "://" in ROOT.value or (root.exists() and not root.is_dir()):
         raise UserError(f"--root={ROOT.value}: give a folder, of a disk that all workers share")
     given = sys.argv[1:]
     card = flags.FLAGS["config"].config_filename
@@ -148,8 +177,8 @@ def works() -> list[Work]:
         model = f"{',' if ':' in card else ':'}model={run.model}" if run.model else ""
         arguments = [f"--config={card}{model}", *kept]
         arguments += [f"--config.{key}={value}" for key, value in own.items()]
-        path = epath.Path(ROOT.value) / SWEEP.value / run.name
-        found.append(Work(run, path, tuple(arguments)))
+        path = root / SWEEP.value / run.name
+        found.append(Work(run, path, tuple(arguments), RESUME.value == "force"))
         _ = found[-1].config  # a card that takes no `model` is told before anything is trained
     if not found:
         raise UserError(f"--only={','.join(ONLY.value)}: no run of {SWEEP.value} has such a name")
@@ -162,15 +191,21 @@ def _key(word: str) -> str:
 
 def best_rates(path: epath.Path) -> dict[str, float]:
     """Of each kind of network the rate with the best mean over seeds on held-out images."""
-    found = collections.defaultdict(list)
+    found, origins = collections.defaultdict(list), collections.defaultdict(dict)
     for sweep in sorted(path.glob("*/sweep.json")):
-        axes, file = json.loads(sweep.read_text())["axes"], sweep.parent / "summary.json"
-        if not file.exists():
-            raise UserError(f"--learning_rates={path}: {sweep.parent.name} is not finished")
-        accuracy = json.loads(file.read_text()).get("validation_accuracy")
-        if accuracy is None:
-            raise UserError(f"--learning_rates={path}: {file} was not measured on held-out images")
-        found[axes["kind"], axes["learning_rate"]].append(accuracy)
+        run, summary = sweep.parent, result.read(sweep.parent)
+        axes = read_json(sweep).get("axes", {})
+        if not {"kind", "learning_rate"} <= axes.keys():
+            raise UserError(f"--learning_rates={path}: {run.name} is no run of that sweep")
+        if summary is None:
+            raise UserError(f"--learning_rates={path}: {run.name} is not finished")
+        if "validation_accuracy" not in summary:
+            raise UserError(f"--learning_rates={path}: {run} was not measured on held-out images")
+        point = axes["kind"], axes["learning_rate"]
+        found[point].append(summary["validation_accuracy"])
+        origins[point][run.name] = origin(run.name, summary)
+        if others := differences(origins[point]):
+            raise UserError(f"--learning_rates={path}: no mean is taken over {others}")
     means = sorted((statistics.mean(values), point) for point, values in found.items())
     rates = {kind: rate for _, (kind, rate) in means}  # the best of a kind comes last
     if "one_shot" in rates:
@@ -198,46 +233,55 @@ class Worker:
             if not any(self.attempt(work) for work in left):
                 self.show()
                 time.sleep(POLL)
+        for work in self.works:  # of whom a worker died after it
+            if work.is_finished() and (work.path / "claim").exists():
+                self.attempt(work)
         self.show()
-        print(table_of_results(self.works))
+        result.say(table_of_results(self.works))
         self.failed = {
             w.run.name: self.failed[w.run.name] for w in self.works if self.has_failed(w)
         }
         for name, reason in self.failed.items():
-            print(f"failed: {name}: {reason}", file=sys.stderr)
+            print(f"failed: {name}: {UserError(reason)}", file=sys.stderr)
         if self.stopped:
             return 128 + signal.SIGINT if self.stopped is signal.SIGINT else 0
         return int(bool(self.failed))
 
     def left(self) -> list[Work]:
         """What is neither finished nor has failed here; others may be working on it."""
-        return [w for w in self.works if w.run.name not in self.failed and not w.result()]
+        return [w for w in self.works if w.run.name not in self.failed and not w.is_finished()]
 
     def has_failed(self, work: Work) -> bool:
         """Whether a run failed here and nobody has finished it since."""
-        return work.run.name in self.failed and not work.result()
+        return work.run.name in self.failed and not work.is_finished()
 
     def attempt(self, work: Work) -> bool:
         """Trains a run unless somebody else does; whether it did."""
         if self.stopped:
             return True
         claim = work.path / "claim"
-        claim.mkdir(parents=True, exist_ok=True)
         try:
+            work.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            claim.mkdir(exist_ok=True)
             with lock.hold(claim, wait=False):
                 # Whoever held the claim may be dead and its run alive.
                 lock.require_free(work.path, wait=False)
                 if not work.result():
                     self.train(work)
-                return True
+            if work.result():
+                with contextlib.suppress(OSError):
+                    claim.rmdir()
         except lock.LockError:
             return False
+        except (UserError, OSError) as error:  # a damaged result, a full disk, a file in its place
+            self.failed.setdefault(work.run.name, str(error))
+        return True
 
     def train(self, work: Work) -> None:
         """Trains, or resumes, a claimed run in a process of its own; notes what went wrong."""
         facts = {"sweep": work.sweep, "run": work.run.name, "axes": work.run.axes}
         facts |= {"seed": work.run.axes["seed"], "mismatch": work.run.mismatch}
-        facts["command"] = shlex.join(work.command)
+        facts["command"] = shlex.join(dataclasses.replace(work, force=False).command)
         workdir.write_json(work.path / "sweep.json", facts)
         output = work.path / "output.txt"
         with open(output, "a") as file:
@@ -253,23 +297,26 @@ class Worker:
                     break
                 self.show()
         self.child = None
-        if not work.result() and not self.stopped:
-            last = output.read_text().splitlines()[-1:] or ["it said nothing"]
-            self.failed[work.run.name] = f"exit code {code}, {last[0]} ({output})"
+        if not work.is_finished() and not self.stopped:
+            last = output.read_bytes().decode(errors="replace").splitlines()[-1:] or [
+                "it said nothing"
+            ]
+            said = last[0].replace("--workdir", "--root")  # as it is called here
+            self.failed[work.run.name] = f"exit code {code}, {said} ({output})"
 
     def show(self) -> None:
         """The table of all runs on a terminal, elsewhere a line for each that has changed."""
         states = {w.run.name: w.state() for w in self.works}
         states |= dict.fromkeys(self.failed, "failed")
-        done = sum(w.result() is not None for w in self.works)
+        done = sum(w.is_finished() for w in self.works)
         title = f"{self.works[0].sweep}: {done} of {len(states)} runs are finished"
         if sys.stdout.isatty():
-            print(f"\x1b[H\x1b[J{formats.table(list(states.items()))}\n{title}", flush=True)
+            result.say(f"\x1b[H\x1b[J{formats.table(list(states.items()))}\n{title}")
             return
         for name, state in states.items():
             word = state.partition(",")[0]
             if self.said.get(name, "waiting") != word:
-                print(f"{title}; {name}: {word}", flush=True)
+                result.say(f"{title}; {name}: {word}")
             self.said[name] = word
 
 
@@ -277,12 +324,16 @@ def table_of_results(all_works: list[Work]) -> str:
     """Each point of the sweep with its finished seeds: their number, mean and deviation."""
     points = collections.defaultdict(list)
     for work in all_works:
-        if work.result():
-            points[work.point].append(work.accuracy())
-    rows = [("run", "seeds", "accuracy", "deviation")]
-    for name, values in points.items():
+        if work.is_finished():
+            points[work.point].append(work)
+    split = all_works[0].config.evaluate.final_split
+    rows = [("run", "seeds", f"{split} accuracy", "deviation")]
+    for name, done in points.items():
+        values = [work.accuracy() for work in done]
         spread = formats.percent(statistics.stdev(values)) if len(values) > 1 else "-"
         mean = formats.percent(statistics.mean(values))
+        if differences({work.run.name: origin(work.run.name, work.result()) for work in done}):
+            mean, spread = "of different code, data or versions: no mean", "-"
         rows.append((name, str(len(values)), mean, spread))
     return formats.table(rows, right=3)
 
@@ -295,12 +346,12 @@ def dry_run(all_works: list[Work]) -> None:
     parallel.start()  # what it compiles is kept for the runs
     measured, rows, total = {}, [], 0.0
     for work in all_works:
-        config, result = work.config, work.result()
+        config, summary = work.config, work.result()
         steps, hours = experiment.describe(config)[3], "finished"
         parts = (config.model, config.augmentation, config.train.batch_size, config.train.dtype)
         network = "\n".join(map(str, parts))
-        if result:
-            found = result["parameters"], result["multiply_adds"]
+        if summary:
+            found = summary["parameters"], summary["multiply_adds"]
         else:
             if network not in measured:
                 print(f"measuring a step of {work.run.name}", file=sys.stderr, flush=True)
@@ -377,7 +428,7 @@ def commands(all_works: list[Work], form: str) -> str:
     """The runs that are left as shell lines, or as a SLURM array script."""
     words = [word for word in sys.argv if not word.lstrip("-").startswith(("print=", "only="))]
     command = shlex.join([sys.executable, *words])
-    names = [work.run.name for work in all_works if not work.result()]
+    names = [work.run.name for work in all_works if not work.is_finished()]
     if not names:
         raise UserError(f"--print={form}: every run is finished")
     if form == "shell":

@@ -9,16 +9,17 @@ search over widths with `densejax.analysis.counts`, at the same number of convol
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from densejax import data, experiment, models
+from densejax import data, experiment, models, workdir
 from densejax.analysis import counts
-from densejax.config import UserError
+from densejax.config import UserError, flatten
 
 TOLERANCE = 0.02  # share by which what is called equal may differ
 KINDS = ("plain", "residual", "dense", "one_shot")
@@ -129,12 +130,20 @@ class Base:
         """Parameters and multiply-adds of a network on the card's images."""
         return self.counts(network.model, tuple(sorted(network.fields.items())))
 
-    def _counts(self, model, fields):
-        if model:
-            section = models.fields(model, **dict(fields))
+    def depth(self, network: Network) -> int:
+        """Layers with weights on a network's longest path."""
+        return models.depth(self._built(network))
+
+    def _built(self, network):
+        if network.model:
+            section = models.fields(network.model, **network.fields)
         else:
-            section = _changed(self.config, Network(model, dict(fields))).model
-        found = counts.of_network(models.create(section, self.num_classes), self.image_shape)
+            section = _changed(self.config, network).model
+        return models.create(section, self.num_classes)
+
+    def _counts(self, model, fields):
+        network = self._built(Network(model, dict(fields)))
+        found = counts.of_network(network, self.image_shape)
         return dict(zip(("parameters", "multiply_adds"), found, strict=True))
 
     def _equal(
@@ -213,20 +222,20 @@ def depth_width(base: Base) -> Iterator[Run]:
     depths = [tuple(max(1, round(factor * n)) for n in base.blocks) for factor in factors]
     for blocks in dict.fromkeys(depths):  # few layers: two factors may mean the same
         network, mismatch = base.equal("dense", blocks=blocks)
-        axes = {"kind": "dense", "layers": sum(blocks)}
-        yield network.run(f"dense_layers{sum(blocks)}", axes, mismatch)
+        depth = base.depth(network)
+        yield network.run(f"dense{depth}", {"kind": "dense", "depth": depth}, mismatch)
     for kind in ("residual", "vovnet"):
         network, mismatch = base.equal(kind)
-        layers = sum(base.blocks) if kind == "residual" else 15
-        yield network.run(kind, {"kind": kind, "layers": layers}, mismatch)
+        yield network.run(kind, {"kind": kind, "depth": base.depth(network)}, mismatch)
 
 
 def degradation(base: Base) -> Iterator[Run]:
-    """Depth 20, 32 and 56 (He et al. 2015, section 4.2): is the *training* error worse if deeper?
+    """Is the *training* error worse if a network is deeper (He et al. 2015, section 4.2)?
 
-    n = 3, 5 and 9 residual blocks, or bottleneck layers, in each block of the network: 6n + 2
-    layers with weights, 6n + 4 of a DenseNet. Widths stay those at which the shallowest networks
-    have the parameters of the shallowest DenseNet, of the card's growth rate.
+    n = 3, 5 and 9 residual blocks, or bottleneck layers, in each block of the network. Of three
+    blocks, that is 20, 32 and 56 layers with weights, and 22, 34 and 58 in a DenseNet, whose
+    transitions have weights too. Widths stay those at which the shallowest networks have the
+    parameters of the shallowest DenseNet, of the card's growth rate.
     """
     stages = len(base.blocks)
     shallow = Base(_changed(base.config, base.network("dense", base.growth_rates, (3,) * stages)))
@@ -235,7 +244,7 @@ def degradation(base: Base) -> Iterator[Run]:
         network = base.network(
             kind, base.growth_rates if kind == "dense" else widths, (n,) * stages
         )
-        depth = 2 * stages * n + 2
+        depth = base.depth(network)
         yield network.run(f"{kind}{depth}", {"kind": kind, "depth": depth})
 
 
@@ -354,6 +363,35 @@ def runs(sweep: str, config: ConfigDict, seeds: int = 3) -> list[Run]:
         for seed in range(config.seed, config.seed + seeds)
         for run in points
     ]
+
+
+def origin(run: str, summary: Mapping[str, Any]) -> dict[str, str]:
+    """All that the result of a run is of, but for its seed: runs of one mean have it in common.
+
+    Args:
+      run: its name. Code that an old run did not record is its own alone.
+      summary: its result.
+    """
+    changes = "; ".join(filter(_matters, summary.get("changes", [])))
+    config = {key: json.dumps(value) for key, value in flatten(summary["config"]).items()}
+    config = {f"config.{key}": config[key] for key in config if key != "seed" and _matters(key)}
+    return {"code": f"not recorded by {run}", "changes": changes} | summary["versions"] | config
+
+
+def _matters(key: str) -> bool:
+    """Whether a key of the configuration may change a result."""
+    return key.startswith("train.epochs") or not key.startswith(workdir.RESUMABLE)
+
+
+def differences(origins: Mapping[str, Mapping[str, str]]) -> str:
+    """What differs between named origins: "a, b (code 1) against c (code 2)", or ""."""
+    keys, names = sorted(set().union(*origins.values())), {}
+    keys = [key for key in keys if len({of.get(key) for of in origins.values()}) > 1]
+    for name, of in origins.items():
+        said = "; ".join(f"{key} {of.get(key, 'not recorded')}" for key in keys)
+        names.setdefault(said, []).append(name)
+    parts = (f"{', '.join(alike)} ({said})" for said, alike in names.items())
+    return " against ".join(parts) if keys else ""
 
 
 def _changed(config: ConfigDict, network: Network) -> ConfigDict:

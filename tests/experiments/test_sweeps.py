@@ -1,6 +1,7 @@
 """Every sweep names runs once, of configurations that build; what is called equal is."""
 
 import ast
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import time
 import pytest
 
 import densejax
-from densejax import experiment, lock, models
+from densejax import experiment, lock, models, workdir
 from densejax.analysis import counts
 from densejax.config import UserError
 from tests import runs
@@ -64,6 +65,14 @@ def test_runs_of_a_sweep(sweep, base, card):
     for run in found:
         experiment.describe(read(run, card))
         assert run.mismatch is None or abs(run.mismatch) <= 0.02
+
+
+def test_depths_are_those_of_networks_as_they_are_built():
+    """Three blocks of n: 6n + 2 layers with weights, in a DenseNet-BC 6n + 4."""
+    found = sweeps.degradation(sweeps.Base(runs.tiny(**CHANGES)))
+    depths = {"plain": (20, 32, 56), "residual": (20, 32, 56), "dense": (22, 34, 58)}
+    names = {f"{kind}{depth}" for kind in depths for depth in depths[kind]}
+    assert {run.name for run in found} == names
 
 
 def test_what_is_called_equal_is(base, card):
@@ -142,7 +151,9 @@ with log.open("a") as file:
 time.sleep(0.2)
 if path.name in sys.argv[4:]:
     sys.exit("the network has diverged")
-summary = {"config": json.loads(sys.argv[3]), "test_accuracy": 0.5}
+summary = {"config": json.loads(sys.argv[3]), "test_accuracy": 0.5, "test_examples": 360}
+summary["versions"] = {"code": pathlib.Path(sys.argv[2] + ".code").read_text(), "data": "d"}
+summary["changes"] = []
 (path / "summary.json").write_text(json.dumps(summary))
 """
 
@@ -154,6 +165,8 @@ def sweep(tmp_path, card, monkeypatch):
     Their command is a stub: what is tested is who starts what.
     """
     log, failing = tmp_path / "log", []
+    (tmp_path / "log.code").write_text(workdir.code_digest())
+    monkeypatch.setattr("densejax.data.version", lambda config: "d")
 
     def command(work):
         facts = (str(work.path), str(log), work.config.to_json())
@@ -191,6 +204,73 @@ def test_workers_share_a_sweep(sweep, capsys):
     runner.Worker(works).work()  # what is finished is skipped, also what was just finished
     assert runner.Worker(works).attempt(works[0])
     assert len(log.read_text().split()) == 6
+    assert {work.path.stat().mode & 0o777 for work in works} == {0o700}
+    assert not list(works[0].path.parent.glob("*/claim"))
+
+
+def test_a_result_of_other_code_is_refused_until_it_is_measured_again(sweep, capsys):
+    works, log, _ = sweep
+    code = log.parent / "log.code"
+    code.write_text("older")
+    path = works[0].path
+    assert runner.Worker(works[:1]).work() == 1  # what it has just written is not of today's code
+    assert not works[0].is_finished() and works[0].state() == "waiting"
+    summary = json.loads((path / "summary.json").read_text())
+    capsys.readouterr()
+    assert runner.Worker(works[:2]).work() == 1
+    output = capsys.readouterr()
+    (line, _) = output.err.splitlines()
+    assert line.startswith(f"failed: n0_seed0: workdir={path}: its result is of other code, data, ")
+    assert "versions.code" in line and "--resume=force" in line and "--workdir" not in line
+    assert log.read_text().split() == ["n0_seed0", "n1_seed0"]  # it was not started again
+    code.write_text(workdir.code_digest())
+    forced = [dataclasses.replace(work, force=True, seen={}) for work in works[:2]]
+    assert forced[0].arguments == works[0].arguments
+    assert runner.Worker(forced).work() == 0
+    assert "--resume=force" not in json.loads((path / "sweep.json").read_text())["command"]
+    # Measured again with today's code, and trained with the older: no mean with others.
+    summary = json.loads((path / "summary.json").read_text())
+    summary["changes"] = ['versions.code: "older" -> "e76c"', "log.every_steps: 1 -> 2"]
+    (path / "summary.json").write_text(json.dumps(summary))
+    (path / "summary.json").rename(path / "kept")
+    twins = [dataclasses.replace(work, run=sweeps.Run(f"n_seed{n}", {}, {}), seen={})
+             for n, work in enumerate(works[:2])]  # fmt: skip
+    assert "50.00 %" in runner.table_of_results(twins[1:])
+    (path / "kept").rename(path / "summary.json")
+    assert "of different code, data or versions: no mean" in runner.table_of_results(twins)
+
+
+def test_force_is_handed_on():
+    work = runner.Work(sweeps.Run("a", {}, {}), pathlib.Path("b"), ("--config=c",), force=True)
+    words = ["-m", "densejax.main", "--config=c", "--workdir=b", "--resume=force"]
+    assert work.command[1:] == words
+
+
+def test_damage_and_a_full_disk_cost_one_run(sweep, monkeypatch, capsys):
+    works, log, _ = sweep
+    for work in works[:4]:
+        work.path.mkdir(parents=True)
+    (works[0].path / "summary.json").write_text('{"config": {"na')
+    (works[1].path / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.5}\n{"step": 2, "ep')
+    works[2].path.rmdir()
+    works[2].path.write_text("a file in its place")
+    write, full = workdir.write_json, works[3].path / "sweep.json"
+
+    def refuse(path, value):
+        if path == full:
+            raise OSError(28, "No space left on device", str(path))
+        write(path, value)
+
+    monkeypatch.setattr(workdir, "write_json", refuse)
+    (works[1].path / "claim").mkdir()
+    with lock.hold(works[1].path / "claim"):
+        assert works[1].state() == "running, 25%"  # of two epochs
+    assert runner.Worker(works).work() == 1
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in said] == ["n0_seed0", "n2_seed0", "n3_seed0"]
+    assert f"{works[0].path}/summary.json is damaged" in said[0]
+    assert str(works[2].path) in said[1] and "No space left on device" in said[2]
+    assert sorted(log.read_text().split()) == ["n1_seed0", "n4_seed0", "n5_seed0"]
 
 
 def test_a_failure_is_its_own(sweep, capsys):
@@ -216,7 +296,11 @@ def test_a_dead_workers_run_is_taken_over(sweep):
     subprocess.run([sys.executable, "-c", program, claim], cwd=ROOT, check=False)
     assert (claim / "lock").exists()
     assert runner.Worker(works[:1]).work() == 0
-    assert log.read_text().split() == ["n0_seed0"]
+    assert log.read_text().split() == ["n0_seed0"] and not claim.exists()
+    claim.mkdir()  # of a worker that died after its run had ended
+    subprocess.run([sys.executable, "-c", program, claim], cwd=ROOT, check=False)
+    assert runner.Worker(works[:1]).work() == 0
+    assert log.read_text().split() == ["n0_seed0"] and not claim.exists()
 
 
 @pytest.mark.parametrize("held", ["claim", "."])
@@ -265,6 +349,11 @@ def test_commands_of_the_runs_that_are_left(sweep, monkeypatch, tmp_path, form):
 
 
 def test_the_best_rate_of_each_kind(tmp_path):
+    def write(folder, split="validation", accuracy=0.5, code="a"):
+        summary = {f"{split}_accuracy": accuracy, f"{split}_examples": 9, "changes": []}
+        summary |= {"versions": {"code": code}, "config": {"evaluate": {"final_split": split}}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+
     for kind, rate, seed, accuracy in (
         *(("dense", 0.1, seed, accuracy) for seed, accuracy in enumerate((0.7, 0.9))),
         *(("dense", 0.2, seed, accuracy) for seed, accuracy in enumerate((0.75, 0.75))),
@@ -274,15 +363,28 @@ def test_the_best_rate_of_each_kind(tmp_path):
         folder.mkdir()
         axes = {"kind": kind, "learning_rate": rate, "seed": seed}
         (folder / "sweep.json").write_text(json.dumps({"axes": axes}))
-        (folder / "summary.json").write_text(json.dumps({"validation_accuracy": accuracy}))
+        write(folder, accuracy=accuracy)
+    root = runner.epath.Path(tmp_path)
     found = {"dense": 0.1, "one_shot": 0.2, "vovnet": 0.2}  # a VoVNet's layers are joined alike
-    assert runner.best_rates(runner.epath.Path(tmp_path)) == found
-    (folder / "summary.json").write_text(json.dumps({"test_accuracy": 0.5}))
+    assert runner.best_rates(root) == found
+    write(folder, "test")
     with pytest.raises(UserError, match="was not measured on held-out images"):
-        runner.best_rates(runner.epath.Path(tmp_path))
+        runner.best_rates(root)
     (folder / "summary.json").unlink()
     with pytest.raises(UserError, match="one_shot_rate0.2_seed0 is not finished"):
-        runner.best_rates(runner.epath.Path(tmp_path))
+        runner.best_rates(root)
+    write(folder)
+    write(tmp_path / "dense_rate0.1_seed1", code="b")
+    message = (
+        r"no mean is taken over dense_rate0.1_seed0 \(code a\) against dense_rate0.1_seed1 \(code b"
+    )
+    with pytest.raises(UserError, match=message):
+        runner.best_rates(root)
+    write(tmp_path / "dense_rate0.1_seed1")
+    for text, message in (('{"axes": {', "is damaged"), ('{"axes": {"k": 4}}', "no run of that")):
+        (folder / "sweep.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            runner.best_rates(root)
 
 
 def call(*words):
@@ -315,6 +417,10 @@ def test_bad_input_is_one_line(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     says = "densejax: --only=k5_*: no run of growth_rate has such a name\n"
     assert done.stderr == says
+    (tmp_path / "file").touch()
+    done = call(*words[:2], f"--root={tmp_path}/file")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"densejax: --root={tmp_path}/file: give a folder")
     words = ("--sweep=connectivity", "--config=configs/d2l_fashion_mnist.py", f"--root={tmp_path}")
     done = call(*words, "--dry_run")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
