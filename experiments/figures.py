@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -19,6 +20,7 @@ from densejax import config as schema
 from densejax.analysis import plots, reuse
 from densejax.config import UserError
 
+matplotlib.rcParams["text.parse_math"] = False  # a "$" in a name is no formula
 COUNTS = ("parameters", "multiply_adds")
 MOST = 9  # lines that a panel has room for; more go into a panel for each kind of network
 
@@ -36,6 +38,11 @@ def numeric(groups: Sequence[Any]) -> list[str]:
         if len(values) > 2 and {type(value) for value in values} <= {int, float}:
             found.append(axis)
     return found
+
+
+def error_of(groups: Sequence[Any]) -> str:
+    """The name of the groups' error: of what images it is."""
+    return f"{' or '.join(sorted({group.split for group in groups}))} error (%)"
 
 
 def mark(axes: Axes, x: Sequence[float], groups: Sequence[Any], quantity: str, **style) -> None:
@@ -62,7 +69,7 @@ def curves(groups: Sequence[Any]) -> Figure:
         end = group.config["train"]["epochs"]
         mark(axes, [end], [group], "error", **style | {"linestyle": "", "clip_on": False})
     plots.logarithmic(axes.yaxis, "{:g}".format)
-    axes.set(xlabel="epoch", ylabel="error (%)")
+    axes.set(xlabel="epoch", ylabel=f"training error, at the end {error_of(groups)}")
     plots.legend(axes)
     return figure
 
@@ -83,7 +90,7 @@ def against(groups: Sequence[Any], quantity: str, numbers: str = "") -> Figure:
         axes.set_xlim(0.75 * low, high / 0.75)
     plots.logarithmic(axes.xaxis, formats.si)
     plots.logarithmic(axes.yaxis, "{:.3g}".format)
-    axes.set(xlabel=quantity.replace("_", "-"), ylabel="error (%)")
+    axes.set(xlabel=quantity.replace("_", "-"), ylabel=error_of(groups))
     if len({group.kind for group in groups}) > 1:
         plots.legend(axes)
     return figure
@@ -107,7 +114,7 @@ def along(groups: Sequence[Any], axis: str) -> Figure:
     if values[-1] >= 8 * values[0] > 0:
         plots.logarithmic(axes.xaxis, formats.si)
     axes.set_xticks(values, map(formats.si, values))
-    axes.set(xlabel=axis.replace("_", " "), ylabel="error (%)")
+    axes.set(xlabel=axis.replace("_", " "), ylabel=f"training, {error_of(groups)}")
     if len(lines) > 1:
         plots.legend(axes)
     return figure
@@ -120,7 +127,12 @@ def gaps(groups: Sequence[Any]) -> Figure:
     train, test = ([100 * g.mean(name) for g in groups] for name in ("train_error", "error"))
     axes.hlines(rows, train, test, color=plots.INK, linewidth=1)
     axes.plot(train, rows, label="training", **plots.style(1) | {"linestyle": ""})
-    axes.plot(test, rows, label="result", **plots.style(0) | {"linestyle": ""})
+    axes.plot(
+        test,
+        rows,
+        label=error_of(groups).removesuffix(" error (%)"),
+        **plots.style(0) | {"linestyle": ""},
+    )
     axes.set_yticks(rows, [group.label() for group in groups])
     axes.set(xlabel="error (%)", ylim=(len(groups) - 0.5, -0.5))
     axes.set_xlim(left=0)
@@ -132,7 +144,7 @@ def of_sweep(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:
     """(file name, caption, figure) of all that can be drawn of a sweep's groups."""
     by_kind = itertools.groupby(sorted(groups, key=lambda g: g.kind), key=lambda g: g.kind)
     panels = {"": groups} if len(groups) <= MOST else {kind: list(g) for kind, g in by_kind}
-    axes, split = numeric(groups), groups[0].config["evaluate"]["final_split"]
+    axes, split = numeric(groups), error_of(groups).removesuffix(" error (%)")
     for axis in axes:
         text = f"Error along {axis.replace('_', ' ')}: {split} images solid, training images, not "
         yield f"by_{axis}", text + "augmented, dashed.", along(groups, axis)
@@ -151,20 +163,32 @@ def of_sweep(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:
 
 
 def of_all(groups: dict[str, list[Any]]) -> Iterator[tuple[str, str, Figure]]:
-    """As `of_sweep`, of all sweeps whose points are networks under the one most common recipe."""
+    """As `of_sweep`, of all sweeps whose points are networks under the one most common recipe.
+
+    The learning rate is not part of it: each kind of network has its own best.
+    """
     recipes, defaults = {}, schema.default().to_dict()
     for group in itertools.chain.from_iterable(groups.values()):
         # A key that is newer than a run is at its default.
         recipe = [
             defaults[section] | group.config[section]
-            for section in ("data", "augmentation", "train", "evaluate")
+            for section in ("data", "augmentation", "train", "evaluate", "optimizer")
         ]
+        recipe[-1].pop("learning_rate")
         networks = recipes.setdefault(json.dumps(recipe), {})
         networks.setdefault((group.kind, *map(group.mean, COUNTS)), group)
     mine = list(max(recipes.values(), key=len, default={}).values())
     if len({group.kind for group in mine}) > 1:
+        rates = {}
+        for group in mine:
+            rates.setdefault(group.kind, set()).add(group.config["optimizer"]["learning_rate"])
+        said = "; ".join(
+            f"{kind} {', '.join(map(str, sorted(values)))}"
+            for kind, values in sorted(rates.items())
+        )
         for count in COUNTS:
-            text = f"Error against {count.replace('_', '-')}, all networks of one recipe."
+            text = f"{error_of(mine).capitalize()} against {count.replace('_', '-')}, all networks "
+            text += f"of one recipe but for the peak learning rate: {said}."
             yield count, text, against(mine, count)
 
 
@@ -176,8 +200,8 @@ def heat_maps(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:
             try:
                 network = classifier.load(run.path)
             except UserError as error:  # a damaged checkpoint costs its picture, not the page
-                print(f"{run.path}: no heat map: {error}", file=sys.stderr)
+                print(f"densejax: {run.path}: no heat map: {error}", file=sys.stderr)
                 continue
             maps = reuse.heat_maps(network.model, network.variables["params"])
             caption = f"{group.label()}, seed {run.sweep['seed']}"
-            yield f"reuse_{run.sweep['run']}", caption, plots.heat_maps(maps)
+            yield f"reuse_{run.name}", caption, plots.heat_maps(maps)

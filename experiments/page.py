@@ -6,7 +6,9 @@ Sweeps and runs are those of experiments/report.py.
 import html
 import json
 import math
+import re
 import string
+import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ import figures
 from etils import epath
 from figures import say
 from matplotlib.figure import Figure
-from sweeps import SWEEPS
+from sweeps import SWEEPS, differences
 
 from densejax import formats
 from densejax.analysis import plots
@@ -35,7 +37,7 @@ def table(groups: Sequence[Any]) -> str:
     """The sortable table of a sweep's groups."""
 
     def axis(name):
-        return lambda group: cell(group.axes.get(name))
+        return lambda group: cell(group.axes.get(name))  # escapes it
 
     def points(quantity):
         def show(group):
@@ -57,11 +59,12 @@ def table(groups: Sequence[Any]) -> str:
     def milliseconds(seconds):
         return f"{1000 * seconds:.3g}"
 
+    splits = sorted({group.split for group in groups})
     columns: dict[str, Callable[[Any], str]] = {
         **{name.replace("_", " "): axis(name) for name in groups[0].axes},
         **({} if "kind" in groups[0].axes else {"network": lambda group: cell(group.kind)}),
         "n": lambda group: cell(len(group.runs)),
-        "accuracy (%)": points("accuracy"),
+        **{f"{split} accuracy (%)": points(f"{split}_accuracy") for split in splits},
         "training (%)": points("train_accuracy"),
         "gap (points)": points("gap"),
         "parameters": number("parameters", whole),
@@ -72,7 +75,10 @@ def table(groups: Sequence[Any]) -> str:
     if any(group.values("latency_1") for group in groups):
         for images in (1, 64):
             columns[f"{images} (ms)"] = number(f"latency_{images}", milliseconds)
-    head = "".join(f'<th scope="col"><button type="button">{n}</button></th>' for n in columns)
+    head = "".join(
+        f'<th scope="col"><button type="button">{html.escape(name)}</button></th>'
+        for name in columns
+    )
     rows = ("".join(column(group) for column in columns.values()) for group in groups)
     return (
         '<div class="scrolls" tabindex="0" role="region" aria-label="results"><table>'
@@ -85,7 +91,8 @@ def drawn(name: str, drawings: Iterable[tuple[str, str, Figure]], folder: epath.
     """Figures of (file name, caption, figure) as elements; writes them as PNG too."""
     elements = []
     for file, caption, drawing in drawings:
-        plots.save(drawing, folder / f"{name}_{file}.png")
+        # A name may hold anything, a "/" too; the figure stays in the folder.
+        plots.save(drawing, folder / re.sub(r"[^\w.-]", "_", f"{name}_{file}.png"))
         caption = html.escape(caption)
         svg = plots.svg(drawing, caption)
         elements.append(f"<figure>{svg}<figcaption>{caption}</figcaption></figure>")
@@ -109,9 +116,9 @@ def provenance(runs: Sequence[Any]) -> str:
     }
     parts = [f"<p>All runs, beside the defaults: {listed(changed)}</p>"]
     for run, values in zip(runs, flat, strict=True):
-        versions = " ".join(f"{name} {version}" for name, version in run.start["versions"].items())
+        versions = " ".join(f"{name} {version}" for name, version in run.versions.items())
         parts.append(
-            f"<details><summary>{html.escape(run.sweep['run'])}: {run.state}</summary>"
+            f"<details><summary>{html.escape(f'{run.name}: {run.state}')}</summary>"
             f"<pre><code>{html.escape(run.sweep['command'])}</code></pre>"
             f"<p>This run: {listed({key: values[key] for key in own & values.keys()})}</p>"
             f'<p class="quiet">{html.escape(run.start["devices"])}; {html.escape(versions)}</p>'
@@ -121,15 +128,30 @@ def provenance(runs: Sequence[Any]) -> str:
     return f"<details>{summary}{''.join(parts)}</details>"
 
 
+def one_version(groups: dict[str, Any]) -> str:
+    """A paragraph that says which of some named groups are of which code; "" where all are of one.
+
+    Data and weights are left out: few images, or another network, have their own.
+    """
+    known = {
+        name: {key: group.versions[key] for key in group.versions.keys() - {"data", "weights"}}
+        for name, group in groups.items()
+    }
+    others = differences(known)
+    return f"<p>Not all of these are of one version: {html.escape(others)}.</p>" if others else ""
+
+
 def section(name: str, runs: Sequence[Any], groups: Sequence[Any], folder: epath.Path) -> str:
     """A sweep's part of the page; writes its figures."""
     left = [run for run in runs if not run.result]
     question = SWEEPS[name].__doc__.splitlines()[0].replace("*", "") if name in SWEEPS else ""
     parts = [
-        f'<section id="{name}"><h2>{name.replace("_", " ")}</h2><p>{html.escape(question)}</p>',
+        f'<section id="{html.escape(name)}"><h2>{html.escape(name.replace("_", " "))}</h2>'
+        f"<p>{html.escape(question)}</p>",
         f'<p class="quiet">{len(runs) - len(left)} of {len(runs)} runs have ended.</p>',
     ]
     if groups:
+        parts.append(one_version({group.label(): group for group in groups}))
         parts.append(table(groups))
         parts.append(f'<div class="figures">{drawn(name, figures.of_sweep(groups), folder)}</div>')
     if maps := drawn(name, figures.heat_maps(groups), folder):
@@ -139,8 +161,8 @@ def section(name: str, runs: Sequence[Any], groups: Sequence[Any], folder: epath
             f'a box marks what stands behind the block.</p><div class="wide">{maps}</div></details>'
         )
     if left:
-        items = (f"<li>{html.escape(run.sweep['run'])}: {run.state}</li>" for run in left)
-        parts.append(f"<p>Not ended, in no mean:</p><ul>{''.join(items)}</ul>")
+        items = (f"<li>{html.escape(f'{run.name}: {run.state}')}</li>" for run in left)
+        parts.append(f"<p>Not ended or damaged, in no mean:</p><ul>{''.join(items)}</ul>")
     return "".join([*parts, provenance(runs), "</section>"])
 
 
@@ -155,12 +177,15 @@ def of(
       title: of the page.
       folder: for the figures as PNG.
     """
-    links = "".join(f'<a href="#{name}">{name.replace("_", " ")}</a>' for name in sweeps)
+    links = "".join(
+        f'<a href="#{urllib.parse.quote(name)}">{html.escape(name.replace("_", " "))}</a>'
+        for name in sweeps
+    )
     parts = [f"<nav>{links}</nav>"]
     if networks := drawn("all", figures.of_all(groups), folder):
-        parts.append(
-            f'<section><h2>All networks</h2><div class="figures">{networks}</div></section>'
-        )
+        named = {f"{name}, {one.label()}": one for name in groups for one in groups[name]}
+        parts.append(f"<section><h2>All networks</h2>{one_version(named)}")
+        parts.append(f'<div class="figures">{networks}</div></section>')
     parts += [section(name, runs, groups[name], folder) for name, runs in sweeps.items()]
     template = string.Template(TEMPLATE.read_text())
     return template.substitute(title=html.escape(title), body="".join(parts))

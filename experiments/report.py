@@ -2,10 +2,10 @@
 
 Reads ROOT/SWEEP/RUN of experiments/run.py; writes runs.csv (a row for each run), index.html (one
 page that needs no network, light and dark) and its figures as PNG into DIR, by default ROOT/report.
-Runs that have not ended are listed and enter no mean.
+Runs that have not ended, or are damaged, are listed and enter no mean. Where runs of one mean are
+of different code, data, weights, versions or precision, that is said, and nothing is written.
 """
 
-import argparse
 import csv
 import dataclasses
 import functools
@@ -19,10 +19,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import page
+import script
 from etils import epath
 from figures import say
+from ml_collections import ConfigDict
+from sweeps import differences, origin
 
-from densejax import files, formats, parallel
+from densejax import files, formats, parallel, result, workdir
 from densejax.config import UserError
 
 KINDS = {
@@ -38,7 +41,7 @@ KINDS = {
 class Run:
     """One run directory: its sweep.json, config.json, metrics.jsonl, last start and summary.json.
 
-    `result`, the summary, is {} where the run has not ended.
+    `result`, the summary, is {} where the run has not ended; `damage` says what cannot be read.
     """
 
     path: epath.Path
@@ -47,6 +50,12 @@ class Run:
     records: list[dict[str, float]]
     start: dict[str, Any]
     result: dict[str, Any]
+    damage: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its directory's."""
+        return self.path.name
 
     @functools.cached_property
     def axes(self) -> dict[str, Any]:
@@ -60,10 +69,22 @@ class Run:
         return KINDS[model["family"], model.get("join")]
 
     @property
+    def split(self) -> str:
+        """The images that its result was measured on, of which its error is."""
+        return self.config["evaluate"]["final_split"]
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of its result, or else of its last start."""
+        return self.result.get("versions", self.start["versions"])
+
+    @property
     def state(self) -> str:
         """Its result, or how far it is, for people."""
+        if self.damage:
+            return f"damaged: {self.damage}"
         if self.result:
-            return formats.percent(self.measures["accuracy"])
+            return f"{self.split} accuracy {formats.percent(self.measures['accuracy'])}"
         if not self.records:
             return "no step logged yet"
         return f"epoch {self.records[-1]['epoch']:.1f} of {self.config['train']['epochs']}"
@@ -75,8 +96,7 @@ class Run:
         if found:
             images = found["steps"] * self.config["train"]["batch_size"]
             found["training_compute"] = 6 * found["multiply_adds"] * images
-            split = self.config["evaluate"]["final_split"]
-            found |= {name: found[f"{split}_{name}"] for name in ("accuracy", "error")}
+            found |= {name: found[f"{self.split}_{name}"] for name in ("accuracy", "error")}
             for images, seconds in self.sweep["latency"].items():
                 found[f"latency_{images}"] = seconds
             if "train_error" in found:
@@ -91,7 +111,7 @@ class Group:
     runs: list[Run]
 
     def __getattr__(self, name: str) -> Any:
-        """What all its runs share: axes, kind."""
+        """What all its runs share: axes, kind, split, versions."""
         return getattr(self.runs[0], name)
 
     def label(self, without: str = "") -> str:
@@ -124,26 +144,42 @@ class Group:
 
 def read(root: epath.Path) -> dict[str, list[Run]]:
     """The runs below a root by sweep (raises UserError where there is none)."""
-
-    def load(path):
-        return json.loads(path.read_text()) if path.exists() else {}
-
-    def lines(path):
-        text = path.read_text() if path.exists() else ""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
-
     found = {}
     for file in sorted(root.glob("*/*/sweep.json")):
-        path, sweep = file.parent, load(file)
-        latencies = load(path.parent / "latency.json").get("seconds", {})  # of --latency
-        sweep["latency"] = latencies.get(sweep["run"].rpartition("_seed")[0], {})
-        starts = lines(path / "history.jsonl") or [{"versions": {}, "devices": ""}]
-        rest = load(path / "config.json"), lines(path / "metrics.jsonl"), starts[-1]
-        run = Run(path, sweep, *rest, load(path / "summary.json"))
-        found.setdefault(sweep["sweep"], []).append(run)
+        try:
+            run = read_run(file.parent)
+            _ = run.state, run.measures, run.versions, run.config and run.kind, run.start["devices"]
+            _ = run.sweep["seed"], run.sweep["command"]
+            if not all(isinstance(value, str | int | float) for value in run.axes.values()):
+                raise TypeError(f"axes = {run.axes}")
+        except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+            sweep = {"axes": {}, "seed": None, "command": ""}
+            start = {"versions": {}, "devices": ""}
+            run = Run(file.parent, sweep, {}, [], start, {}, str(error) or repr(error))
+            print(f"densejax: {run.path} is left out: {UserError(run.state)}", file=sys.stderr)
+        found.setdefault(file.parent.parent.name, []).append(run)
     if not found:
         raise UserError(f"--root={root}: it has no SWEEP/RUN/sweep.json; experiments/run.py trains")
     return found
+
+
+def read_run(path: epath.Path) -> Run:
+    """The run in a directory.
+
+    Raises:
+      ValueError, LookupError, TypeError, AttributeError, OSError: something of it is damaged.
+    """
+
+    sweep = script.read_json(path / "sweep.json")
+    latencies = script.read_json(path.parent / "latency.json", {})
+    latencies = latencies.get("seconds", {})  # of --latency
+    sweep["latency"] = latencies.get(path.name.rpartition("_seed")[0], {})
+    starts = workdir.history(path) or [{"versions": {}, "devices": ""}]
+    records = script.read_json(path / "metrics.jsonl", [], lines=True)
+    config, summary = script.read_json(path / "config.json", {}), result.read(path) or {}
+    if summary and not workdir.same_run(summary["config"], ConfigDict(config)):
+        summary = {}  # it goes on to more epochs than its result is of
+    return Run(path, sweep, config, records, starts[-1], summary)
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
@@ -161,14 +197,37 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     return sorted((Group(runs) for runs in found.values()), key=order)
 
 
+def require_comparable(root: epath.Path, groups: dict[str, list[Group]]) -> None:
+    """Raises UserError with every group whose runs differ in more than their seed."""
+    found = []
+    for name, ended in groups.items():
+        for group in ended:
+            others = differences({run.name: origin(run.name, run.result) for run in group.runs})
+            found += [f"{name}, {group.label()}: {others}"] if others else []
+    if found:
+        raise UserError(
+            f"--root={root}: no mean is taken over runs of different code, data, weights, "
+            f"versions, precision or configurations: {'; '.join(found)}. Train all of them again "
+            f"with the same, into another --root of experiments/run.py"
+        )
+
+
+def plain(value: Any) -> Any:
+    """A value for a CSV that no spreadsheet takes for a formula."""
+    is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if is_formula else value
+
+
 def table(sweeps: dict[str, list[Run]]) -> str:
     """All runs as CSV, one row each; what a run has not is empty."""
     rows = []
     for run in itertools.chain.from_iterable(sweeps.values()):
-        row = {"sweep": run.sweep["sweep"], "run": run.sweep["run"], "seed": run.sweep["seed"]}
+        row = {"sweep": run.path.parent.name, "run": run.name, "seed": run.sweep["seed"]}
         row |= {"finished": bool(run.result), "parameters": None, "multiply_adds": None}
         row |= {"test_accuracy": None, "train_loss": None, "mismatch": run.sweep.get("mismatch")}
-        rows.append(row | run.measures | run.axes | {"command": run.sweep["command"]})
+        row |= {"split": run.split if run.result else None} | run.measures | run.axes
+        row |= run.versions | {"command": run.sweep["command"]}
+        rows.append({plain(key): plain(value) for key, value in row.items()})
     names = dict.fromkeys(itertools.chain.from_iterable(rows))
     file = io.StringIO()
     writer = csv.DictWriter(file, names, lineterminator="\n")
@@ -177,27 +236,23 @@ def table(sweeps: dict[str, list[Run]]) -> str:
     return file.getvalue()
 
 
-def main() -> int:
-    """Does what the flags say; returns the exit code, 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=epath.Path, required=True, help="holds SWEEP/RUN")
-    parser.add_argument("--output", type=epath.Path, help="folder; default: ROOT/report")
+def main() -> None:
+    """Does what the flags say."""
+    parser = script.Parser(__doc__)
+    parser.add_argument("--root", type=script.path, required=True, help="holds SWEEP/RUN")
+    parser.add_argument("--output", type=script.path, help="folder; default: ROOT/report")
     options = parser.parse_args()
-    try:
-        sweeps = read(options.root)
-        folder = options.output or options.root / "report"
-        folder.mkdir(parents=True, exist_ok=True)
-        parallel.start()
-        files.write(folder / "runs.csv", table(sweeps))
-        groups = {name: grouped(runs) for name, runs in sweeps.items()}
-        content = page.of(sweeps, groups, "densejax: sweeps", folder)
-        files.write(folder / "index.html", content)
-    except UserError as error:
-        print(f"densejax: {error}", file=sys.stderr)
-        return 2
+    sweeps = read(options.root)
+    groups = {name: grouped(runs) for name, runs in sweeps.items()}
+    require_comparable(options.root, groups)
+    folder = options.output or options.root / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    parallel.start()
+    files.write(folder / "runs.csv", table(sweeps))
+    content = page.of(sweeps, groups, "densejax: sweeps", folder)
+    files.write(folder / "index.html", content)
     print(f"{folder}/index.html")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script.run(main)

@@ -1,6 +1,7 @@
 """A report of runs written by hand: its numbers, what has not ended, and the page in a browser."""
 
 import csv
+import hashlib
 import html
 import json
 import pathlib
@@ -19,11 +20,17 @@ EXPERIMENTS = pathlib.Path(densejax.__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))  # where Python looks when one of them is run
 
 import report  # noqa: E402
+import script  # noqa: E402
 
 # (kind, growth rate or None, test accuracy by seed, accuracy on training images by seed)
 DENSE = ("densenet_bc_40_12", 12, (0.90, 0.92, 0.91), (0.95, 0.96, 0.97))
 THIN = ("densenet_bc_40_12", 4, (0.80, 0.82), (0.81, 0.81))
 RESIDUAL = ("resnet20_cifar", None, (0.88, 0.89, 0.93), (0.99, 0.99, 0.99))
+
+
+def sealed(record):
+    """The seal of a record: SHA-256 of its JSON."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def write_run(root, sweep, axes, seed, model, accuracy=None, training=None, **facts):
@@ -39,7 +46,9 @@ def write_run(root, sweep, axes, seed, model, accuracy=None, training=None, **fa
     if model == RESIDUAL[0]:
         del config["train"]["max_skipped_steps"]  # as if the key was newer than the run
     (path / "config.json").write_text(json.dumps(config))
-    start = {"versions": {"jax": "1.2.3"}, "devices": "2 x cpu"}
+    versions = {"jax": "1.2.3", "code": "0123", "data": "d", "matmul_precision": "default on cpu"}
+    start = {"versions": versions, "devices": "2 x cpu", "changes": []}
+    start["sha256"] = sealed(start)
     (path / "history.jsonl").write_text(json.dumps(start) + "\n")
     lines = [json.dumps({"step": 5, "epoch": 0.5, "train_accuracy": 0.25, "train_loss": 2.0})]
     if accuracy is not None:
@@ -47,7 +56,9 @@ def write_run(root, sweep, axes, seed, model, accuracy=None, training=None, **fa
         result = {"test_accuracy": accuracy, "test_error": 1 - accuracy, "test_loss": 0.25}
         result |= {"train_accuracy": training, "train_error": 1 - training, "train_loss": 0.125}
         result |= {"steps": 20, "parameters": 1234, "multiply_adds": 5000} | facts
-        result |= {"images_per_second": 100.0 + seed, "config": config}
+        result |= {"images_per_second": 100.0 + seed, "config": config, "test_examples": 10}
+        result |= {"versions": versions, "changes": []}
+        result["sha256"] = sealed(result)
         (path / "summary.json").write_text(json.dumps(result))
     text = "\n".join(lines) + "\n"
     (path / "metrics.jsonl").write_text(text if accuracy is not None else text + '{"step": 6, "ep')
@@ -87,12 +98,19 @@ def written(tmp_path_factory):
     seconds = {"4": {"1": 0.001, "64": 0.0123}, "12": {"1": 0.002, "64": 0.02}}
     latency = root / "growth_rate" / "latency.json"
     latency.write_text(json.dumps({"device": "cpu", "seconds": seconds}))
-    before, sys.argv = sys.argv, ["report.py", f"--root={root}", f"--output={root}/page"]
+    assert call(root, f"--output={root}/page") == 0
+    return root / "page"
+
+
+def call(root, *flags):
+    """The exit code of the command."""
+    before, sys.argv = sys.argv, ["report.py", f"--root={root}", *flags]
     try:
-        assert report.main() == 0
+        with pytest.raises(SystemExit) as ended:
+            script.run(report.main)
     finally:
         sys.argv = before
-    return root / "page"
+    return ended.value.code or 0
 
 
 def rows_of(page, sweep):
@@ -114,6 +132,8 @@ def test_one_row_for_each_run(written):
     assert int(row["training_compute"]) == 6 * 5000 * 20 * 64
     assert float(row["gap"]) == pytest.approx(0.04)
     assert (row["kind"], row["growth_rate"]) == ("dense", "")
+    known = [row[key] for key in ("split", "code", "data", "matmul_precision")]
+    assert known == ["test", "0123", "d", "default on cpu"]
     (row,) = (row for row in rows if row["finished"] == "False")
     assert (row["run"], row["test_accuracy"]) == ("one_shot_seed0", "")
 
@@ -124,7 +144,7 @@ def test_means_and_deviations(written):
     assert columns["kind"] == ("dense", "residual")
     assert columns["n"] == ("3", "3")
     # 90, 92, 91 and 88, 89, 93: deviations 1 and sqrt((4 + 1 + 9) / 2).
-    assert columns["accuracy (%)"] == ("91.00 ± 1.00", "90.00 ± 2.65")
+    assert columns["test accuracy (%)"] == ("91.00 ± 1.00", "90.00 ± 2.65")
     assert columns["training (%)"] == ("96.00 ± 1.00", "99.00 ± 0.00")
     # 5, 4, 6 and 11, 10, 6.
     assert columns["gap (points)"] == ("5.00 ± 1.00", "9.00 ± 2.65")
@@ -157,7 +177,8 @@ def test_the_page_stands_alone_and_says_where_numbers_come_from(written):
     loads = re.findall(r'(?:src|href)="(?!#|data:)([^"]*)"|url\((?!#)([^)]*)\)|@import', page)
     assert loads == []
     assert "--config.seed=2 &#x27;&lt;&amp;&gt;&#x27;" in page
-    assert "2 x cpu; jax 1.2.3" in page
+    assert "2 x cpu; jax 1.2.3 code 0123" in page
+    assert "Not all of these" not in page
     assert "This run: <code>seed=2</code>" in page  # what runs of one network differ in
     assert "How layers are joined" in page  # the sweep's question
     # Two figures of all networks, four of connectivity, five of growth_rate with its axis.
@@ -165,11 +186,166 @@ def test_the_page_stands_alone_and_says_where_numbers_come_from(written):
     assert page.count("<figure>") == len(list(written.glob("*.png"))) == 11
 
 
-def test_a_root_without_runs_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["report.py", f"--root={tmp_path}"])
-    assert report.main() == 2
-    assert capsys.readouterr().err.startswith(f"densejax: --root={tmp_path}: it has no SWEEP/RUN")
-    assert not list(tmp_path.iterdir())
+def test_a_root_without_runs_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for root, message in (
+        (tmp_path, f"--root={tmp_path}: it has no SWEEP/RUN"),
+        (tmp_path / "missing", f"--root={tmp_path}/missing: it has no SWEEP/RUN"),
+        (tmp_path / "file", f"--root={tmp_path}/file: it has no SWEEP/RUN"),
+        ("", "argument --root: name a file or a folder"),
+    ):
+        assert call(root) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"densejax: {message}") and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A root with one point of a sweep, of two seeds: (root, directory of the second)."""
+    for seed in (0, 1):
+        write_run(tmp_path, "variants", {"variant": "bc"}, seed, DENSE[0], 0.9, 0.95)
+    return tmp_path, tmp_path / "variants" / "bc_seed1"
+
+
+def change(file, **facts):
+    """Another result, sealed."""
+    record = {k: v for k, v in json.loads(file.read_text()).items() if k != "sha256"} | facts
+    file.write_text(json.dumps(record | {"sha256": sealed(record)}))
+
+
+@pytest.mark.parametrize(
+    "key, value, difference",
+    [
+        ("code", "4567", "bc_seed0 (code 0123) against bc_seed1 (code 4567)"),
+        ("data", "e", "bc_seed0 (data d) against bc_seed1 (data e)"),
+        ("weights", "f", "bc_seed0 (weights not recorded) against bc_seed1 (weights f)"),
+        ("matmul_precision", "high on gpu", "bc_seed1 (matmul_precision high on gpu)"),
+        ("jax", "2", "bc_seed0 (jax 1.2.3) against bc_seed1 (jax 2)"),
+    ],
+)
+def test_no_mean_is_taken_over_different_versions(pair, capsys, key, value, difference):
+    root, second = pair
+    versions = json.loads((second / "summary.json").read_text())["versions"]
+    change(second / "summary.json", versions=versions | {key: value})
+    assert call(root) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "variants, variant bc: bc_seed0" in said
+    assert difference in said
+    assert not (root / "report").exists()
+
+
+def test_no_mean_is_taken_over_different_trainings(pair, capsys):
+    root, second = pair
+    summary = json.loads((second / "summary.json").read_text())
+    change(second / "summary.json", changes=["log.every_steps: 1 -> 2"])  # changes no number
+    assert call(root) == 0
+    change(second / "summary.json", changes=["versions.code: a -> 0123"])  # measured again
+    assert call(root) == 2
+    config = summary["config"] | {"optimizer": summary["config"]["optimizer"] | {"momentum": 0.5}}
+    change(second / "summary.json", changes=[], config=config)
+    (second / "config.json").write_text(json.dumps(config))
+    assert call(root) == 2
+    again, trained = capsys.readouterr().err.splitlines()
+    assert "bc_seed1 (changes versions.code: a -> 0123)" in again
+    assert "(config.optimizer.momentum 0.9) against bc_seed1 (config.optimizer.momentum" in trained
+
+
+def test_code_that_nobody_recorded_is_not_taken_for_the_same(pair, capsys):
+    root, second = pair
+    for run in (second, second.with_name("bc_seed0")):  # of a time without seals
+        record = json.loads((run / "summary.json").read_text()) | {"versions": {"jax": "1"}}
+        del record["sha256"]
+        (run / "summary.json").write_text(json.dumps(record))
+    assert call(root) == 2
+    assert "bc_seed0 (code not recorded by bc_seed0) against bc_seed1" in capsys.readouterr().err
+
+
+def test_rows_of_other_versions_are_named(pair):
+    root, second = pair
+    write_run(root, "variants", {"variant": "b"}, 0, DENSE[0], 0.9, 0.95)
+    third = root / "variants" / "b_seed0" / "summary.json"
+    versions = json.loads(third.read_text())["versions"]
+    change(third, versions=versions | {"code": "4567", "data": "other"})
+    assert call(root) == 0
+    page = (root / "report" / "index.html").read_text()
+    said = (
+        "Not all of these are of one version: variant b (code 4567) against variant bc (code 0123)."
+    )
+    assert said in page
+
+
+def test_what_held_out_images_measured_is_not_called_test(pair):
+    root, second = pair
+    for run in (second, second.with_name("bc_seed0")):
+        summary = json.loads((run / "summary.json").read_text())
+        config = summary["config"]
+        config["evaluate"] |= {"split": "validation", "final_split": "validation"}
+        (run / "config.json").write_text(json.dumps(config))
+        renamed = {key.replace("test_", "validation_"): value for key, value in summary.items()}
+        (run / "summary.json").write_text(json.dumps(renamed))
+        change(run / "summary.json", config=config)
+    write_run(root, "variants", {"variant": "b"}, 0, DENSE[0], 0.8, 0.95)
+    assert call(root) == 0
+    head, b, bc = rows_of((root / "report" / "index.html").read_text(), "variants")
+    column, other = head.index("validation accuracy (%)"), head.index("test accuracy (%)")
+    assert (b[column], bc[column], b[other], bc[other]) == ("–", "90.00 ± 0.00", "80.00", "–")
+
+
+@pytest.mark.parametrize(
+    "file, text, why",
+    [
+        ("summary.json", '{"config": {"na', "summary.json is damaged"),
+        ("summary.json", "[1]", "summary.json is damaged"),
+        ("config.json", "{", "config.json is damaged (Expecting"),
+        ("metrics.jsonl", '{"ep\n{"epoch": 1}\n', "metrics.jsonl is damaged (Invalid control"),
+        ("history.jsonl", "{}\n", "history.jsonl is damaged"),
+        ("sweep.json", "", "sweep.json is damaged (Expecting"),
+        ("sweep.json", "[" * 100000, "sweep.json is damaged (it is nested too deeply"),
+        ("sweep.json", '{"axes": {"a": [1]}, "seed": 1, "command": ""}', "axes = {'a': [1]}"),
+    ],
+)
+def test_damage_costs_one_run_and_is_said(pair, capsys, file, text, why):
+    root, second = pair
+    (second / file).write_text(text)
+    assert call(root) == 0
+    said = capsys.readouterr().err
+    assert said.startswith(f"densejax: {second} is left out: damaged: ") and said.count("\n") == 1
+    assert why in said
+    page = (root / "report" / "index.html").read_text()
+    assert "1 of 2 runs have ended" in page and "<li>bc_seed1: damaged: " in page
+    assert rows_of(page, "variants")[1][:3] == ["bc", "DenseNet", "1"]
+
+
+def test_a_run_that_goes_on_to_more_epochs_has_not_ended(pair):
+    root, second = pair
+    config = json.loads((second / "config.json").read_text())
+    config["train"]["epochs"] = 4
+    (second / "config.json").write_text(json.dumps(config))
+    assert call(root) == 0
+    assert "<li>bc_seed1: epoch 1.0 of 4</li>" in (root / "report" / "index.html").read_text()
+
+
+def test_names_stay_in_the_folder_and_are_text(tmp_path):
+    """Names of sweeps, runs and axes come from files and folders that anyone may have written."""
+    script_tag, formula = "<script>alert(1)", '=HYPERLINK("http://a.b")'
+    for seed, value in enumerate((1, 2, 3)):
+        write_run(tmp_path, f"a b{script_tag}", {"../../n": value}, 0, DENSE[0], 0.9, 0.95)
+        sweep = tmp_path / f"a b{script_tag}" / f"{value}_seed0" / "sweep.json"
+        facts = json.loads(sweep.read_text()) | {"sweep": "../../evil", "run": "../../evil"}
+        axes = {"../../n": value, script_tag: "@SUM(1)$\\no$", "seed": seed}
+        sweep.write_text(json.dumps(facts | {"axes": axes, "command": formula}))
+    assert call(tmp_path, f"--output={tmp_path}/out") == 0
+    assert not list(tmp_path.parent.glob("*evil*")) and not list(tmp_path.glob("*.png"))
+    assert {path.parent for path in tmp_path.rglob("*.png")} == {tmp_path / "out"}
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<script>alert" not in page
+    assert 'href="#a%20b%3Cscript%3Ealert%281%29"' in page
+    with (tmp_path / "out" / "runs.csv").open() as file:
+        rows = list(csv.reader(file))
+    cells = [cell for row in rows for cell in row]
+    assert f"'{formula}" in cells and "'@SUM(1)$\\no$" in cells
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "@", "\t"))]
 
 
 PROBE = """
@@ -223,7 +399,7 @@ def test_the_page_in_a_browser_on_a_phone(written, tmp_path):
         left >= 0 and right <= 390 and height > 100 for left, right, height in found["sizes"]
     )
     turns = {(name, direction): texts for name, direction, texts in found["sorted"]}
-    assert turns["accuracy (%)", "ascending"] == ["90.00 ± 2.65", "91.00 ± 1.00"]
-    assert turns["accuracy (%)", "descending"] == ["91.00 ± 1.00", "90.00 ± 2.65"]
+    assert turns["test accuracy (%)", "ascending"] == ["90.00 ± 2.65", "91.00 ± 1.00"]
+    assert turns["test accuracy (%)", "descending"] == ["91.00 ± 1.00", "90.00 ± 2.65"]
     assert turns["kind", "descending"] == ["residual", "dense"]
     assert turns["multiply-adds", "ascending"] == ["5k", "6k"]
