@@ -18,6 +18,8 @@ from densejax.data.official import STREAMED, SetInfo
 # Those of torchvision's ImageFolder.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 Example = tuple[bytes, int, str]  # an encoded image, its label, and where it is
+# File systems spell a letter and its accent as one character or as two.
+_composed = functools.partial(unicodedata.normalize, "NFC")
 
 
 class ImageError(DataError):
@@ -40,13 +42,10 @@ class Folder(Sequence[Example]):
         self.class_names = class_names or tuple(dict.fromkeys(map(_composed, found)))
         ranks, labels = {name: rank for rank, name in enumerate(self.class_names)}, []
         for name, images in found.items():
-            if (label := ranks.get(_composed(name))) is None:
-                raise DataError(f"data.manual_dir: {path / name} is no class of the training set")
-            if not images:
-                raise DataError(
-                    f"data.manual_dir: {path / name} has no image ({', '.join(SUFFIXES)}); add "
-                    f"some, or remove the folder"
-                )
+            if (label := ranks.get(_composed(name))) is None or not images:
+                nothing = f"has no image ({', '.join(SUFFIXES)}); add some, or remove the folder"
+                problem = "is no class of the training set" if label is None else nothing
+                raise DataError(f"data.manual_dir: {path / name} {problem}")
             labels += [label] * len(images)
         if not labels:
             raise DataError(f"data.manual_dir: {path} has no class/image.jpg")
@@ -70,11 +69,6 @@ class Folder(Sequence[Example]):
                 return file.read(), int(self.labels[index]), str(path)
         except OSError as error:
             raise ImageError(f"{path}: {error.strerror or error}") from error
-
-
-def _composed(name: str) -> str:
-    """A name as most systems spell it; others spell a letter and its accent as two characters."""
-    return unicodedata.normalize("NFC", name)
 
 
 def _image_files(path: epath.Path) -> dict[str, list[str]]:
@@ -173,10 +167,8 @@ def open_splits(name: str, directory: str, manual_dir: str) -> tuple[SetInfo, di
         try:
             class_names, _ = tuple(features["label"].names), features["image"]
         except Exception as error:  # TFDS has many kinds of them
-            line = " ".join(str(features).split())
-            raise DataError(
-                f"data.name = {name}: needs image and label, a ClassLabel; has {line}"
-            ) from error
+            needs = "needs image and label, a ClassLabel; has " + " ".join(str(features).split())
+            raise DataError(f"data.name = {name}: {needs}") from error
         test = builders.test_split(builder) or "test"
         splits = {"train": Records(builder, "train"), "test": Records(builder, test)}
     sizes = {split: len(examples) for split, examples in splits.items()}

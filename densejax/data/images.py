@@ -15,7 +15,6 @@ except ImportError:  # streams need it; without it Pillow decodes to the same bi
 # Pillow knows more formats, of which some run programs of the machine.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # about 89 million: files of more were made to fill the memory
-
 JPEG, EXIF, SCAN = b"\xff\xd8", b"\xff\xe1", b"\xff\xda"  # markers: its start, APP1, its pixels
 
 
@@ -62,8 +61,7 @@ class Picture:
         if pixels is None:
             if self._image.mode.startswith(("I", "F")):  # they would become white without a word
                 raise ValueError("its pixels have more than 8 bits")
-            is_rgb = self._image.mode == "RGB"
-            pixels = np.asarray(self._image if is_rgb else self._image.convert("RGB"))
+            pixels = np.asarray(self._image.convert("RGB"))
         return (pixels.swapaxes(0, 1) if self._swapped else pixels)[self._rows, self._columns]
 
     def _decode_jpeg(self, min_height, min_width):
