@@ -2,7 +2,9 @@
 
 import pathlib
 import re
+import runpy
 import shlex
+import sys
 
 import pytest
 
@@ -19,6 +21,11 @@ COMMANDS = [
     shlex.split(line, comments=True)
     for line in LINES
     if line.startswith("python -m densejax.main ")
+]
+
+SCRIPTS = [  # run.py has flags of another kind, parity_torch.py needs torch
+    shlex.split(line, comments=True)
+    for line in re.findall(r"python (experiments/(?!run|parity)[^`\n]*)", README)
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -39,6 +46,28 @@ def test_a_command_is_accepted(words, command, monkeypatch):  # noqa: F811
     monkeypatch.setattr("densejax.train.describe", stop)
     assert command(*words[3:]) == (2, "", "densejax: enough\n")
     assert len(described) == 1
+
+
+@pytest.mark.parametrize("words", SCRIPTS, ids=" ".join)
+def test_flags_of_a_script_are_accepted(words, monkeypatch, capsys):
+    class Parsed(Exception):
+        pass
+
+    def parse_args(parser):
+        raise Parsed(parser.parse_known_args()[1])
+
+    monkeypatch.setattr("argparse.ArgumentParser.parse_args", parse_args)
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.syspath_prepend((ROOT / words[0]).parent)
+    with pytest.raises(Parsed, match=r"^\[\]$"):
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+
+def test_the_environment_is_activated_before_the_first_command():
+    commands = [line.split()[0] for line in LINES if line and not line.startswith("make")]
+    assert commands[:2] == [".", "python"] and ". .venv/bin/activate" in LINES
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^BIN := \.venv/bin$", makefile, re.MULTILINE)
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", README))
