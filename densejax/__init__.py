@@ -1,7 +1,12 @@
 """densejax: a laboratory for densely connected networks in JAX and Flax linen."""
 
+import sys
 import time
 
+if sys.argv[:1] == ["-m"]:  # a command, whose imports take seconds
+    from densejax import interrupt
+
+    interrupt.watch()
 STARTED = time.monotonic()  # seconds to the first step are counted from here
 __version__ = "0.1.0"
 

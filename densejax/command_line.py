@@ -9,7 +9,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from densejax import models
+from densejax import interrupt, models
 from densejax.config import UserError, default, flatten
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -37,9 +37,15 @@ def run(main: Callable[..., int], config: str = "required", arguments: bool = Fa
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)  # orbax tells a story about every save
         try:
-            sys.exit(main(*argv[1:]))
+            code = main(*argv[1:])
         except UserError as error:
-            _stop(str(error))
+            code = _say(str(error))
+        except KeyboardInterrupt:  # by a second signal
+            interrupt.end()
+        if interrupt.is_stuck:
+            sys.stdout.flush()
+            os._exit(code)
+        sys.exit(code)
 
     if {"-h", "-help", "--help", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
         module = sys.modules[main.__module__]
@@ -77,8 +83,12 @@ def _parse(argv: list[str], config: str, arguments: bool) -> list[str]:
 
 
 def _stop(text: str) -> NoReturn:
-    print(f"densejax: {UserError(text)}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(_say(text))
+
+
+def _say(text: str) -> int:
+    print(f"densejax: {UserError(text)}", file=sys.stderr, flush=True)
+    return 2
 
 
 def explain(error: BaseException, argv: list[str]) -> str:

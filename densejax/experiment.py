@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from densejax import config as config_schema
-from densejax import data, metrics, models, optimizer, parallel, pretrained
+from densejax import data, hosts, metrics, models, optimizer, parallel, pretrained
 from densejax.config import UserError
 from densejax.data.official import SetInfo
+from densejax.data.stream import Starved
 from densejax.step import Task, TrainState, eval_step, init_state
 
 
@@ -102,12 +102,17 @@ class Experiment:
 
         def evaluate(state, split, stops=None):
             sums = []
-            with contextlib.closing(self.data.evaluation[split].evaluation()) as batches:
-                for batch in batches:
-                    sums.append(step(state, batch))
-                    jax.block_until_ready(sums[-2:-1])  # one step is queued: batches take memory
-                    if stops and stops():
-                        return None
+            try:
+                with contextlib.closing(self.data.evaluation[split].evaluation()) as batches:
+                    for batch in batches:
+                        sums.append(step(state, batch))
+                        jax.block_until_ready(sums[-2:-1])  # one is queued: batches take memory
+                        if stops and stops():
+                            return None
+            except Starved:
+                if stops and stops():
+                    return None
+                raise
             total = functools.reduce(add, sums)
             if (seen := int(total["count"])) != (size := self.data.evaluation[split].size):
                 raise RuntimeError(f"{split}: {seen} images were evaluated, there are {size}")
@@ -214,7 +219,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ex
     _ = experiment.abstract_state  # a network that does not fit the images says so here
     if jax.process_index() == 0:  # a set that is missing is prepared once where disks are shared
         data.prepare(config)
-    multihost_utils.sync_global_devices("data is prepared")
+    hosts.exchange("data is prepared")
     mesh = experiment.mesh
     experiment.data = data.create(config, parallel.replicated(mesh), parallel.split(mesh))
     return experiment

@@ -1,30 +1,60 @@
-"""Many hosts: which processes take part, how they stop together, and what a dead one leaves behind.
+"""Many hosts: which processes take part, what they agree on, how they stop, and how they end.
 
-Every process runs the same command. JAX's coordination service, in process 0, ends all of them when
-one has not been heard of for `HEARTBEAT` seconds; starting them again resumes the run.
+Every process runs the same command. What needs no array they say through JAX's coordination
+service, in process 0, which also ends all of them when one has not been heard of for `HEARTBEAT`
+seconds; starting them again resumes the run.
 """
 
 import contextlib
+import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
+from densejax import interrupt
 from densejax.config import UserError
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 HEARTBEAT = 12  # seconds without a sign of life after which a process counts as dead
+PATIENCE = 30.0  # seconds after which a process says for whom it waits
+JOIN = 300  # seconds that the processes of a job have to come together
+FAREWELL = 5  # seconds that process 0 stays for the others, who cannot live without it
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-LAST_WORDS = (
-    "densejax: this process was ended before its work was done. If nothing above says why, another "
-    "process died: look at its output, then start all of them again; the run goes on from its "
-    "newest checkpoint"
+AGAIN = (
+    f"another process died, or one was suspended for {HEARTBEAT} seconds: look at the output of all, "
+    "then start all of them again; the run goes on from its newest checkpoint"
 )
+LAST_WORDS = (
+    "densejax: this process was ended before its work was done. If nothing above says why, " + AGAIN
+)
+# When JAX gives up no Python code runs any more, and it prints a stack: another process, which gets
+# all that is printed from outside Python, passes on the rest and has the last word.
+REPORTER = r"""
+import re, sys
+gives_up = False
+for line in sys.stdin.buffer:
+    if re.match(rb"[WEF]\d+ .*(coordination_service|preemption_sync|JAX distributed)", line):
+        gives_up = True
+    if not gives_up or line.startswith(b"densejax: "):
+        sys.stderr.buffer.write(line)
+        sys.stderr.flush()
+    if line.startswith(b"densejax: "):
+        sys.exit()
+print(sys.argv[1], file=sys.stderr)
+"""
+_turn = 0  # of `exchange`
 
 
 @contextlib.contextmanager
@@ -42,41 +72,150 @@ def joined(
       process_id: of this process, from 0.
 
     Raises:
-      UserError: arguments that do not go together; no job where one was to be detected.
+      UserError: arguments that do not go together or that another process has; no job where one
+        was to be detected.
     """
     arguments = _arguments(coordinator, num_processes, process_id)
     if arguments is None:
         yield
         return
-    try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **arguments)
-    except ValueError as error:
+    seat = _seat(coordinator, process_id) if coordinator else contextlib.nullcontext()
+    with seat, _reported():
+        try:
+            whom = f"every process of --num_processes={num_processes} to reach {coordinator}"
+            with _patience(whom, JOIN):
+                jax.distributed.initialize(
+                    heartbeat_timeout_seconds=HEARTBEAT,
+                    initialization_timeout=2 * JOIN,
+                    **arguments,
+                )
+        except ValueError as error:
+            raise UserError(
+                f"no job of many processes could be joined ({error}); name it with --coordinator, "
+                f"--num_processes and --process_id, or run alone with --num_processes=1"
+            ) from error
+        try:
+            agree({"--num_processes": num_processes})
+            yield
+            exchange("the end")
+            jax.distributed.shutdown()
+        except BaseException as error:
+            _leave(error)
+
+
+@contextlib.contextmanager
+def _seat(address: str, process_id: int) -> Iterator[None]:
+    # JAX crashes, or waits without a word, where the port or the number is taken.
+    with socket.socket(socket.AF_UNIX) as seat:
+        try:
+            if process_id == 0:
+                socket.create_server(("", int(address.rpartition(":")[2]))).close()
+            if sys.platform == "linux":  # a name that ends with the process
+                seat.bind(f"\0densejax {address} {process_id}")
+        except OSError as error:
+            raise UserError(
+                f"--coordinator={address} --process_id={process_id}: {os.strerror(error.errno)}; "
+                f"give every process another number, and all the same free port"
+            ) from error
+        yield
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    signal.signal(signal.SIGABRT, signal.SIG_DFL)  # absl's prints the stack of every thread
+    command, before = [sys.executable, "-IS", "-c", REPORTER, LAST_WORDS], sys.stderr
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as reporter:
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+        os.dup2(reporter.stdin.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(sys.stderr.fileno(), 2)
+            sys.stderr.close()
+            sys.stderr = before
+            reporter.kill()
+
+
+def _leave(error: BaseException) -> None:
+    # An orderly end would wait for the others, and they wait for this process.
+    refused, text = isinstance(error, UserError), " ".join(str(error).split())
+    if re.match("[A-Z_]+: ", text) and not refused:  # a status of the runtime's, of many classes
+        text = f"{text}; if that is no lack of memory, {AGAIN}"
+    elif not refused:
+        traceback.print_exc()
+        text = f"process {global_state.process_id} has failed: look at its output"
+    # What has a cause may come of another process's death: then the reporter has the last word.
+    os.write(2 if error.__cause__ is None else sys.stderr.fileno(), f"densejax: {text}\n".encode())
+    with contextlib.suppress(Exception):
+        _say({"refused": text})
+        global_state.client.wait_at_barrier("densejax: the end", FAREWELL * 1000)
+        time.sleep(0 if global_state.process_id else 1)
+    sys.stdout.flush()
+    os._exit(2 if refused else 1)
+
+
+def exchange(value: Any) -> list[Any]:
+    """What every process says, by process; all call it in the same order, and wait for each other.
+
+    Args:
+      value: JSON.
+
+    Raises:
+      UserError: another process has ended, with its reason.
+    """
+    global _turn
+    if not jax.distributed.is_initialized():
+        return [value]
+    _say({"said": value})
+    _turn, turn, messages = _turn + 1, _turn, []
+    for process in range(global_state.num_processes):
+        with _patience(f"process {process}"):
+            key = f"densejax/{turn}/{process}"
+            text = global_state.client.blocking_key_value_get(key, 10**9)  # ms: 11 days
+        if "refused" in (message := json.loads(text)):
+            raise UserError(message["refused"])
+        messages.append(message["said"])
+    return messages
+
+
+def _say(message: dict) -> None:
+    key = f"densejax/{_turn}/{global_state.process_id}"
+    global_state.client.key_value_set(key, json.dumps(message))
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Raises UserError, on every process, where one has other facts than process 0; all call it."""
+    first, *others = exchange({key: json.dumps(value) for key, value in facts.items()})
+    differences = [
+        f"{key} is {first.get(key, 'absent')} in process 0 and {other.get(key, 'absent')} in "
+        f"process {process}"
+        for process, other in enumerate(others, 1)
+        for key in sorted(first | other)
+        if first.get(key) != other.get(key)
+    ]
+    if differences:
         raise UserError(
-            f"no job of many processes could be joined ({error}); name it with --coordinator, "
-            f"--num_processes and --process_id, or run alone with --num_processes=1"
-        ) from error
-    # When JAX gives up, no Python code runs any more: a shell has the last word.
-    reporter = subprocess.Popen(
-        ["sh", "-c", 'read done || echo "$0" >&2', LAST_WORDS],
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-    )
+            f"{'; '.join(differences)}; start all processes with the same command, code and data"
+        )
+
+
+@contextlib.contextmanager
+def _patience(whom: str, limit: float | None = None) -> Iterator[None]:
+    # Says for whom the body waits when that takes long; ends the process where it takes too long.
+    done = threading.Event()
+
+    def watch():
+        if not done.wait(PATIENCE):
+            print(f"densejax: waiting for {whom}", file=sys.stderr, flush=True)
+        if limit and not done.wait(limit - PATIENCE):
+            os.write(2, f"densejax: waited {limit} s for {whom}: in vain\n".encode())
+            os._exit(2)
+
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
-        multihost_utils.sync_global_devices("the end")
-        jax.distributed.shutdown()
-        reporter.communicate(b"done\n")
-    except BaseException as error:
-        # An orderly end would wait for the others, and they wait for this process.
-        if refused := isinstance(error, UserError):
-            if error.__cause__ is None:  # or else it may come of another process's death
-                reporter.communicate(b"done\n")
-            print(f"densejax: {error}", file=sys.stderr)
-        else:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2 if refused else 1)
+    finally:
+        done.set()
 
 
 def _arguments(coordinator, num_processes, process_id) -> dict | None:
@@ -120,9 +259,10 @@ def _detected() -> dict | None:
 
 
 class Stop:
-    """Within its context, SIGTERM and SIGINT stop every process after the same step.
+    """Within its context, SIGTERM, SIGINT and SIGHUP stop every process after the same step.
 
-    A second signal ends the process at once; of many processes, a second SIGINT alone does.
+    A second SIGTERM or SIGINT ends the process at once; of many processes, a second SIGINT alone
+    does. Only the main thread is sent signals: in another one nothing stops.
 
     Attributes:
       signal: what has stopped this process: SIGTERM where another one was sent it; None before.
@@ -131,18 +271,24 @@ class Stop:
     def __init__(self):
         """Nothing has arrived."""
         self.signal: signal.Signals | None = None
-        self._received: signal.Signals | None = None
-        self._steps = 0
+        self.received: signal.Signals | None = None
+        self._steps, self._before = 0, {}
 
     def __enter__(self) -> "Stop":
         """Takes the signals."""
-        # Of many processes, JAX's own handler of SIGTERM tells the others.
-        numbers = [signal.SIGINT] if jax.distributed.is_initialized() else [*STOPS]
-        self._before = {number: signal.signal(number, self._receive) for number in numbers}
+        for number in STOPS if threading.current_thread() is threading.main_thread() else ():
+            # Of many processes, JAX's own handler of SIGTERM tells the others.
+            of_jax = number is signal.SIGTERM and jax.distributed.is_initialized()
+            # What nohup has made the process ignore stays ignored.
+            ignored = number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
+            if not (of_jax or ignored):
+                self._before[number] = signal.signal(number, self._receive)
+        interrupt.spared = signal.SIGINT in self._before
         return self
 
     def __exit__(self, *_) -> None:
         """Gives them back."""
+        interrupt.spared = False
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -150,13 +296,13 @@ class Stop:
         """Whether all stop after the step under way; call it once in each. It waits for nobody."""
         self._steps += 1
         alone = not jax.distributed.is_initialized()
-        if (self._received and alone) or multihost_utils.reached_preemption_sync_point(self._steps):
-            self.signal = self._received or signal.SIGTERM
+        if (self.received and alone) or multihost_utils.reached_preemption_sync_point(self._steps):
+            self.signal = self.received or signal.SIGTERM
         return self.signal is not None
 
     def _receive(self, number, frame):
-        if self._received:
+        if self.received and number != signal.SIGHUP:  # a closed terminal may send two
             raise KeyboardInterrupt
-        self._received = signal.Signals(number)
+        self.received = self.received or signal.Signals(number)
         if jax.distributed.is_initialized():
             os.kill(os.getpid(), signal.SIGTERM)

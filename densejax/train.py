@@ -22,8 +22,9 @@ from ml_collections import ConfigDict
 
 import densejax
 from densejax import checkpoint, files, goodput, hosts, lock, metric_log, metrics, result, workdir
-from densejax.config import UserError
+from densejax.config import UserError, flatten
 from densejax.data import facts
+from densejax.data.builders import DataError
 from densejax.experiment import Experiment, build, describe
 from densejax.step import TrainState, train_step
 
@@ -44,18 +45,23 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
     """
     describe(config)
     path = files.path_of("--workdir", directory)
-    is_run = (path / "config.json").exists()
-    versions, changes = result.versions(config), []
-    if mode == "train":
-        if jax.process_index() == 0:
+    versions, is_run, summary, changes = result.versions(config), False, None, []
+    flags = {"--mode": mode, "--workdir": directory, "--resume": "force" if force else "same"}
+    hosts.agree(flatten(config) | versions | flags)
+    if jax.process_index() == 0:  # it decides: another host may see the directory of a moment ago
+        is_run = (path / "config.json").exists()
+        if mode == "train":
             lock.require_free(path)
-        if summary := result.finished(path, config, versions, force):
+            summary = result.finished(path, config, versions, force)
+            if is_run and not force and not summary:
+                workdir.check(path, config, versions)
+        elif is_run or not config.train.weights:
+            changes = workdir.check(path, config, versions, measures=True)
+    is_run, is_finished = hosts.exchange([is_run, summary is not None])[0]
+    if is_finished:
+        if summary:
             result.say(result.line(summary, path))
-            return 0
-        if is_run and not force:
-            workdir.check(path, config, versions)
-    elif is_run or not config.train.weights:
-        changes = workdir.check(path, config, versions, measures=True)
+        return 0
     experiment = build(config)
     if is_run and (mode == "eval" or not force):
         facts.require_same(path, experiment.info)
@@ -96,6 +102,7 @@ def train(
         stop = stack.enter_context(hosts.Stop())
         checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(config, path, guard)))
         stack.enter_context(contextlib.closing(experiment.data))
+        experiment.data.heed(lambda: stop.received is not None)
         state = checkpoints.restore_latest(experiment.abstract_state)
         start = 0 if state is None else int(state.step)
         clock = goodput.Goodput(
@@ -223,6 +230,11 @@ def fit(
         log.evaluation(step, split, values)
         return 1 - values["accuracy"]
 
+    def save(step, error):
+        with clock.spend("save"):
+            checkpoints.save(step, state, {f"{split}_error": error}, log.problem, log.digest)
+        clock.mark(step, checkpoints.steps())
+
     start, profile = int(state.step), contextlib.ExitStack()
     if evaluates_first(experiment, checkpoints, start):
         with log.pause():
@@ -232,47 +244,56 @@ def fit(
         checkpoints.evaluated(start, {f"{split}_error": error})
     # Steps that lie behind a resume have been traced before it.
     first_traced, last_traced = config.profile.steps or (0, 0)
-    for step in range(start + 1, last + 1):
-        if step == max(first_traced, start + 1) <= last_traced and jax.process_index() == 0:
-            profile.enter_context(metric_log.trace(traces))
-        with clock.spend("input_wait"):
-            batch = experiment.data.train.batch(step - 1)
-        clock.turn("step" if first_step else "compile")
-        state, sums = take_step(state, batch)
-        if first_step is None:
-            jax.block_until_ready(sums)
-            first_step = time.monotonic() - densejax.STARTED
-            clock.turn("step")
-        if before:  # one step is queued, no more: a signal need not wait long
+    try:
+        for step in range(start + 1, last + 1):
+            if step == max(first_traced, start + 1) <= last_traced and jax.process_index() == 0:
+                profile.enter_context(metric_log.trace(traces))
+            with clock.spend("input_wait"):
+                batch = experiment.data.train.batch(step - 1)
+            clock.turn("step" if first_step else "compile")
+            state, sums = take_step(state, batch)
+            if first_step is None:
+                jax.block_until_ready(sums)
+                first_step = time.monotonic() - densejax.STARTED
+                clock.turn("step")
+            if before:  # one step is queued, no more: a signal need not wait long
+                require_finite(*before)
+            before = (step, sums)
+            if step == last_traced:
+                jax.block_until_ready(sums)
+                profile.close()
+            log_late()  # the metrics of the step before, while the device is busy with this one
+            if due(step, config.log.every_steps, last):
+                late.append((step, sums))
+            stops = stop.after_step()  # a signal that arrives below this line waits for a step
+            evaluates = due(step, evaluate_every, last) and not stops
+            saves = stops or due(step, save_every, last) or (evaluates and best_is_kept)
+            if evaluates or saves:
+                require_finite(*before)
+                before = None
+                log_late()
+                error = math.nan
+                with log.pause():
+                    if evaluates:
+                        error = evaluate(step)
+                        stops = stop.signal is not None
+                    if saves or stops:
+                        save(step, error)
+            clock.write(now=saves)
+            if stops:
+                break
+    except DataError as error:  # the input has failed, and the state is whole
+        step = int(state.step)
+        if jax.process_count() > 1 or step == start:  # a save needs all, who wait in a step
+            raise
+        if before:
             require_finite(*before)
-        before = (step, sums)
-        if step == last_traced:
-            jax.block_until_ready(sums)
-            profile.close()
-        log_late()  # the metrics of the step before, while the device is busy with this one
-        if due(step, config.log.every_steps, last):
-            late.append((step, sums))
-        stops = stop.after_step()  # a signal that arrives below this line waits for a step
-        evaluates = due(step, evaluate_every, last) and not stops
-        saves = stops or due(step, save_every, last) or (evaluates and best_is_kept)
-        if evaluates or saves:
-            require_finite(*before)
-            before = None
-            log_late()
-            error = math.nan
-            with log.pause():
-                if evaluates:
-                    error = evaluate(step)
-                    stops = stop.signal is not None
-                if saves or stops:
-                    with clock.spend("save"):
-                        checkpoints.save(
-                            step, state, {f"{split}_error": error}, log.problem, log.digest
-                        )
-                    clock.mark(step, checkpoints.steps())
-        clock.write(now=saves)
-        if stops:
-            break
+        log_late()
+        with log.pause():
+            save(step, math.nan)
+        checkpoints.wait()
+        if not stop.after_step():
+            raise DataError(f"{error}; step {step} is saved") from error
     profile.close()
     clock.turn("step")
     return state, first_step, evaluated

@@ -38,7 +38,7 @@ MEASURED = ("checkpoint.select", "evaluate")
 # Modules of this package that cannot change a result. A new module counts until it is listed here.
 UNMEASURED = (
     *("analysis", "command_line", "compile", "export", "formats", "goodput", "hlo", "hosts"),
-    *("lock", "main", "metric_log", "predict", "summary"),
+    *("interrupt", "lock", "main", "metric_log", "predict", "summary"),
 )
 # What a run is made of: a directory that has one of them belongs to a run, or to somebody.
 KEPT = ("checkpoints", "goodput.json", "metrics.jsonl", "summary.json", "timings.jsonl")

@@ -17,6 +17,7 @@ LEVELS = {
         "formats",
         "metrics",
         "hlo",
+        "interrupt",
         "data.official",
         "data.augment",
         "data.images",

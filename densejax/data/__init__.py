@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
+from densejax import hosts
 from densejax.config import UserError
 from densejax.data import builders, encoded, facts, stream
 from densejax.data.augment import Preparation
@@ -40,6 +41,11 @@ class Data:
     version: str
     test_split: str
     sample: Callable[[], np.ndarray]
+
+    def heed(self, is_stopping: Callable[[], bool]) -> None:
+        """A stream that has no batch raises `stream.Starved` soon after `is_stopping()`."""
+        for split in (self.train, *self.evaluation.values()):
+            split.is_stopping = is_stopping
 
     def close(self) -> None:
         """Ends the processes that a stream has running."""
@@ -182,10 +188,12 @@ def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Da
         return _streams(config, split)
     (images, labels), arrays = _arrays(config)
     size, sample = config.evaluate.batch_size, images[:: -(-len(images) // 1000)].copy()
+    version = _version_of_arrays((images, labels), arrays)
+    hosts.agree({"digest of the data": version})  # before an array of all processes is made of it
     return Data(
         MemorySet(images, labels, config.train.batch_size, config.seed, whole, split),
         {name: MemorySet(*pair, size, config.seed, whole, split) for name, pair in arrays.items()},
-        _version_of_arrays((images, labels), arrays),
+        version,
         info(config).test_split,
         lambda: sample,
     )
@@ -249,6 +257,8 @@ def _streams(config: ConfigDict, split: NamedSharding) -> Data:
         ) from error
     section, evaluate, batch_size = config.data, config.evaluate, config.train.batch_size
     facts, splits = encoded.open_splits(section.name, section.directory, section.manual_dir)
+    version = _version_of_splits(splits)
+    hosts.agree({"digest of the data": version})
     trains, held_out = hold_out(len(splits["train"]), section.validation_size, section.train_size)
     train = stream.Pieces(
         splits["train"],
@@ -290,7 +300,7 @@ def _streams(config: ConfigDict, split: NamedSharding) -> Data:
                 found.append(crop(splits["train"][int(index)][0], size))
         return np.array(found, np.uint8).reshape(-1, size, size, 3)
 
-    train, version = StreamSet(train, split, section.workers), _version_of_splits(splits)
+    train = StreamSet(train, split, section.workers)
     return Data(train, streams, version, facts.test_split, sample)
 
 

@@ -25,12 +25,18 @@ import numpy as np
 from absl import flags, logging
 from jax.sharding import Sharding
 
+from densejax import interrupt
 from densejax.data.builders import DataError
 from densejax.data.encoded import Example, ImageError
 from densejax.data.memory import Batch, permutation
 
 PIECE = 16  # images that a worker hands over at once: few messages, little shared memory
 AHEAD = 2  # batches on the devices before they are asked for
+GRACE = 5.0  # seconds that a batch which is waited for, or a worker, has once all is to end
+
+
+class Starved(DataError):
+    """A signal has come, and no batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,10 +129,17 @@ def share(split: Sharding, batch_size: int, process: int) -> np.ndarray:
     return np.unique(np.concatenate([every[i] for d, i in slices if d.process_index == process]))
 
 
-def batches(pieces: Pieces, split: Sharding, workers: int, start: int = 0) -> Iterator[Batch]:
+def batches(
+    pieces: Pieces,
+    split: Sharding,
+    workers: int,
+    start: int = 0,
+    is_stopping: Callable[[], bool] = lambda: False,
+) -> Iterator[Batch]:
     """The global batches from step `start` on, two of them on the devices ahead of their use.
 
-    Close the iterator: workers end then, and also when this process does.
+    Close the iterator: workers end then, and also when this process does. Without a batch for
+    `GRACE` seconds after `is_stopping()` it raises Starved.
     """
     import grain
 
@@ -137,15 +150,19 @@ def batches(pieces: Pieces, split: Sharding, workers: int, start: int = 0) -> It
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
     options = grain.MultiprocessingOptions(num_workers=workers)
     iterator = iter(dataset.mp_prefetch(options, worker_init_fn=_start_worker))
-    every = np.arange(pieces.batch_size)
+    every, others = np.arange(pieces.batch_size), set(multiprocessing.active_children())
+    decoders = set()
 
     def place():
         try:
             parts = list(itertools.islice(iterator, pieces.per_step))
+            decoders.update(set(multiprocessing.active_children()) - others)
         except RuntimeError as error:  # a process that decodes has ended
-            line = " ".join(str(error).split())
-            hint = "where memory or /dev/shm is short, fewer workers may do"
-            raise DataError(f"data.workers = {workers}: {line} {hint}") from error
+            dead = [f"{each.pid} (exit code {each.exitcode})" for each in decoders if each.exitcode]
+            raise DataError(
+                f"data.workers = {workers}: the worker process {', '.join(dead) or error} has "
+                f"ended; where memory or /dev/shm is short, fewer workers may do"
+            ) from error
         local = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
         def shard(key, index):
@@ -162,16 +179,26 @@ def batches(pieces: Pieces, split: Sharding, workers: int, start: int = 0) -> It
     # Workers inherit from the thread that starts them which signals they leave to the run. Grain's
     # own prefetching thread would start them one after the other.
     multiprocessing.resource_tracker.ensure_running()  # from here: it unblocks both signals
-    signals = {signal.SIGINT, signal.SIGTERM}
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     block = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, signals)
     thread = concurrent.futures.ThreadPoolExecutor(1, initializer=block)
+    ahead = collections.deque(thread.submit(place) for _ in range(AHEAD + 1))
     try:
-        ahead = collections.deque(thread.submit(place) for _ in range(AHEAD + 1))
         while True:
+            stopping = is_stopping()
+            if not concurrent.futures.wait([ahead[0]], GRACE if stopping else 1).done:
+                if stopping:
+                    raise Starved(f"data.workers = {workers}: no batch comes any more")
+                continue
             yield ahead.popleft().result()
             ahead.append(thread.submit(place))
     finally:
-        thread.shutdown(cancel_futures=True)
+        thread.shutdown(wait=False, cancel_futures=True)
+        under_way = [future for future in ahead if future.running()]
+        if concurrent.futures.wait(under_way, GRACE).not_done:
+            for process in decoders | set(multiprocessing.active_children()) - others:
+                process.kill()
+            interrupt.is_stuck = bool(concurrent.futures.wait(under_way, GRACE).not_done)
         iterator.close()
 
 
@@ -200,12 +227,16 @@ class StreamSet:
         self.steps_per_epoch = self.size // self.batch_size
         self._pieces, self._split, self._workers = pieces, split, workers
         self._iterator, self._next = None, -1
+        self.is_stopping = lambda: False
+
+    def _batches(self, start=0):
+        return batches(self._pieces, self._split, self._workers, start, lambda: self.is_stopping())
 
     def batch(self, step: int) -> Batch:
         """The training batch of a step; steps that follow each other are read ahead."""
         if step != self._next:
             self.close()
-            self._iterator = batches(self._pieces, self._split, self._workers, step)
+            self._iterator = self._batches(step)
         self._next = step + 1
         batch = next(self._iterator)
         return {"image": batch["image"], "label": batch["label"]}
@@ -213,7 +244,7 @@ class StreamSet:
     def evaluation(self) -> Iterator[Batch]:
         """Every example once, in order; the last batch is padded where `mask`, bool, is false."""
         steps = -(-self.size // self.batch_size)
-        with contextlib.closing(batches(self._pieces, self._split, self._workers)) as iterator:
+        with contextlib.closing(self._batches()) as iterator:
             yield from itertools.islice(iterator, steps)
 
     def close(self) -> None:
