@@ -24,7 +24,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import metadata
 
-from densejax import files, parallel
+from densejax import files, hosts, parallel
 from densejax.config import UserError
 
 MANIFEST = "MANIFEST"
@@ -165,7 +165,7 @@ class Checkpoints:
             problem = manifest.pop("problem") or _problem_of(
                 _write_manifest, self._directory / str(step), manifest
             )
-        if problem := _told(problem):
+        if problem := hosts.exchange(problem)[0]:
             logging.error("The metrics of step %d could not be saved: %s", step, problem)
         else:
             self._saved[step] |= {"metrics": metrics}
@@ -354,7 +354,7 @@ def _agreed(path: epath.Path) -> dict[int, dict]:
         found = _found(path) if jax.process_index() == 0 else []
     except CheckpointError as error:
         problem = str(error)
-    found, problem = _told([found, problem])
+    found, problem = hosts.exchange([found, problem])[0]
     if problem:
         raise CheckpointError(problem)
     whole = [step for step, facts in found if not facts["problem"]]
@@ -385,13 +385,6 @@ def _found(path: epath.Path) -> list[tuple[int, dict]]:
         (step, {name: manifest[name] for name in kept if name in manifest})
         for step, manifest in manifests.items()
     ]
-
-
-def _told(value):
-    # What process 0 has, as JSON.
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.asarray(text.size)))
-    return json.loads(multihost_utils.broadcast_one_to_all(np.resize(text, size)).tobytes())
 
 
 def _unreadable(path: epath.Path, error: OSError) -> CheckpointError:

@@ -33,8 +33,8 @@ JOIN = 300  # seconds that the processes of a job have to come together
 FAREWELL = 5  # seconds that process 0 stays for the others, who cannot live without it
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 AGAIN = (
-    f"another process died, or one was suspended for {HEARTBEAT} seconds: look at the output of all, "
-    "then start all of them again; the run goes on from its newest checkpoint"
+    f"another process died, or one was suspended for {HEARTBEAT} seconds: look at the output of "
+    "all, then start all of them again; the run goes on from its newest checkpoint"
 )
 LAST_WORDS = (
     "densejax: this process was ended before its work was done. If nothing above says why, " + AGAIN
@@ -47,10 +47,11 @@ gives_up = False
 for line in sys.stdin.buffer:
     if re.match(rb"[WEF]\d+ .*(coordination_service|preemption_sync|JAX distributed)", line):
         gives_up = True
-    if not gives_up or line.startswith(b"densejax: "):
+    ends = line.startswith(b"densejax: ")
+    if line != b"densejax: the end\n" and (ends or not gives_up):
         sys.stderr.buffer.write(line)
         sys.stderr.flush()
-    if line.startswith(b"densejax: "):
+    if ends:
         sys.exit()
 print(sys.argv[1], file=sys.stderr)
 """
@@ -130,10 +131,10 @@ def _reported() -> Iterator[None]:
         try:
             yield
         finally:
+            os.write(2, b"densejax: the end\n")
             os.dup2(sys.stderr.fileno(), 2)
             sys.stderr.close()
             sys.stderr = before
-            reporter.kill()
 
 
 def _leave(error: BaseException) -> None:

@@ -284,7 +284,7 @@ def fit(
                 break
     except DataError as error:  # the input has failed, and the state is whole
         step = int(state.step)
-        if jax.process_count() > 1 or step == start:  # a save needs all, who wait in a step
+        if jax.process_count() > 1 or not step:  # a save needs all, and they wait in a step
             raise
         if before:
             require_finite(*before)

@@ -1,5 +1,6 @@
 """Whole runs: what they leave behind, how they stop and go on, and which model is measured."""
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -9,15 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from densejax import checkpoint, files, goodput, pretrained, result, train, workdir
+from densejax import checkpoint, files, goodput, hosts, pretrained, result, train, workdir
 from densejax.config import UserError
-from densejax.data import builders, memory
+from densejax.data import builders, memory, stream
 from densejax.experiment import build
 from densejax.models import layers
 from densejax.train import due
@@ -145,7 +145,7 @@ def test_where_the_time_went(finished):
 def interrupted(monkeypatch, path, number, step, config=None):
     """A run that gets a signal during a step; returns its exit code and the steps it took."""
     with monkeypatch.context() as patch:
-        taken = spy_on_steps(patch, lambda now: now == step and os.kill(os.getpid(), number))
+        taken = spy_on_steps(patch, lambda now: now == step and signal.raise_signal(number))
         return train.run(config or runs.tiny(), str(path), "train"), taken
 
 
@@ -154,6 +154,7 @@ def interrupted(monkeypatch, path, number, step, config=None):
     [
         (signal.SIGTERM, 1, 0),
         (signal.SIGTERM, 5, 0),  # an epoch ends: saved now, evaluated by the next start
+        (signal.SIGHUP, 6, 0),  # the terminal is closed
         (signal.SIGINT, 7, 130),
         (signal.SIGINT, 10, 130),  # the last step: the result alone is missing
     ],
@@ -193,7 +194,7 @@ def test_a_signal_during_a_save_waits_for_a_step_and_one_cuts_an_evaluation(
 
     def killed(*arguments):
         if not once:
-            once.append(os.kill(os.getpid(), signal.SIGTERM))
+            once.append(signal.raise_signal(signal.SIGTERM))
         return plain(*arguments)
 
     with monkeypatch.context() as patch:
@@ -209,7 +210,7 @@ def test_a_signal_during_the_last_measurement_is_heard(finished, tmp_path, monke
     changes = {"evaluate__every_epochs": 0}
 
     def killed(self, plain=memory.MemorySet.evaluation):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         return plain(self)
 
     with monkeypatch.context() as patch:
@@ -276,13 +277,77 @@ def test_divergence_ends_the_run_in_one_line(tmp_path):
     assert not (tmp_path / "run" / "lock").exists()
 
 
+def test_what_nohup_ignores_stays_ignored_and_two_hangups_are_one():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with hosts.Stop() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.received is None
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with hosts.Stop() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.received is signal.SIGHUP
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_thread_trains_without_handlers_of_its_own(tmp_path, finished):
+    """A notebook server, or a pool."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train.run, runs.tiny(), str(tmp_path), "train").result() == 0
+    assert_same_run(finished, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "saved"),
+    [("batch", 7, 6), ("batch", 1, None), ("evaluation", 1, 5)],
+)
+@pytest.mark.parametrize("starved", [False, True])
+def test_an_input_that_fails_costs_no_step(
+    finished, tmp_path, monkeypatch, capsys, method, call, saved, starved
+):
+    plain, calls = getattr(memory.MemorySet, method), []
+
+    def failing(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == call:
+            if starved:
+                signal.raise_signal(signal.SIGTERM)
+                raise stream.Starved("no batch comes any more")
+            raise builders.DataError("the worker process 7 has ended")
+        return plain(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory.MemorySet, method, failing)
+        if starved and saved:
+            assert train.run(runs.tiny(), str(tmp_path), "train") == 0
+            assert f"SIGTERM: saved step {saved};" in capsys.readouterr().out
+        else:
+            with pytest.raises(builders.DataError) as caught:
+                train.run(runs.tiny(), str(tmp_path), "train")
+            assert not saved or str(caught.value).endswith(f"has ended; step {saved} is saved")
+    taken = spy_on_steps(monkeypatch)
+    assert train.run(runs.tiny(), str(tmp_path), "train") == 0
+    assert taken[0] == (saved or 0) + 1
+    assert_same_run(finished, tmp_path)
+
+
+def test_process_0_decides_whether_a_run_is_finished(tmp_path, monkeypatch):
+    """The disk of another host shows what was there a moment ago, such as nothing."""
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(hosts, "agree", lambda facts: None)
+    monkeypatch.setattr(hosts, "exchange", lambda value: [[True, True], value])
+    monkeypatch.setattr(builders, "read", None)
+    assert train.run(runs.tiny(), str(tmp_path / "run"), "train") == 0
+
+
 def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
     def twice(step):
         if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.01)  # Python delivers between two instructions
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.01)
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     taken = spy_on_steps(monkeypatch, twice)
     with pytest.raises(KeyboardInterrupt):
@@ -290,38 +355,36 @@ def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
     assert taken == [1, 2] and not (tmp_path / "checkpoints").exists()
 
 
-class Process:
-    """A run of the real command."""
+# A card's run sends itself a signal as a step begins: no machine is too slow to hit it.
+SIGNAL = """
 
-    def __init__(self, card, path):
-        """Starts it."""
-        self.path, self.lines = path, len(self.steps(path))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "densejax.main", f"--config={card}", f"--workdir={path}"],
-            cwd=ROOT,
-            env=os.environ | runs.ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+import os
+from densejax.data import memory
 
-    @staticmethod
-    def steps(path):
-        """The lines of timings.jsonl, which is never cut."""
-        file = path / "timings.jsonl"
-        return file.read_text().splitlines() if file.exists() else []
+plain = memory.MemorySet.batch
 
-    def kill(self, number, after):
-        """Sends a signal once so many more records are there; returns (exit code, output)."""
-        while self.process.poll() is None and len(self.steps(self.path)) < self.lines + after:
-            time.sleep(0.002)
-        self.process.send_signal(number)
-        return self.wait()
 
-    def wait(self):
-        """(exit code, what it printed)."""
-        output, _ = self.process.communicate(timeout=120)
-        return self.process.returncode, output
+def batch(self, step):
+    if step + 1 == {step}:
+        os.kill(os.getpid(), {number})
+    return plain(self, step)
+
+
+memory.MemorySet.batch = batch
+"""
+
+
+def command(card, path):
+    """The real command in a process of its own; returns (exit code, what it printed)."""
+    result = subprocess.run(
+        [sys.executable, "-m", "densejax.main", f"--config={card}", f"--workdir={path}"],
+        cwd=ROOT,
+        env=os.environ | runs.ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return result.returncode, result.stdout
 
 
 def test_a_real_process_is_killed_and_goes_on(tmp_path):
@@ -333,14 +396,66 @@ def test_a_real_process_is_killed_and_goes_on(tmp_path):
     }
     card = runs.card(tmp_path, **changes)
     assert train.run(runs.tiny(**changes), str(tmp_path / "reference"), "train") == 0
-    path, random_ = tmp_path / "run", random.Random()
-    for number, code in ((signal.SIGTERM, 0), (signal.SIGKILL, -9)):
-        found, output = Process(card, path).kill(number, after=random_.randint(1, 40))
-        assert found == code, output
-        assert code == -9 or f"{number.name}: saved step" in output
-    code, output = Process(card, path).wait()
+    path, plain = tmp_path / "run", card.read_text()
+    for number, step in (signal.SIGTERM, 37), (signal.SIGKILL, 78):
+        card.write_text(plain + SIGNAL.format(number=int(number), step=step))
+        code, output = command(card, path)
+        assert code == (0 if number == signal.SIGTERM else -9), output
+        assert code == -9 or f"{number.name}: saved step 3" in output
+    card.write_text(plain)
+    code, output = command(card, path)
     assert code == 0 and "test accuracy" in output, output
     assert_same_run(path, tmp_path / "reference")
+
+
+def test_ctrl_c_before_training_is_one_line(tmp_path):
+    card = tmp_path / "card.py"
+    card.write_text("import time\n\nprint('card', flush=True)\ntime.sleep(600)\n")
+    with subprocess.Popen(
+        [sys.executable, "-m", "densejax.main", f"--config={card}"],
+        cwd=ROOT,
+        env=os.environ | runs.ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "card\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[0] == "densejax: interrupted\n"
+    assert process.returncode == 130
+
+
+SECOND = """
+import ctypes, threading, time
+from densejax import hosts, interrupt
+
+interrupt.watch()
+endless = threading.Thread(target=time.sleep, args=[600], daemon=True)
+endless.start()
+with hosts.Stop() as stop:
+    print("ready", flush=True)
+    while not stop.received:
+        time.sleep(0.01)
+    print("first", flush=True)
+    ctypes.CDLL(None).pthread_join(ctypes.c_ulong(endless.ident), None)
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once_whatever_library_is_at_work(tmp_path):
+    """The main thread waits in C, where no handler of Python's is called."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SECOND],
+        cwd=ROOT,
+        env=os.environ | runs.ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        for line in ("ready\n", "first\n"):
+            assert process.stdout.readline() == line
+            process.send_signal(signal.SIGINT)
+        assert process.communicate()[0] == "densejax: interrupted\n"
+    assert process.returncode == 130
 
 
 # --- A run that is there already.

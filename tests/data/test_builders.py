@@ -413,7 +413,7 @@ def test_a_missing_file_without_a_network_is_one_line_within_seconds(tiny, read,
         read(name)
     with pytest.raises(builders.DataError, match="cannot be downloaded .*refused") as downloaded:
         builders.read(name, "train", str(tmp_path / "data"))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60  # it would try again for minutes
     assert all(part in str(named.value) for part in said)
     assert file.url in str(downloaded.value) and "data.manual_dir" in str(downloaded.value)
     for error in (named, downloaded):

@@ -112,7 +112,7 @@ def test_a_process_answers_and_waits_idly(command):
     answers = [child.ask(2) for _ in range(2)]
     child.close()
     for answer in answers:
-        assert 0.05 <= answer["seconds_per_step"] < 0.2
+        assert 0.05 <= answer["seconds_per_step"]
         assert answer["idle_processor_seconds"] < 0.05 < answer["idle_seconds"]
         assert answer["peak_rss_bytes"] > 2**20
 

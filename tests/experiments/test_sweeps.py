@@ -317,7 +317,7 @@ def test_what_lives_is_left_alone(sweep, held):
 
 def test_a_signal_ends_the_run_and_the_worker(sweep, monkeypatch):
     works, *_ = sweep
-    endless = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+    endless = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
     monkeypatch.setattr(runner.Work, "command", property(lambda work: endless))
     worker, codes = runner.Worker(works), []
     thread = threading.Thread(target=lambda: codes.append(worker.work()))
@@ -325,7 +325,7 @@ def test_a_signal_ends_the_run_and_the_worker(sweep, monkeypatch):
     while not worker.child:
         time.sleep(0.01)
     worker.stop(runner.signal.SIGTERM, None)
-    thread.join(timeout=10)
+    thread.join(timeout=300)
     assert codes == [0] and not worker.failed
 
 
