@@ -32,7 +32,7 @@ from sweeps import SWEEPS, Run, differences, image_shape, origin, runs
 
 from densejax import command_line, experiment, files, formats, lock, parallel, result, workdir
 from densejax.analysis import counts
-from densejax.config import UserError
+from densejax.config import UserError, check
 from densejax.step import train_step
 
 SWEEP = flags.DEFINE_enum("sweep", None, list(SWEEPS), "What is varied.")
@@ -103,6 +103,7 @@ class Work:
             values(arguments)
         except Exception as error:  # a card is Python: anything may come out of it
             raise UserError(f"{self.run.name}: {command_line.explain(error, arguments)}") from error
+        check(holder.value)  # which sets what 0 stands for, as the run does
         return holder.value
 
     def result(self) -> dict[str, Any] | None:
