@@ -66,9 +66,10 @@ class Checkpoints:
         self._keep_latest, self._keep_best, self._guard = keep_latest, keep_best, guard
         self.passed_over: list[int] = []
         self._damaged: set[int] = set()  # on disk, until the next save
-        self._under_way: dict[int, dict] = {}  # the step that is being saved and its manifest
+        self._under_way: int | None = None
         self._problem = ""
-        self._handler = _Handler(guard)
+        self._handler = _Handler()
+        self._handler.guard = guard
         logging.get_absl_logger().addFilter(_is_news)
         self._writer = ocp.AsyncCheckpointer(
             self._handler,
@@ -80,7 +81,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Every step, oldest first, without those that were found damaged and passed over."""
-        return sorted(self._saved | self._under_way)
+        return sorted(self._saved)
 
     def latest_step(self) -> int | None:
         """The newest step, None when there is none."""
@@ -92,11 +93,11 @@ class Checkpoints:
 
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics that a step was saved with; {} without that step."""
-        return (self._saved | self._under_way).get(step, {}).get("metrics", {})
+        return self._saved.get(step, {}).get("metrics", {})
 
     def records(self, step: int) -> dict:
         """The records that a step was saved with; {} without any, or without that step."""
-        return (self._saved | self._under_way).get(step, {}).get("records", {})
+        return self._saved.get(step, {}).get("records", {})
 
     def digest(self, step: int, names: tuple[str, ...]) -> str:
         """SHA-256 of the leaves of a step below any of `names`, told by its manifest alone."""
@@ -107,12 +108,7 @@ class Checkpoints:
         return _digest({name: leaf for name, leaf in leaves if name.partition("/")[0] in names})
 
     def save(
-        self,
-        step: int,
-        state,
-        metrics: Mapping[str, float],
-        problem: str = "",
-        records: dict | None = None,
+        self, step: int, state, metrics: Mapping[str, float], problem: str = "", records=None
     ) -> None:
         """Starts to save a pytree of arrays, each replicated or addressable by this process.
 
@@ -125,7 +121,7 @@ class Checkpoints:
           state: the pytree.
           metrics: what `keep_best` chooses by.
           problem: what keeps this process from saving now; "" nothing.
-          records: JSON that `records` gives back, bound to the state by the manifest.
+          records: a dict of JSON, bound to the state by the manifest; `records` gives it back.
 
         Raises:
           CheckpointError: a state that is not finite, or one behind a newer checkpoint.
@@ -145,13 +141,10 @@ class Checkpoints:
         metrics = {name: float(value) for name, value in metrics.items()}
         facts = {"step": step, "metrics": metrics, "records": records or {}}
         self._handler.manifest = facts | {"leaves": _leaves(state)}
-        if self._failed(step, problem or _problem_of(self._make_room)):
-            return
-        path = self._directory / str(step)
-        if not self._failed(
-            step, _problem_of(self._writer.save, path, args=_Save(state), force=True)
-        ):
-            self._under_way = {step: facts}
+        if not self._failed(step, problem or _problem_of(self._make_room)):
+            path, args = self._directory / str(step), _Save(state)
+            if not self._failed(step, _problem_of(self._writer.save, path, args=args, force=True)):
+                self._under_way, self._saved[step] = step, facts
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Gives a step that exists, saved before it was evaluated, its metrics."""
@@ -159,12 +152,12 @@ class Checkpoints:
         if step not in self.steps():
             return
         self._guard()
-        metrics, problem = {name: float(value) for name, value in metrics.items()}, ""
-        if jax.process_index() == 0:
-            manifest = _manifest(self._directory / str(step)) | {"metrics": metrics}
-            problem = manifest.pop("problem") or _problem_of(
-                _write_manifest, self._directory / str(step), manifest
-            )
+        path = self._directory / str(step)
+        metrics = {name: float(value) for name, value in metrics.items()}
+        manifest = _manifest(path) | {"metrics": metrics}
+        problem = manifest.pop("problem")
+        if not problem and jax.process_index() == 0:
+            problem = _problem_of(_write_manifest, path, manifest)
         if problem := hosts.exchange(problem)[0]:
             logging.error("The metrics of step %d could not be saved: %s", step, problem)
         else:
@@ -195,9 +188,13 @@ class Checkpoints:
         if step not in self.steps():
             raise CheckpointError(f"No checkpoint {step} in {self._directory}, only {self.steps()}")
         path = self._directory / str(step)
-        manifest = _manifest(path)
-        problem = self._saved[step].get("problem") or manifest["problem"]
-        _require_everywhere(path, problem or _wrong_file(path, manifest["files"]))
+        try:
+            manifest = _manifest(path)
+            problem = self._saved[step].get("problem") or manifest["problem"]
+            problem = problem or _wrong_file(path, manifest["files"])
+        except PermissionError as error:
+            raise _unreadable(path, error) from error
+        _require_everywhere(path, problem)
         if abstract_state is not None:
             _check_fit(path, manifest["leaves"], abstract_state)
         try:
@@ -246,8 +243,7 @@ class Checkpoints:
                 damage[step] = str(error)
             else:
                 self._damaged |= set(damage)
-                for other in damage:
-                    del self._saved[other]
+                self._saved = {n: self._saved[n] for n in self._saved if n not in damage}
                 self.passed_over = sorted(damage)
                 return state
         if damage:
@@ -256,10 +252,9 @@ class Checkpoints:
 
     def _settle(self) -> None:
         """Waits for the save under way; if it went well, what it makes superfluous goes."""
-        if not self._under_way:
+        if self._under_way is None:
             return
-        under_way, self._under_way = self._under_way, {}
-        (step,) = under_way
+        step, self._under_way = self._under_way, None
         begin = time.monotonic()
         problem = _problem_of(self._writer.wait_until_finished)
         if (waited := time.monotonic() - begin) > SLOW:
@@ -270,17 +265,16 @@ class Checkpoints:
             self._guard()  # another process may have taken over and cleared this save away
         if self._failed(step, problem):
             return
-        self._saved, self._problem = self._saved | under_way, ""
+        self._problem = ""
         kept = {*self.steps()[-self._keep_latest :], *self._best_first()[:1]}
         kept |= set(self._unread()) if self._keep_best else set()
-        superfluous = set(self.steps()) - kept
-        self._saved = {step: self._saved[step] for step in kept}
-        self._delete(superfluous)
+        self._delete(set(self.steps()) - kept)
 
     def _failed(self, step: int, problem: str) -> bool:
         # All processes take part in a save or none does.
         if np.all(multihost_utils.process_allgather(np.asarray(not problem))):
             return False
+        self._saved.pop(step, None)
         problem = problem or "another process could not write"
         self._problem = f"Step {step} could not be saved in {self._directory}: {problem}"
         logging.error("%s. The steps %s are there; the next save tries again.",
@@ -297,9 +291,12 @@ class Checkpoints:
                     entry.rmtree()
 
     def _delete(self, steps: set[int]) -> None:
-        for step in sorted(steps) if jax.process_index() == 0 else ():
+        for step in sorted(steps):
             self._guard()
-            if problem := _problem_of((self._directory / str(step)).rmtree, missing_ok=True):
+            self._saved.pop(step, None)
+            if jax.process_index() == 0 and (
+                problem := _problem_of((self._directory / str(step)).rmtree, missing_ok=True)
+            ):
                 logging.warning("Step %d could not be deleted: %s", step, problem)
 
 
@@ -318,16 +315,13 @@ class _Handler(ocp.StandardCheckpointHandler):
     """Orbax's, which also writes the manifest before the directory gets its final name."""
 
     manifest: dict
-
-    def __init__(self, guard: Callable[[], None]):
-        super().__init__()
-        self._guard = guard
+    guard: Callable[[], None]
 
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(_Literal(directory))
         paths = {str(path.relative_to(directory)): path for path in _files(directory)}
         digests = {name: _file_digest(path) for name, path in paths.items()}
-        self._guard()
+        self.guard()
         _write_manifest(directory, self.manifest | {"files": digests})
 
 
@@ -349,23 +343,12 @@ def _is_news(record) -> bool:
 def _agreed(path: epath.Path) -> dict[int, dict]:
     # The steps, their metrics and records, as process 0 reads them: what each process reads by
     # itself could make it go on from another step than the others.
-    found, problem = [], ""
-    try:
-        found = _found(path) if jax.process_index() == 0 else []
-    except CheckpointError as error:
-        problem = str(error)
-    found, problem = hosts.exchange([found, problem])[0]
-    if problem:
-        raise CheckpointError(problem)
+    found = hosts.exchange(_found(path) if jax.process_index() == 0 else [])[0]
     whole = [step for step, facts in found if not facts["problem"]]
     unseen = [step for step in whole if not files.appears(path / str(step) / MANIFEST)]
     if not multihost_utils.process_allgather(np.asarray(not unseen)).all():
-        raise CheckpointError(
-            f"{path}: process {jax.process_index()} does not see the steps {unseen} that process 0 "
-            f"sees"
-            if unseen
-            else f"{path}: another process does not see what process 0 sees"
-        )
+        who = f"process {jax.process_index()}" if unseen else "another process"
+        raise CheckpointError(f"{path}: {who} does not see the steps {unseen} that process 0 sees")
     return dict(found)
 
 
@@ -376,15 +359,12 @@ def _found(path: epath.Path) -> list[tuple[int, dict]]:
         return []
     try:
         names = [entry.name for entry in path.iterdir()]
+        steps = sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+        manifests = [(step, _manifest(path / str(step))) for step in steps]
     except OSError as error:  # a dangling link, a file, a directory of somebody else
         raise _unreadable(path, error) from error
-    steps = sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
-    kept = ("metrics", "records", "problem")
-    manifests = {step: _manifest(path / str(step)) for step in steps}
-    return [
-        (step, {name: manifest[name] for name in kept if name in manifest})
-        for step, manifest in manifests.items()
-    ]
+    large = {"leaves": None, "files": None}
+    return [(step, manifest | large) for step, manifest in manifests]
 
 
 def _unreadable(path: epath.Path, error: OSError) -> CheckpointError:
@@ -430,14 +410,15 @@ def _leaves(tree) -> dict[str, str]:
 
 def _manifest(path: epath.Path) -> dict:
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        with files.opened(path / MANIFEST) as file:
+            manifest = json.loads(file.read())
         if manifest.pop("sha256") != _digest(manifest):
             raise ValueError("not as saved")
-        if manifest.get("step", path.name) not in (path.name, int(path.name)):
+        if manifest.get("step", int(path.name)) != int(path.name):
             raise ValueError(f"it is of step {manifest['step']}")
         return manifest | {"problem": ""}
-    except PermissionError as error:  # no damage: the step must not be passed over
-        raise _unreadable(path, error) from error
+    except PermissionError:  # no damage: the step must not be passed over
+        raise
     except Exception as error:  # a flipped bit can raise anything
         return {"problem": f"{MANIFEST}: {_brief(error)}", "metrics": {}}
 
@@ -452,8 +433,8 @@ def _wrong_file(path: epath.Path, digests: dict[str, str]) -> str:
         try:
             if _file_digest(path / name) != digest:
                 return f"{name} is not as saved"
-        except PermissionError as error:
-            raise _unreadable(path, error) from error
+        except PermissionError:
+            raise
         except OSError as error:
             return _brief(error)
     return ""

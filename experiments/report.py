@@ -9,6 +9,7 @@ of different code, data, weights, versions or precision, that is said, and nothi
 import csv
 import dataclasses
 import functools
+import glob
 import io
 import itertools
 import json
@@ -145,7 +146,7 @@ class Group:
 def read(root: epath.Path) -> dict[str, list[Run]]:
     """The runs below a root by sweep (raises UserError where there is none)."""
     found = {}
-    for file in sorted(root.glob("*/*/sweep.json")):
+    for file in sorted(epath.Path(glob.escape(str(root))).glob("*/*/sweep.json")):
         try:
             run = read_run(file.parent)
             _ = run.state, run.measures, run.versions, run.config and run.kind, run.start["devices"]

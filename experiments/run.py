@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import functools
+import glob
 import shlex
 import signal
 import statistics
@@ -193,7 +194,7 @@ def _key(word: str) -> str:
 def best_rates(path: epath.Path) -> dict[str, float]:
     """Of each kind of network the rate with the best mean over seeds on held-out images."""
     found, origins = collections.defaultdict(list), collections.defaultdict(dict)
-    for sweep in sorted(path.glob("*/sweep.json")):
+    for sweep in sorted(epath.Path(glob.escape(str(path))).glob("*/sweep.json")):
         run, summary = sweep.parent, result.read(sweep.parent)
         axes = read_json(sweep).get("axes", {})
         if not {"kind", "learning_rate"} <= axes.keys():

@@ -70,7 +70,7 @@ def write_run(root, sweep, axes, seed, model, accuracy=None, training=None, **fa
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """The folder of a report of two sweeps; of `connectivity` one run has not ended."""
-    root = tmp_path_factory.mktemp("runs")
+    root = tmp_path_factory.mktemp("runs") / "of [today]"  # brackets are no pattern
     for kind, (model, _, test, train) in (("dense", DENSE), ("residual", RESIDUAL)):
         for seed, values in enumerate(zip(test, train, strict=True)):
             multiply_adds = 5000 if kind == "dense" else 6000
