@@ -72,7 +72,8 @@ class Preparation:
         recolours = bool(self.jitter or self.lighting)
         bits = jax.vmap(lambda key: jax.random.bits(key, (10 if recolours else 3,)))(keys)
         if recolours:
-            images = self._recolour(images, bits[:, 3:])
+            # In 64-bit mode a draw has 64 bits; 32 are what is scaled below.
+            images = self._recolour(images, bits[:, 3:].astype(jnp.uint32))
         images = self._normalise(images)
         if self.flip:
             mirrored = (bits[:, 0] & 1).astype(bool)

@@ -250,3 +250,18 @@ def test_colours_have_the_dtype_of_the_computation():
     with jax.numpy_dtype_promotion("standard"):
         found = jax.eval_shape(preparation.training, images, keys(4))
     assert (found.shape, found.dtype) == ((4, 8, 8, 3), jnp.bfloat16)
+
+
+def test_colours_in_float64_are_as_random_as_in_float32():
+    """There a draw of JAX has 64 bits."""
+    grey, scale = np.full((2000, 1, 1, 3), 200, np.uint8), ((0.0,) * 3, (1.0,) * 3)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        jitter = Preparation(*scale, jitter=0.4, dtype="float64")
+        lighting = Preparation(*scale, lighting=0.1, dtype="float64")
+        factors = train(jitter, grey, keys(2000))[:, 0, 0, 0] / 200
+        shifts = train(lighting, grey, keys(2000))[:, 0, 0] - 200
+    assert factors.dtype == np.float64
+    assert scipy.stats.kstest(factors, "uniform", (0.6, 0.8)).pvalue > 1e-3
+    # A channel's shift is normal: 255 times the norm of its values times vectors, as of AlexNet's.
+    red = 25.5 * np.linalg.norm([0.2175 * -0.5675, 0.0188 * 0.7192, 0.0045 * 0.4009])
+    assert scipy.stats.kstest(shifts[:, 0], "norm", (0, red)).pvalue > 1e-3
