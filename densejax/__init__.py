@@ -50,8 +50,9 @@ def create(name: str, num_classes: int = 1000, weights: str = "", channels: int 
 
     if not weights:
         # XLA:CPU optimises this program for minutes and gains nothing: it runs once.
-        on_cpu = jax.default_backend() == "cpu"
-        options = {"xla_backend_optimization_level": 0} if on_cpu else None
+        # Within another that is traced, such as of `jax.eval_shape`, options are that one's.
+        alone = jax.default_backend() == "cpu" and not isinstance(jnp.zeros(()), jax.core.Tracer)
+        options = {"xla_backend_optimization_level": 0} if alone else None
         return model, jax.jit(draw, static_argnums=0, compiler_options=options)(channels)
 
     from densejax import pretrained

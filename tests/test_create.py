@@ -34,6 +34,15 @@ def test_variables_are_drawn_from_seed_0():
     assert counts.parameters(variables) == counts.of_network(model, (32, 32, 3))[0]
 
 
+def test_variables_can_be_drawn_within_a_traced_function():
+    def drawn():
+        return densejax.create("densenet_bc_40_12", num_classes=10, **SMALL)[1]
+
+    assert jax.tree.map(np.shape, jax.eval_shape(drawn)) == jax.tree.map(np.shape, drawn())
+    options = {"xla_backend_optimization_level": 0}
+    assert runs.distance(jax.jit(drawn, compiler_options=options)(), drawn()) < 1e-6
+
+
 def test_images_may_have_another_number_of_channels():
     model, variables = densejax.create("densenet_bc_40_12", num_classes=0, channels=1, **SMALL)
     logits, features = model.apply(variables, np.zeros((2, 8, 8, 1), np.float32))

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import unfreeze
 from jax.ad_checkpoint import checkpoint_name
 
 from densejax.models import dense_block
@@ -102,7 +103,8 @@ class InPlaceBlock(Block):
         if self.is_initializing():
             return ConcatBlock.__call__(self, x)
         policy, names = self.layers, [f"layer{index}" for index in range(1, self.depth + 1)]
-        variables, x = self.variables, x.astype(policy.dtype)
+        # Gradients by hand are dictionaries; variables may be frozen ones.
+        variables, x = unfreeze(self.variables), x.astype(policy.dtype)
         layers = [variables["params"][name] for name in names]
         running = [variables["batch_stats"][name] for name in names]
         survivals = self.survivals or (1.0,) * self.depth

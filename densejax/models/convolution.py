@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from densejax.models.normalization import varying_as, wide
+from densejax.models.normalization import pixelwise, varying_as, wide
 
 Params = dict[str, jax.Array]  # "kernel", and "bias" where the convolution has one
 
@@ -117,7 +117,7 @@ def divisor(number: int, most: float) -> int:
 def fold(params: Params, slope: jax.Array, shift: jax.Array) -> Params:
     """Parameters of a convolution whose result is slope * y + shift of the given one's y."""
     bias = shift + params["bias"] * slope if "bias" in params else shift
-    return {"kernel": params["kernel"] * slope, "bias": bias}
+    return {"kernel": params["kernel"] * pixelwise(slope), "bias": bias}
 
 
 def pointwise(x: jax.Array, params: Params) -> jax.Array:
@@ -126,7 +126,7 @@ def pointwise(x: jax.Array, params: Params) -> jax.Array:
     XLA fuses what comes before and after into a product, which it does not for a convolution.
     """
     y = _rows(x) @ params["kernel"][0, 0].astype(x.dtype)
-    return _biased(y.reshape(*x.shape[:-1], -1), params)
+    return _biased(y.reshape(*x.shape[:-1], y.shape[-1]), params)
 
 
 def pointwise_backward(x: jax.Array, dy: jax.Array, params: Params) -> tuple[jax.Array, Params]:
@@ -167,7 +167,7 @@ def conv3x3(x: jax.Array, params: Params) -> jax.Array:
     _, height, width, _ = x.shape
     n = kernel.shape[-1] // 9
     # All nine taps in one product with few columns; then their results, shifted, are added up.
-    results = (_rows(x) @ kernel).reshape(*x.shape[:-1], -1)
+    results = (_rows(x) @ kernel).reshape(*x.shape[:-1], 9 * n)
     results = jnp.pad(results, ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifted = [
         results[:, i : i + height, j : j + width, (3 * i + j) * n : (3 * i + j + 1) * n]
@@ -229,7 +229,7 @@ def _narrow_conv_backward(stride, padding, saved, dy):
     dx = jax.vjp(lambda x: _conv(x, kernel, stride, padding), x)[1](dy)[0]
 
     def of_kernel(plan, x, kernel, dy):
-        if plan.products:
+        if plan.products and len(x):
             gradient = _kernel_gradient(plan, x, kernel.shape, dy, stride, padding)
             return gradient.astype(kernel.dtype)
         return jax.vjp(lambda kernel: _conv(x, kernel, stride, padding), kernel)[1](dy)[0]
@@ -277,7 +277,7 @@ def _kernel_gradient(plan, x, shape, dy, stride, padding):
 
 
 def _biased(y, params):
-    return y + params["bias"].astype(y.dtype) if "bias" in params else y
+    return y + pixelwise(params["bias"].astype(y.dtype)) if "bias" in params else y
 
 
 def _bias_gradient(dy, params):

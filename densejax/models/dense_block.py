@@ -38,6 +38,7 @@ from densejax.models.normalization import (
     affine,
     norm_gradients,
     normalise,
+    pixelwise,
     statistics,
     sum_over,
     through_relu,
@@ -153,9 +154,7 @@ def _train_forward(settings, x, layers, keys):
     features, running, outputs, bottlenecks = per_platform(forward, x, layers, keys)
     # What is equal on all devices is returned as if it were not: its cotangents are then each
     # device's own, under shard_map as under pmap, and the backward pass adds them up.
-    batch = running
-    if settings.axis is not None:
-        batch = jax.tree.map(lambda leaf: lax.pcast(leaf, settings.axis, to="varying"), running)
+    batch = varying_as(features, running)
     saved = features, running, outputs, bottlenecks, layers, keys
     return (features, batch, running, bottlenecks), saved
 
@@ -226,7 +225,7 @@ class _Layer:
             x, dy_here = cut(h), self.thin_out(cut(dy), cut(self.keys))
             u = self.normalise(2, x, stats)
             dv, dconv = conv3x3_backward(u, dy_here, conv)
-            dv, sums = through_relu(u, dv, wide(x) - stats.mean)
+            dv, sums = through_relu(u, dv, wide(x) - pixelwise(stats.mean))
             return (dconv, sums), dv
 
         sums = _zeros(conv, self.params["norm2"])
@@ -237,12 +236,13 @@ class _Layer:
     def through_norm2(self, h, stats, dnorm):
         """A function of pieces of h and of the gradient dv of norm2's result: that of h."""
         rate = lax.rsqrt(stats.variance + self.settings.epsilon)
-        slope = self.params["norm2"]["scale"] * rate
+        slope = pixelwise(self.params["norm2"]["scale"] * rate)
         sums = jnp.stack([dnorm["bias"], dnorm["scale"] * rate])
-        of_mean, of_variance = sum_over(sums, self.settings.axis) / _count(self.settings, h)
+        sums = sum_over(sums, self.settings.axis) / _count(self.settings, h)
+        of_mean, of_variance = map(pixelwise, sums)
 
         def backward(h, dv):
-            centred = wide(h) - stats.mean
+            centred = wide(h) - pixelwise(stats.mean)
             return ((wide(dv) - of_mean - centred * of_variance) * slope).astype(h.dtype)
 
         return backward
@@ -263,14 +263,14 @@ class _Layer:
             else:
                 dh = self.drop(through_norm2(cut(h), cut(dy)), keys)
                 dz, dconv = pointwise_backward(z, dh, conv)
-            dz, sums = through_relu(z, dz, wide(x) - stats.mean)
+            dz, sums = through_relu(z, dz, wide(x) - pixelwise(stats.mean))
             share, gradient = wide(dz) * slope, written(self.channels)
             if self.plan.shrink:  # a rounded summand would be one more result of XLA:TPU's kernel
                 return (dconv, sums), (wide(gradient) + share).astype(x.dtype)
             return (dconv, sums), gradient + share.astype(x.dtype)
 
         rate = lax.rsqrt(stats.variance + self.settings.epsilon)
-        slope = self.params["norm1"]["scale"] * rate
+        slope = pixelwise(self.params["norm1"]["scale"] * rate)
         sums = _zeros(conv, self.params["norm1"])
         if self.plan.shrink:
             gradient = gradient[..., : self.channels]
@@ -343,8 +343,8 @@ def _through_statistics(settings, features, gradient, stats, of_statistics, chan
     """The gradient of some channels, with that through their batch statistics."""
     x, dx = wide(features[..., channels]), wide(gradient[..., channels])
     sums = sum_over(jnp.stack([leaf[channels] for leaf in of_statistics]), settings.axis)
-    of_mean, of_variance = sums / _count(settings, features)
-    dx += of_mean + (x - stats.mean[channels]) * (2 * of_variance)
+    of_mean, of_variance = map(pixelwise, sums / _count(settings, features))
+    dx += of_mean + (x - pixelwise(stats.mean[channels])) * (2 * of_variance)
     return dx.astype(features.dtype)
 
 
@@ -391,7 +391,7 @@ def _in_pieces(plan: Plan, features, function, sums, output, channel: int = 0):
     """
     batch = features.shape[0]
     size = batch
-    if isinstance(batch, int):  # an exported program may leave it open
+    if isinstance(batch, int) and batch:  # an exported program may leave it open
         most = batch
         if plan.piece_bytes < math.inf:  # outside of a loop XLA:CPU copies the output of each layer
             most = min(batch / 2, plan.piece_bytes / features.nbytes * batch)

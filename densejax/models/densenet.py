@@ -14,6 +14,7 @@ from densejax.models.blocks import BLOCKS, RECOMPUTE, OneShotBlock
 from densejax.models.layers import Layers
 from densejax.models.normalization import Seen
 from densejax.models.pooling import average_pool
+from densejax.models.regularization import one_for_each
 
 
 class Transition(nn.Module):
@@ -163,7 +164,7 @@ class DenseNet(nn.Module):
         Args:
           image: float [batch, height, width, channels], normalised.
           train: batch statistics and dropout; updates the collection "batch_stats".
-          keys: uint32 [batch, 2], one random key per example; needed for dropout.
+          keys: one random key per example, typed [batch] or uint32 [batch, 2]; needed for dropout.
 
         Returns:
           logits float32 [batch, num_classes], and the features after "stem", "block1",
@@ -176,7 +177,7 @@ class DenseNet(nn.Module):
             epsilon=self.batch_norm_epsilon,
             convolution_bias=self.convolution_bias,
             dropout_rate=self.dropout_rate,
-            keys=keys,
+            keys=one_for_each(keys, image),
         )
         block = OneShotBlock if self.join == "one_shot" else BLOCKS[self.block]
         features = {}

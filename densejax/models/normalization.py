@@ -30,6 +30,11 @@ class Seen(NamedTuple):
     running: Statistics
 
 
+def pixelwise(values: jax.Array) -> jax.Array:
+    """Values [channels] in the rank of features: JAX may be set to refuse another rank."""
+    return values[None, None, None]
+
+
 def wide(x: jax.Array) -> jax.Array:
     """Casts x to float32, or leaves it at float64: the precision of statistics."""
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
@@ -47,7 +52,7 @@ def statistics(x: jax.Array, axis: Any = None) -> Statistics:
 @jax.custom_vjp
 def _mean_square(x, mean):
     """The mean of (x - mean)^2. As a function of the mean it is stationary: x has that mean."""
-    return jnp.square(wide(x) - mean).mean(IMAGE_AXES)
+    return jnp.square(wide(x) - pixelwise(mean)).mean(IMAGE_AXES)
 
 
 def _mean_square_forward(x, mean):
@@ -57,8 +62,8 @@ def _mean_square_forward(x, mean):
 def _mean_square_backward(saved, gradient):
     x, mean = saved
     x = _made_again(x)
-    slope = gradient * (2 * mean.size / x.size)
-    return ((wide(x) - mean) * slope).astype(x.dtype), jnp.zeros_like(mean)
+    slope = pixelwise(gradient * (2 * mean.size / max(x.size, 1)))
+    return ((wide(x) - pixelwise(mean)) * slope).astype(x.dtype), jnp.zeros_like(mean)
 
 
 _mean_square.defvjp(_mean_square_forward, _mean_square_backward)
@@ -90,7 +95,8 @@ def sum_over(x: jax.Array, axis: Any) -> jax.Array:
 
 def normalise(x: jax.Array, stats: Statistics, params: dict[str, jax.Array], epsilon: float):
     """BatchNorm of x with given statistics and params {"scale", "bias"}; at least float32."""
-    return (wide(x) - stats.mean) * _slope(stats, params, epsilon) + params["bias"]
+    slope, shift = map(pixelwise, (_slope(stats, params, epsilon), params["bias"]))
+    return (wide(x) - pixelwise(stats.mean)) * slope + shift
 
 
 def normalise_relu(x, stats: Statistics, params: dict[str, jax.Array], epsilon: float) -> jax.Array:
@@ -111,9 +117,9 @@ def _normalise_relu_backward(epsilon, saved, dz):
     x, stats, params = saved
     x = _made_again(x)
     # Written otherwise than in `normalise`: XLA:CPU would make the difference an array for both.
-    centred = wide(x) + -stats.mean
+    centred = wide(x) + pixelwise(-stats.mean)
     dz, sums = through_relu(_normalise_relu(x, stats, params, epsilon), dz, centred)
-    dx = (wide(dz) * _slope(stats, params, epsilon)).astype(x.dtype)
+    dx = (wide(dz) * pixelwise(_slope(stats, params, epsilon))).astype(x.dtype)
     gradients = norm_gradients(stats, params, epsilon, sums)
     return dx, *jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), gradients, (stats, params))
 

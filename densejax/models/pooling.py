@@ -59,7 +59,7 @@ def max_pool(x: jax.Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> 
         (size + low + high - 3) // 2 + 1
         for size, (low, high) in zip(x.shape[1:3], padding, strict=True)
     )
-    return _max_pool(jnp.pad(x, margins, constant_values=-jnp.inf), rows, columns)
+    return _max_pool(jnp.pad(x, margins, constant_values=jnp.finfo(x.dtype).min), rows, columns)
 
 
 def _windows(x, rows, columns):
@@ -108,7 +108,7 @@ def _max_pool_backward(rows, columns, saved, dy):
     places = ((0, 2), (1,))
     parts = [[sum(share(i, j) for i in row for j in column) for column in places] for row in places]
     dx = jnp.stack([jnp.stack(pair, axis=3) for pair in parts], axis=2)
-    return (dx.reshape(dy.shape[0], 2 * height, 2 * width, -1),)
+    return (dx.reshape(dy.shape[0], 2 * height, 2 * width, dy.shape[-1]),)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)

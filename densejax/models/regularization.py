@@ -1,10 +1,13 @@
 """Dropout and stochastic depth, with one random key per example."""
 
+import math
 import zlib
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from densejax.config import UserError
 
 
 def hash_bits(keys: jax.Array, salt: int, size: int) -> jax.Array:
@@ -25,6 +28,18 @@ def hash_bits(keys: jax.Array, salt: int, size: int) -> jax.Array:
     return mix(mix(counter[None] ^ first) + second)
 
 
+def one_for_each(keys: jax.Array | None, images: jax.Array) -> jax.Array | None:
+    """Raw keys uint32 [batch, words] of raw or typed ones; UserError where they are not as many."""
+    if keys is None:
+        return None
+    if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        keys = jax.random.key_data(keys)
+    if keys.ndim != 2 or len(keys) != len(images):
+        wanted = f"jax.random.split(key, {len(images)})"
+        raise UserError(f"keys {list(keys.shape)}: give one for each example, such as {wanted}")
+    return keys
+
+
 def salt(path: tuple[str, ...]) -> int:
     """A number of its own for every place in a network, by its path of module names."""
     return zlib.crc32("/".join(path).encode())
@@ -36,7 +51,7 @@ def dropout(x: jax.Array, rate: float, salt: int, keys: jax.Array | None) -> jax
         return x
     if keys is None:
         raise ValueError("dropout in training needs `keys`, one for each example")
-    bits = hash_bits(keys, salt, x[0].size).reshape(x.shape)
+    bits = hash_bits(keys, salt, math.prod(x.shape[1:])).reshape(x.shape)
     keep = bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros_like(x))
 

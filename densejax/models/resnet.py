@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from densejax.config import UserError
 from densejax.models import layers
 from densejax.models.layers import Layers
+from densejax.models.regularization import one_for_each
 
 
 def _convolutions(block: str, width: int, stride: int, stride_on: str) -> tuple[tuple, ...]:
@@ -147,7 +148,8 @@ class ResNet(nn.Module):
         Args:
           image: float [batch, height, width, channels], normalised.
           train: batch statistics and stochastic depth; updates the collection "batch_stats".
-          keys: uint32 [batch, 2], one random key per example; needed for stochastic depth.
+          keys: one random key per example, typed [batch] or uint32 [batch, 2]; for stochastic
+            depth.
 
         Returns:
           logits float32 [batch, num_classes], and the features after "stem", "stage1", "stage2",
@@ -160,7 +162,7 @@ class ResNet(nn.Module):
             batch_norm_axis=self.batch_norm_axis,
             epsilon=self.batch_norm_epsilon,
             convolution_bias=self.convolution_bias,
-            keys=keys,
+            keys=one_for_each(keys, image),
         )
         policy = (self.preactivation, self.shortcut, self.join, self.zero_init, bound)
         x = layers.STEMS[self.stem](self.widths[0], bound, name="stem")(image)

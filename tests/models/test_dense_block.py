@@ -233,7 +233,7 @@ def of_replica(model, axes, given):
             params = lax.pcast(params, axes, to="varying")
         variables = variables | {"params": params}
         (loss, (logits, stats)), (dparams, dx) = pull(model, True)(variables, images, keys)
-        if given == "varying":  # gradients of replicated parameters are summed already
+        if given != "replicated":  # gradients of replicated parameters are summed already
             dparams = lax.psum(dparams, axes)
         # Statistics of a group are equal within it.
         over = "group" if model.batch_norm_axis == "member" else axes
@@ -250,22 +250,23 @@ def one_device(parts):
 
 
 @pytest.mark.parametrize("norm, parts", [("global", 1), ("group", 2), ("replica", 4)])
-@pytest.mark.parametrize("mode", ["varying", "replicated", "pmap"])
+@pytest.mark.parametrize("mode", ["varying", "replicated", "pmap", "vmap"])
 def test_four_devices_compute_what_one_does(double, pieces, norm, parts, mode):
     """One device takes parts of the batch with concatenating blocks: other code throughout."""
     axes = ("group", "member")
     axis = {"global": axes, "group": "member", "replica": None}[norm]
-    if mode == "pmap":
+    if mode in ("pmap", "vmap"):
         if norm == "group":
-            pytest.skip("pmap has one axis")
+            pytest.skip("it has one axis")
         axes, axis = "data", axis and "data"
     model = tiny(blocks=(1, 1), block="in_place", batch_norm_axis=axis, **RANDOM)
     (variables, images, keys), expected = one_device(parts)
-    if mode == "pmap":
-        step = jax.jit(of_replica(model, axes, "varying"))
+    if mode in ("pmap", "vmap"):
+        over, given = (jax.pmap, "varying") if mode == "pmap" else (jax.vmap, "mapped")
+        step = jax.jit(of_replica(model, axes, given))
         cut = lambda leaf: leaf.reshape(4, -1, *leaf.shape[1:])  # noqa: E731
         out_axes = (None, None, None, 0, 0)
-        mapped = jax.pmap(step, "data", in_axes=(None, 0, 0), out_axes=out_axes)
+        mapped = over(step, axis_name="data", in_axes=(None, 0, 0), out_axes=out_axes)
         *shared, logits, dx = mapped(variables, cut(images), cut(keys))
         result = (*shared, *(leaf.reshape(BATCH, *leaf.shape[2:]) for leaf in (logits, dx)))
     else:

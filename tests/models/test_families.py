@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import FrozenDict, freeze
 
 from densejax import models
 from densejax.config import UserError
@@ -139,6 +140,33 @@ def test_gradient_reaches_every_parameter(twin):
         name = jax.tree_util.keystr(path)
         assert np.isfinite(leaf).all(), name
         assert np.abs(leaf).max() > 0, name
+
+
+@pytest.mark.parametrize("how", ["frozen", "empty", "typed keys", "one rank"])
+@pytest.mark.parametrize("twin", ["random", "one_shot", "bottleneck", "preactivation", "vovnet"])
+def test_what_flax_users_may_do(twin, how):
+    """Frozen variables, an empty batch, typed keys, JAX told to refuse operands of other ranks."""
+    model = build(TWINS.get(twin, TWINS["densenet"] | {"dropout_rate": 0.5, "survival": 0.5}))
+    batch = 0 if how == "empty" else 4
+
+    def gradients(image, keys):
+        variables = model.init(jax.random.key(0), image)
+        variables = freeze(variables) if how == "frozen" else variables
+        keys = jax.random.wrap_key_data(keys) if how == "typed keys" else keys
+        logits, _ = model.apply(variables, image)
+
+        def loss(params):
+            inputs = {"params": params, "batch_stats": variables["batch_stats"]}
+            (logits, _), _ = model.apply(inputs, image, True, keys, mutable=["batch_stats"])
+            return logits.sum()
+
+        return logits, jax.grad(loss)(variables["params"])
+
+    image = jax.ShapeDtypeStruct((batch, 32, 32, 3), jnp.float32)
+    keys = jax.ShapeDtypeStruct((batch, 2), jnp.uint32)
+    with jax.numpy_rank_promotion("raise" if how == "one rank" else "allow"):
+        logits, gradient = jax.eval_shape(gradients, image, keys)
+    assert logits.shape == (batch, 7) and isinstance(gradient, FrozenDict) == (how == "frozen")
 
 
 @pytest.mark.parametrize("name", ["densenet121", "resnet18", "vovnet39"])

@@ -45,6 +45,11 @@ def test_max_pool_is_flaxs_and_gives_ties_to_the_first(shape):
         np.testing.assert_allclose(dx, expected_dx, rtol=1e-6, atol=1e-6)
 
 
+def test_pools_make_no_infinities():
+    with jax.debug_infs(True):  # which stops at one
+        jax.grad(lambda x: ours(x).sum())(jnp.asarray(draws(2, 7, 6, 3)))
+
+
 def test_the_first_of_equal_values_is_the_first_in_the_order_of_rows():
     x = np.zeros((1, 3, 3, 1), np.float32)
     x[0, 0, 2] = x[0, 1, 0] = x[0, 2, 0] = 1  # by columns (1, 0) would come first

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from densejax.config import UserError
 from densejax.data.augment import example_keys
 from densejax.models import layers, regularization
 
@@ -156,6 +157,17 @@ def test_masks_are_their_own_transposes():
 def test_masks_need_keys(mask):
     with pytest.raises(ValueError, match="needs `keys`, one for each example"):
         mask(jnp.ones((2, 2)), 0.5, 1, None)
+
+
+def test_typed_keys_are_as_good_as_raw_ones_and_each_example_has_its_own():
+    images, key = jnp.zeros((4, 2, 2, 1)), jax.random.key(3)
+    raw = jax.random.key_data(typed := jax.random.split(key, 4))
+    for keys in (typed, raw, np.asarray(raw)):
+        np.testing.assert_array_equal(regularization.one_for_each(keys, images), raw)
+    assert regularization.one_for_each(None, images) is None
+    for keys in (key, raw[0], typed[:3], raw[:3]):
+        with pytest.raises(UserError, match=r"keys \[.*\]: give one for each example"):
+            regularization.one_for_each(keys, images)
 
 
 def test_every_path_has_a_salt_of_its_own():
