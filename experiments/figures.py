@@ -127,12 +127,8 @@ def gaps(groups: Sequence[Any]) -> Figure:
     train, test = ([100 * g.mean(name) for g in groups] for name in ("train_error", "error"))
     axes.hlines(rows, train, test, color=plots.INK, linewidth=1)
     axes.plot(train, rows, label="training", **plots.style(1) | {"linestyle": ""})
-    axes.plot(
-        test,
-        rows,
-        label=error_of(groups).removesuffix(" error (%)"),
-        **plots.style(0) | {"linestyle": ""},
-    )
+    label = error_of(groups).removesuffix(" error (%)")
+    axes.plot(test, rows, label=label, **plots.style(0) | {"linestyle": ""})
     axes.set_yticks(rows, [group.label() for group in groups])
     axes.set(xlabel="error (%)", ylim=(len(groups) - 0.5, -0.5))
     axes.set_xlim(left=0)
@@ -179,13 +175,8 @@ def of_all(groups: dict[str, list[Any]]) -> Iterator[tuple[str, str, Figure]]:
         networks.setdefault((group.kind, *map(group.mean, COUNTS)), group)
     mine = list(max(recipes.values(), key=len, default={}).values())
     if len({group.kind for group in mine}) > 1:
-        rates = {}
-        for group in mine:
-            rates.setdefault(group.kind, set()).add(group.config["optimizer"]["learning_rate"])
-        said = "; ".join(
-            f"{kind} {', '.join(map(str, sorted(values)))}"
-            for kind, values in sorted(rates.items())
-        )
+        rates = {(group.kind, group.config["optimizer"]["learning_rate"]) for group in mine}
+        said = ", ".join(f"{rate} ({kind})" for kind, rate in sorted(rates))
         for count in COUNTS:
             text = f"{error_of(mine).capitalize()} against {count.replace('_', '-')}, all networks "
             text += f"of one recipe but for the peak learning rate: {said}."

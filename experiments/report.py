@@ -157,7 +157,8 @@ def read(root: epath.Path) -> dict[str, list[Run]]:
             sweep = {"axes": {}, "seed": None, "command": ""}
             start = {"versions": {}, "devices": ""}
             run = Run(file.parent, sweep, {}, [], start, {}, str(error) or repr(error))
-            print(f"densejax: {run.path} is left out: {UserError(run.state)}", file=sys.stderr)
+            said = UserError(f"{run.path} is left out: {run.state}")
+            print(f"densejax: {said}", file=sys.stderr)
         found.setdefault(file.parent.parent.name, []).append(run)
     if not found:
         raise UserError(f"--root={root}: it has no SWEEP/RUN/sweep.json; experiments/run.py trains")
@@ -170,10 +171,8 @@ def read_run(path: epath.Path) -> Run:
     Raises:
       ValueError, LookupError, TypeError, AttributeError, OSError: something of it is damaged.
     """
-
     sweep = script.read_json(path / "sweep.json")
-    latencies = script.read_json(path.parent / "latency.json", {})
-    latencies = latencies.get("seconds", {})  # of --latency
+    latencies = script.read_json(path.parent / "latency.json", {}).get("seconds", {})
     sweep["latency"] = latencies.get(path.name.rpartition("_seed")[0], {})
     starts = workdir.history(path) or [{"versions": {}, "devices": ""}]
     records = script.read_json(path / "metrics.jsonl", [], lines=True)

@@ -31,7 +31,7 @@ from ml_collections import ConfigDict, config_flags
 from script import read_json
 from sweeps import SWEEPS, Run, differences, image_shape, origin, runs
 
-from densejax import command_line, experiment, files, formats, lock, parallel, result, workdir
+from densejax import command_line, data, experiment, files, formats, lock, parallel, result, workdir
 from densejax.analysis import counts
 from densejax.config import UserError, check
 from densejax.step import train_step
@@ -77,7 +77,6 @@ class Work:
     path: epath.Path
     arguments: tuple[str, ...]
     force: bool = False
-    seen: dict[str | None, Any] = dataclasses.field(default_factory=dict)  # by summary.json's text
 
     @property
     def sweep(self) -> str:
@@ -113,18 +112,22 @@ class Work:
         Raises:
           UserError: it is damaged, or of other code, data or weights.
         """
-        text = files.read_text(self.path / "summary.json")
-        if text not in self.seen:  # all data are read for their version
-            try:
-                # This process' devices may be others than the run's, which compares them itself.
-                own = ("matmul_precision", "devices")
-                found = {k: v for k, v in result.versions(self.config).items() if k not in own}
-                self.seen[text] = result.finished(self.path, self.config, found, self.force)
-            except UserError as error:
-                self.seen[text] = UserError(str(error).replace("--workdir", "--root"))
-        if isinstance(self.seen[text], UserError):
-            raise self.seen[text]
-        return self.seen[text]
+        summary = result.read(self.path)
+        if summary is None or not workdir.same_run(summary["config"], self.config):
+            return None
+        others = workdir.other_versions(summary["versions"], self.versions)
+        if others and not self.force:
+            raise UserError(
+                f"{self.path}: its result is of other code, data or weights ({'; '.join(others)}). "
+                f"--resume=force measures its checkpoint again; another --root trains again"
+            )
+        return None if others else summary
+
+    @functools.cached_property
+    def versions(self) -> dict[str, str]:
+        """Today's, but for those of the devices: the run's, which compares them itself."""
+        found = result.versions(self.config) | {"data": data_version(self.config)}
+        return {name: found[name] for name in found if name not in ("matmul_precision", "devices")}
 
     def is_finished(self) -> bool:
         """Whether there is a result, of today's code, data and weights."""
@@ -150,6 +153,16 @@ class Work:
                 records = read_json(self.path / "metrics.jsonl", [], lines=True)
                 done = records[-1]["epoch"] / self.config.train.epochs
             return f"running, {done:.0%}"
+
+
+DATA_VERSIONS: dict[str, str] = {}  # what `data_version` remembers
+
+
+def data_version(config: ConfigDict) -> str:
+    """As `densejax.data.version`, which reads all of the data, but only once."""
+    key = f"{config.data}{config.evaluate}"
+    DATA_VERSIONS[key] = DATA_VERSIONS.get(key) or data.version(config)
+    return DATA_VERSIONS[key]
 
 
 def works() -> list[Work]:
@@ -300,10 +313,8 @@ class Worker:
                 self.show()
         self.child = None
         if not work.is_finished() and not self.stopped:
-            last = output.read_bytes().decode(errors="replace").splitlines()[-1:] or [
-                "it said nothing"
-            ]
-            said = last[0].replace("--workdir", "--root")  # as it is called here
+            lines = output.read_bytes().decode(errors="replace").splitlines() or ["said nothing"]
+            said = lines[-1].replace("--workdir", "--root")  # as it is called here
             self.failed[work.run.name] = f"exit code {code}, {said} ({output})"
 
     def show(self) -> None:

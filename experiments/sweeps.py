@@ -372,7 +372,7 @@ def origin(run: str, summary: Mapping[str, Any]) -> dict[str, str]:
       run: its name. Code that an old run did not record is its own alone.
       summary: its result.
     """
-    changes = "; ".join(filter(_matters, summary.get("changes", [])))
+    changes = "; ".join(filter(_matters, summary.get("changes", []))) or "none"
     config = {key: json.dumps(value) for key, value in flatten(summary["config"]).items()}
     config = {f"config.{key}": config[key] for key in config if key != "seed" and _matters(key)}
     return {"code": f"not recorded by {run}", "changes": changes} | summary["versions"] | config

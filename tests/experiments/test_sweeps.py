@@ -166,7 +166,7 @@ def sweep(tmp_path, card, monkeypatch):
     """
     log, failing = tmp_path / "log", []
     (tmp_path / "log.code").write_text(workdir.code_digest())
-    monkeypatch.setattr("densejax.data.version", lambda config: "d")
+    monkeypatch.setattr(runner, "data_version", lambda config: "d")
 
     def command(work):
         facts = (str(work.path), str(log), work.config.to_json())
@@ -220,11 +220,11 @@ def test_a_result_of_other_code_is_refused_until_it_is_measured_again(sweep, cap
     assert runner.Worker(works[:2]).work() == 1
     output = capsys.readouterr()
     (line, _) = output.err.splitlines()
-    assert line.startswith(f"failed: n0_seed0: workdir={path}: its result is of other code, data, ")
+    assert line.startswith(f"failed: n0_seed0: {path}: its result is of other code, data ")
     assert "versions.code" in line and "--resume=force" in line and "--workdir" not in line
     assert log.read_text().split() == ["n0_seed0", "n1_seed0"]  # it was not started again
     code.write_text(workdir.code_digest())
-    forced = [dataclasses.replace(work, force=True, seen={}) for work in works[:2]]
+    forced = [dataclasses.replace(work, force=True) for work in works[:2]]
     assert forced[0].arguments == works[0].arguments
     assert runner.Worker(forced).work() == 0
     assert "--resume=force" not in json.loads((path / "sweep.json").read_text())["command"]
@@ -233,7 +233,7 @@ def test_a_result_of_other_code_is_refused_until_it_is_measured_again(sweep, cap
     summary["changes"] = ['versions.code: "older" -> "e76c"', "log.every_steps: 1 -> 2"]
     (path / "summary.json").write_text(json.dumps(summary))
     (path / "summary.json").rename(path / "kept")
-    twins = [dataclasses.replace(work, run=sweeps.Run(f"n_seed{n}", {}, {}), seen={})
+    twins = [dataclasses.replace(work, run=sweeps.Run(f"n_seed{n}", {}, {}))
              for n, work in enumerate(works[:2])]  # fmt: skip
     assert "50.00 %" in runner.table_of_results(twins[1:])
     (path / "kept").rename(path / "summary.json")
