@@ -46,7 +46,11 @@ LEARNING_RATES = flags.DEFINE_string(
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs and the hours they would take.")
 LATENCY = flags.DEFINE_bool("latency", False, "Time classification; let nothing else run beside.")
 RESUME = flags.DEFINE_enum(
-    "resume", "same", ["same", "force"], "force: go on with, or measure again, runs of other code."
+    "resume",
+    "same",
+    ["same", "force"],
+    "force: go on with, or measure again, runs of other code.",
+    allow_override=True,  # lets the tests import several commands into one process
 )
 PRINT = flags.DEFINE_enum("print", None, ["shell", "slurm"], "Commands, or an array script.")
 POLL = 2.0  # seconds between two looks at runs that others have claimed, and at the table
