@@ -89,11 +89,12 @@ def same_run(old: dict, config: ml_collections.ConfigDict) -> bool:
 def other_versions(before: dict[str, str], found: dict[str, str]) -> list[str]:
     """What differs between recorded versions and those `found`, as `difference` says it.
 
-    A name that was not recorded yet, by an older version of this package, is not compared.
+    A name that was not recorded yet, by an older version of this package, is not compared, but for
+    "code": a result whose code nobody knows is of other code.
     """
-    names = before.keys() & found.keys()
+    names = {name for name in found if name in before or name == "code"}
     return difference(
-        {"versions": {name: before[name] for name in names}},
+        {"versions": {name: before[name] for name in names & before.keys()}},
         {"versions": {name: found[name] for name in names}},
     )
 

@@ -258,6 +258,13 @@ def test_the_code_version_is_of_what_can_change_a_number(tmp_path, file, old, ne
     assert (workdir.code_digest(root) != workdir.versions()["code"]) == moves
 
 
+def test_what_was_not_recorded_yet_is_not_compared_but_for_the_code():
+    found = {"code": "1", "x64": "False"}
+    assert workdir.other_versions({"code": "1"}, found) == []
+    assert workdir.other_versions({"x64": "False"}, found) == ['versions.code: (absent) -> "1"']
+    assert workdir.other_versions({"code": "1"}, {"data": "2"}) == []
+
+
 def test_precision_is_part_of_the_versions(monkeypatch):
     assert workdir.versions()["matmul_precision"] == "default on cpu"
     with jax.default_matmul_precision("highest"):
