@@ -46,12 +46,11 @@ def prepare(name: str, directory: str, manual_dir: str = "") -> Any:
         if name not in SETS:
             try:
                 return tfds.core.read_only_builder.builder_from_files(name, data_dir=directory)
-            except DataError as error:
-                raise DataError(f"data.name = {name}: the set in {directory} {error}") from error
             except Exception as error:
+                reason = error if isinstance(error, DataError) else type(error).__name__
                 raise DataError(
                     f"data.name = {name}: neither one of {', '.join(SETS)} nor a set that TFDS has "
-                    f"prepared in {directory} ({type(error).__name__})"
+                    f"prepared in {directory} ({reason})"
                 ) from error
         builder_class = _builder_class(tfds, name, manual_dir)
         make = functools.partial(builder_class, data_dir=directory, file_format="array_record")
@@ -96,8 +95,7 @@ def info(name: str, directory: str) -> SetInfo:
     """Returns the facts of a set of `SETS`, or of one in `directory`, without mean and std."""
     if name in SETS:
         return SETS[name]
-    builder = prepare(name, directory)
-    found = builder.info
+    found = (builder := prepare(name, directory)).info
     try:
         image, names = found.features["image"], tuple(found.features["label"].names)
         height, width, channels = image.shape
@@ -157,9 +155,8 @@ def _reading(builder: Any) -> Iterator[None]:
         with _quiet():
             yield
     except Exception as error:
-        raise DataError(
-            f"data.name = {builder.name}: {builder.data_dir}: {_line(error)}"
-        ) from error
+        name, line = builder.name, _line(error)
+        raise DataError(f"data.name = {name}: {builder.data_dir}: {line}") from error
 
 
 @functools.cache
@@ -177,7 +174,7 @@ def _tfds() -> Any:
 
     def named(_, name):
         if name not in known:
-            raise DataError(f"names {name}, which is code and not of TFDS")
+            raise DataError(f"it names {name}, which is code and not of TFDS")
         return known[name]
 
     base.cls_from_name = classmethod(named)

@@ -207,10 +207,7 @@ def feature_info(
 
 
 def depth(model: nn.Module) -> int:
-    """The layers with weights on a network's longest path from image to logits.
-
-    They are all but a shortcut's projections: every dense layer reads the one before it.
-    """
+    """The layers with weights on a network's longest path: all but a shortcut's projections."""
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)["params"]
     paths = flatten_dict(params)
