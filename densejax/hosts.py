@@ -6,6 +6,7 @@ seconds; starting them again resumes the run.
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import re
@@ -127,10 +128,12 @@ def _reported() -> Iterator[None]:
     command, before = [sys.executable, "-IS", "-c", REPORTER, LAST_WORDS], sys.stderr
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as reporter:
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+        faulthandler.register(signal.SIGUSR1)  # and the process goes on
         os.dup2(reporter.stdin.fileno(), 2)
         try:
             yield
         finally:
+            faulthandler.unregister(signal.SIGUSR1)
             os.write(2, b"densejax: the end\n")
             os.dup2(sys.stderr.fileno(), 2)
             sys.stderr.close()

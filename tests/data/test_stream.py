@@ -8,13 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from densejax import data, parallel
+from densejax import data, interrupt, parallel
 from densejax.config import UserError
 from densejax.data import crops, encoded, images, stream
 from densejax.data.builders import DataError
@@ -381,6 +382,33 @@ def test_a_worker_that_is_killed_ends_the_stream_with_a_line(root):
                 streams.train.batch(step)
     finally:
         streams.close()
+
+
+def test_a_signal_does_not_wait_for_a_worker_that_is_stopped(root, monkeypatch):
+    monkeypatch.setattr(stream, "GRACE", 0.1)
+    streams = create(root, data__workers=1)
+    streams.train.batch(0)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGSTOP)
+    streams.heed(lambda: True)
+    with pytest.raises(stream.Starved, match="data.workers = 1: no batch comes any more"):
+        for step in range(1, 100):
+            streams.train.batch(step)
+    worker.join()
+    assert worker.exitcode == -signal.SIGKILL
+
+
+def test_a_signal_does_not_wait_for_a_read_that_never_returns(root, monkeypatch):
+    monkeypatch.setattr(stream, "GRACE", 0.1)
+    monkeypatch.setattr(interrupt, "is_stuck", False)
+    arrives, read = threading.Event(), encoded.Folder.__getitem__
+    monkeypatch.setattr(encoded.Folder, "__getitem__", lambda *a: arrives.wait() and read(*a))
+    streams = create(root)
+    streams.heed(lambda: True)
+    with pytest.raises(stream.Starved, match="no batch comes any more"):
+        streams.train.batch(0)
+    assert interrupt.is_stuck  # a thread waits for good: the command ends without it
+    arrives.set()
 
 
 def test_a_run_from_a_folder_to_its_result(root, tmp_path):
