@@ -19,11 +19,9 @@ from collections.abc import Callable, Iterator
 
 import jax
 import ml_collections
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
-from densejax import files, lock
+from densejax import files, hosts, lock
 from densejax.config import UserError, flatten
 
 # What a resume may change: these keys and everything below them.
@@ -214,8 +212,8 @@ def open_run(
                 problem = str(error)
             except (OSError, ValueError) as error:
                 problem = f"workdir={path}: {error}. Choose a --workdir that can be written."
-            if not multihost_utils.process_allgather(np.asarray(not problem)).all():
-                raise WorkdirError(problem or f"workdir={path}: refused by another process.")
+            if any(problems := hosts.exchange(problem)):
+                raise WorkdirError(problem or max(problems))
         yield require_held if is_writer else (lambda: None)
 
 

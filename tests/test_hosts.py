@@ -262,9 +262,10 @@ def test_two_processes_stop_at_one_step_and_one_goes_on(tmp_path):
     epochs = step // 5 + 1
     config = runs.tiny(**LONG | {"train__epochs": epochs})
     assert train.run(config, str(path), "train") == 0
-    assert train.run(config, str(tmp_path / "alone"), "train") == 0
+    short = runs.tiny(**LONG | {"train__epochs": 2})
+    assert train.run(short, str(tmp_path / "alone"), "train") == 0
     together, alone = losses(path), losses(tmp_path / "alone")
-    assert sorted(together) == sorted(alone) == list(range(1, 5 * epochs + 1))
+    assert sorted(together) == list(range(1, 5 * epochs + 1))
     for number in range(1, 11):  # after that, rounding has grown
         assert together[number] == pytest.approx(alone[number], abs=1e-5)
 
