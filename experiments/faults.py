@@ -169,15 +169,21 @@ def finish(path, *flags, says="", processes=1, patch=""):
     return same_end(path, processes)
 
 
-def same_end(path, processes=1, but=""):
-    """A finished run must be equal to one that was left alone, but for a file."""
-    require(newest(path) == newest(reference(processes)), "other arrays", True)
-    for name, keys in (("metrics.jsonl", None), ("summary.json", ("test_loss", "test_accuracy"))):
-        if name == but:
-            continue
-        texts = [(folder / name).read_text() for folder in (path, reference(processes))]
-        found = [{key: json.loads(text)[key] for key in keys} if keys else text for text in texts]
-        require(found[0] == found[1], f"another {name}", True)
+def same_end(path, processes=1):
+    """A finished run must be equal to one that was left alone."""
+    other = reference(processes)
+    require(newest(path) == newest(other), "other arrays", True)
+    records = [(folder / "metrics.jsonl").read_text() for folder in (path, other)]
+    require(records[0] == records[1], "another metrics.jsonl", True)
+    return same_result(path, processes)
+
+
+def same_result(path, processes=1):
+    """Its result must be that of one that was left alone."""
+    paths = [folder / "summary.json" for folder in (path, reference(processes))]
+    found = [json.loads(path.read_text()) for path in paths]
+    for key in ("test_loss", "test_accuracy", "steps"):
+        require(found[0][key] == found[1][key], f"another {key}", True)
     return 1
 
 
@@ -538,8 +544,8 @@ def fuzzed(path, draw, tries):
             loud = "is damaged" in said or harm == "missing"
             require(is_newest or loud, f"{what}: of step {found['steps']} without a word", True)
             continue
-        try:  # what is finished is not looked through again
-            same_end(path, but=name.name if whole == reference() else "")
+        try:  # the result of a finished run is given without a look at the rest
+            same_end(path) if whole == stopped_run() else same_result(path)
         except Failed as failure:
             raise Failed(f"{what}: {failure.args[0]}", True) from failure
     return tries
