@@ -318,7 +318,7 @@ def test_what_a_card_raises_is_one_line(command, tmp_path, body):
 @pytest.mark.parametrize(
     ("module", "config", "own"),
     [
-        (main, "required", "--workdir"),
+        (main, "required", "--num_processes"),
         (summary, "optional", "--model"),
         (export, "unused", "--out"),
     ],
