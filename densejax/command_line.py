@@ -42,7 +42,7 @@ def run(main: Callable[..., int], config: str = "required", arguments: bool = Fa
             code = _say(str(error))
         except KeyboardInterrupt:  # by a second signal
             interrupt.end()
-        if interrupt.is_stuck:
+        if any(future.running() for future in interrupt.waiting):
             sys.stdout.flush()
             os._exit(code)
         sys.exit(code)

@@ -7,9 +7,10 @@ of minutes, and then raises KeyboardInterrupt at any place. Here a thread gets e
 import os
 import signal
 import threading
+from concurrent.futures import Future
 
 spared = False  # whether the next SIGINT, and no other, is left to the handler that is set
-is_stuck = False  # whether a thread waits for what never comes, and would keep the process
+waiting: list[Future] = []  # threads that may wait for what never comes, and keep the process
 
 
 def watch() -> None:

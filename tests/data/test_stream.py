@@ -1,5 +1,6 @@
 """A stream's batch is a function of the step, whoever decodes it; every test image comes once."""
 
+import concurrent.futures
 import json
 import logging
 import multiprocessing
@@ -400,15 +401,18 @@ def test_a_signal_does_not_wait_for_a_worker_that_is_stopped(root, monkeypatch):
 
 def test_a_signal_does_not_wait_for_a_read_that_never_returns(root, monkeypatch):
     monkeypatch.setattr(stream, "GRACE", 0.1)
-    monkeypatch.setattr(interrupt, "is_stuck", False)
+    monkeypatch.setattr(interrupt, "waiting", [])
     arrives, read = threading.Event(), encoded.Folder.__getitem__
     monkeypatch.setattr(encoded.Folder, "__getitem__", lambda *a: arrives.wait() and read(*a))
     streams = create(root)
     streams.heed(lambda: True)
     with pytest.raises(stream.Starved, match="no batch comes any more"):
         streams.train.batch(0)
-    assert interrupt.is_stuck  # a thread waits for good: the command ends without it
+    (thread,) = interrupt.waiting  # while it runs, the command ends without it
+    assert thread.running()
     arrives.set()
+    concurrent.futures.wait([thread], 300)
+    assert not thread.running()
 
 
 def test_a_run_from_a_folder_to_its_result(root, tmp_path):
