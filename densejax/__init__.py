@@ -4,7 +4,7 @@ import sys
 import time
 
 if sys.argv[:1] == ["-m"]:  # a command, whose imports take seconds
-    from densejax import interrupt
+    from densejax.runs import interrupt
 
     interrupt.watch()
 STARTED = time.monotonic()  # seconds to the first step are counted from here
@@ -55,9 +55,9 @@ def create(name: str, num_classes: int = 1000, weights: str = "", channels: int 
         options = {"xla_backend_optimization_level": 0} if alone else None
         return model, jax.jit(draw, static_argnums=0, compiler_options=options)(channels)
 
-    from densejax import pretrained
+    from densejax.weights import store
 
-    description, variables = pretrained.load(weights)
+    description, variables = store.load(weights)
     expected = jax.eval_shape(lambda: draw(description["image_channels"]))
     if shapes(variables) != shapes(expected):
         raise UserError(f"weights={weights}: not of a {name} with {num_classes} classes")

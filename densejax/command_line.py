@@ -9,8 +9,9 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from densejax import interrupt, models
+from densejax import models
 from densejax.config import UserError, default, flatten
+from densejax.runs import interrupt
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",

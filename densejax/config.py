@@ -55,18 +55,20 @@ def default() -> config_dict.ConfigDict:
     train.batch_size = 64  # images per step over all devices; a multiple of their number
     train.accumulate_steps = 1  # parts of each device's share that are computed one after another
     train.max_skipped_steps = 10  # in a row, skipped as they were not finite, that end the run
+    train.loss = "cross_entropy"  # a name in densejax.training.losses.LOSSES
     train.label_smoothing = 0.0  # probability mass spread evenly over all classes
     train.weights = ""  # a directory of densejax.pretrained or of a run to start from; "": drawn
     train.dtype = "float32"  # of the computation; parameters and statistics stay float32
 
-    config.optimizer = optimizer = config_dict.ConfigDict()  # SGD, decay coupled into the gradient
+    config.optimizer = optimizer = config_dict.ConfigDict()
+    optimizer.name = "sgd"  # a name in densejax.training.optimizer.OPTIMIZERS
     optimizer.learning_rate = 0.1  # the peak
     optimizer.reference_batch_size = 0  # above 0: the peak is times train.batch_size / this
     optimizer.momentum = 0.9
     optimizer.nesterov = True  # without dampening
     optimizer.weight_decay = 1e-4
     optimizer.decay_all = True  # as the paper; False: kernels only, no biases and no norms
-    optimizer.schedule = "step"  # a name in densejax.optimizer.SCHEDULES
+    optimizer.schedule = "step"  # a name in densejax.training.optimizer.SCHEDULES
     optimizer.drop_at = (0.5, 0.75)  # "step": fractions of training after which the rate drops
     optimizer.drop_factor = 0.1  # "step": what each drop multiplies the rate by
     optimizer.warmup_epochs = 0.0  # the rate rises linearly from zero

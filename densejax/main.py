@@ -2,8 +2,9 @@
 
 from absl import flags
 
-from densejax import command_line, hosts, parallel, train, workdir
-from densejax.experiment import describe
+from densejax import command_line
+from densejax.runs import hosts, workdir
+from densejax.training import experiment, loop, parallel
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; default: runs/<card>-<digest>.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate a checkpoint.")
@@ -21,10 +22,10 @@ def main() -> int:
     """Does what the flags say; returns the exit code."""
     config = command_line.CONFIG.value
     with hosts.joined(COORDINATOR.value, PROCESSES.value, PROCESS.value):
-        describe(config)  # bad input is said before anything is started or written
+        experiment.build(config)  # bad input is said before anything is started or written
         parallel.start()
         directory = WORKDIR.value or workdir.default(config.name, config)
-        return train.run(config, directory, MODE.value, force=RESUME.value == "force")
+        return loop.run(config, directory, MODE.value, force=RESUME.value == "force")
 
 
 if __name__ == "__main__":

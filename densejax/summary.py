@@ -6,9 +6,11 @@ import json
 import flax.linen as nn
 from absl import flags
 
-from densejax import command_line, experiment, formats, models
-from densejax.analysis import counts
+from densejax import command_line, models
 from densejax.config import UserError
+from densejax.models import counts
+from densejax.runs import formats
+from densejax.training import experiment
 
 # An override lets the tests import several commands into one process.
 MODEL = flags.DEFINE_string("model", None, "A network's name; or give --config=CARD.")
@@ -49,9 +51,9 @@ def chosen() -> tuple[nn.Module, tuple[int, ...]]:
         return named(MODEL.value)
     if IMAGE_SHAPE.value or NUM_CLASSES.value is not None:
         raise UserError("--config brings image_shape and num_classes with its data: leave them out")
-    info, model, *_ = experiment.describe(config)
-    size = config.data.image_size
-    return model, (size, size, info.image_shape[-1]) if size else info.image_shape
+    built, size = experiment.build(config), config.data.image_size
+    shape = built.info.image_shape
+    return built.task.model, (size, size, shape[-1]) if size else shape
 
 
 def table(rows: list[counts.Layer]) -> str:

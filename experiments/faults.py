@@ -48,7 +48,7 @@ memory.MemorySet.batch = batch
 """
 SLOW = """
 import time
-from densejax import checkpoint
+from densejax.runs import checkpoint
 plain = checkpoint._write_manifest
 checkpoint._write_manifest = lambda *arguments: (time.sleep(1.5), plain(*arguments))
 """
@@ -104,7 +104,7 @@ class Run:
         """The steps in timings.jsonl, which is never cut."""
         file = self.path / "timings.jsonl"
         lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
-        with contextlib.suppress(ValueError):  # a try has harmed it
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # a try has harmed it
             return [json.loads(line)["step"] for line in lines if line.endswith(b"\n")]
         return []
 
@@ -275,11 +275,12 @@ def damaged(path, draw, harm):
 def restored(path, draw, harm, tries):
     """The newest of two checkpoints is restored, damaged another way each time."""
     from configs import digits
-    from densejax import checkpoint, experiment
+    from densejax.runs import checkpoint
+    from densejax.training import experiment
 
     whole, (newer, _) = reference() / "checkpoints", newest(reference())
     config = digits.get_config("depth=10,growth_rate=4")
-    abstract, said = experiment.without_data(config).abstract_state, []
+    abstract, said = experiment.build(config).abstract_state, []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("absl").handlers[:] = [handler]
@@ -401,7 +402,7 @@ def two_runs(path, draw):
 
 # Another machine, whose patience is a twentieth, so that a try takes seconds.
 QUICK = """
-from densejax import lock
+from densejax.runs import lock
 lock.HEARTBEAT, lock.STALE, lock.LOOK = 1.0, 3.0, 0.2
 """
 ELSEWHERE = QUICK + "lock._machine = lambda: 'elsewhere'\n"
@@ -456,16 +457,18 @@ def disagreeing(path, draw):
 
 def another_run(path, draw):
     """Another configuration, code or data is refused with the difference, unless it is forced."""
+    from densejax.runs import files
+
     run, history = Run(path), path / "history.jsonl"
     run.until_records(draw.randint(25, 70))
     os.kill(run.victim.pid, signal.SIGTERM)
     run.end(0)
     other = "--config.optimizer.momentum=0.8"
     Run(path, other).end(2, says="optimizer.momentum: 0.9 -> 0.8", silent=True)
-    recorded = json.loads(history.read_text().splitlines()[-1])
+    recorded = files.unseal(json.loads(history.read_text().splitlines()[-1]))
     for name in ("code", "data", "jax"):
-        versions = recorded["versions"] | {name: "other"}
-        history.write_text(json.dumps(recorded | {"versions": versions}) + "\n")
+        start = recorded | {"versions": recorded["versions"] | {name: "other"}}
+        history.write_text(json.dumps(files.seal(start)) + "\n")
         Run(path).end(2, says=f'versions.{name}: "other" -> ', silent=True)
     finish(path, "--resume=force")
     changes = json.loads(history.read_text().splitlines()[-1])["changes"]
@@ -559,17 +562,22 @@ NOBODY = 65534
 
 def another_users(path, draw):
     """A run directory, or its checkpoints, that belong to another user and are closed."""
-    for place in (path, path / "checkpoints", path / "summary.json"):
+    # A finished run needs its result alone, an evaluation all but that.
+    for whole, place, modes in (
+        (stopped_run(), path, ((), ("--mode=eval",))),
+        (stopped_run(), path / "checkpoints", ((), ("--mode=eval",))),
+        (reference(), path / "summary.json", ((),)),
+    ):
         shutil.rmtree(path, ignore_errors=True)
-        shutil.copytree(reference(), path)
+        shutil.copytree(whole, path)
         for entry in (path, *path.rglob("*")):
             os.chown(entry, *(NOBODY, NOBODY) if entry != place else (0, 0))
         place.chmod(0o700)
-        for mode in ((), ("--mode=eval",)):
+        for mode in modes:
             run = Run(path, *mode, patch=f"import os; os.setuid({NOBODY})")
             run.end(2, says=place.name, silent=True)
             require("Traceback" not in run.said(), f"a traceback: {run.said()[-300:]}")
-    return 6
+    return 5
 
 
 DISK = os.getuid() == 0  # whether one can be mounted

@@ -15,10 +15,11 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from densejax import classifier, formats
 from densejax import config as schema
 from densejax.analysis import plots, reuse
 from densejax.config import UserError
+from densejax.inference import classifier
+from densejax.runs import formats
 
 matplotlib.rcParams["text.parse_math"] = False  # a "$" in a name is no formula
 COUNTS = ("parameters", "multiply_adds")

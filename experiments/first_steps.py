@@ -7,8 +7,12 @@ it again: a run of other settings has a folder of its own.
 
 import script
 
-from densejax import classifier, config, formats, models, parallel, train, workdir
-from densejax.analysis import counts, plots, reuse
+from densejax import config, models
+from densejax.analysis import plots, reuse
+from densejax.inference import classifier
+from densejax.models import counts
+from densejax.runs import formats, workdir
+from densejax.training import loop, parallel
 
 
 def main() -> None:
@@ -46,7 +50,7 @@ def main() -> None:
     settings.checkpoint.every_epochs = options.epochs
     settings.log.every_steps = 10
     run = options.output / f"run-{workdir.digest(settings)[:8]}"
-    train.run(settings, str(run), mode="train")
+    loop.run(settings, str(run), mode="train")
 
     # 4. Use. The directory has all that is needed to classify images (see densejax.predict), and
     # the weights say which sources each layer reads: the mean |weight| of its first convolution

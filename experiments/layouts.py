@@ -155,8 +155,8 @@ def rounding(draws: int = 8) -> list[dict]:
     import numpy as np
 
     from configs import digits
-    from densejax import experiment
-    from densejax.step import train_step
+    from densejax.training import experiment
+    from densejax.training.step import train_step
 
     jax.config.update("jax_platforms", "cpu")  # as every other row
     config = digits.get_config("depth=10,growth_rate=4")

@@ -18,9 +18,9 @@ from figures import say
 from matplotlib.figure import Figure
 from sweeps import SWEEPS, differences
 
-from densejax import formats
 from densejax.analysis import plots
 from densejax.config import default, flatten
+from densejax.runs import formats
 
 TEMPLATE = epath.Path(__file__).parent / "report.html"
 

@@ -26,7 +26,7 @@ import torch
 import torchvision
 
 from densejax import models, pretrained
-from densejax.weight_names import LAYOUTS
+from densejax.weights.names import LAYOUTS
 
 LIMIT = 1e-5
 TORCHVISION = (

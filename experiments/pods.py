@@ -22,8 +22,8 @@ import sys
 
 import script
 
-from densejax import workdir
-from densejax.analysis import roofline, targets
+from densejax.runs import workdir
+from densejax.topology import roofline, targets
 
 IMAGENET = "--config=configs/imagenet.py"
 NETWORKS = {  # name: (images of each device, flags)

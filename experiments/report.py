@@ -26,8 +26,9 @@ from figures import say
 from ml_collections import ConfigDict
 from sweeps import differences, origin
 
-from densejax import files, formats, parallel, result, workdir
 from densejax.config import UserError
+from densejax.runs import files, formats, workdir
+from densejax.training import parallel, result
 
 KINDS = {
     ("densenet", "dense"): "DenseNet",

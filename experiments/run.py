@@ -31,10 +31,12 @@ from ml_collections import ConfigDict, config_flags
 from script import read_json
 from sweeps import SWEEPS, Run, differences, image_shape, origin, runs
 
-from densejax import command_line, data, experiment, files, formats, lock, parallel, result, workdir
-from densejax.analysis import counts
+from densejax import command_line, data
 from densejax.config import UserError, check
-from densejax.step import train_step
+from densejax.models import counts
+from densejax.runs import files, formats, lock, workdir
+from densejax.training import experiment, parallel, result
+from densejax.training.step import train_step
 
 SWEEP = flags.DEFINE_enum("sweep", None, list(SWEEPS), "What is varied.")
 ROOT = flags.DEFINE_string("root", None, "Where results are: ROOT/SWEEP/RUN.")
@@ -364,7 +366,7 @@ def dry_run(all_works: list[Work]) -> None:
     measured, rows, total = {}, [], 0.0
     for work in all_works:
         config, summary = work.config, work.result()
-        steps, hours = experiment.describe(config)[3], "finished"
+        steps, hours = experiment.build(config).steps, "finished"
         parts = (config.model, config.augmentation, config.train.batch_size, config.train.dtype)
         network = "\n".join(map(str, parts))
         if summary:
@@ -411,9 +413,10 @@ def latency(all_works: list[Work]) -> None:
         return jnp.asarray(drawn, leaf.dtype)
 
     for point, work in {work.point: work for work in all_works}.items():
-        info, model, *_ = experiment.describe(work.config)
+        built = experiment.build(work.config)
+        model = built.task.model
         images = jnp.ones(
-            (64, *image_shape(work.config, info.image_shape)), work.config.train.dtype
+            (64, *image_shape(work.config, built.info.image_shape)), work.config.train.dtype
         )
         variables = jax.eval_shape(model.init, jax.random.key(0), images[:1])
         variables = jax.tree.map(weights, variables)

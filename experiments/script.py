@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 
 from etils import epath
 
-from densejax import files
 from densejax.config import UserError
+from densejax.runs import files
 
 
 class Parser(argparse.ArgumentParser):

@@ -17,9 +17,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from densejax import data, experiment, models, workdir
-from densejax.analysis import counts
+from densejax import data, models
 from densejax.config import UserError, flatten
+from densejax.models import counts
+from densejax.runs import workdir
+from densejax.training import experiment
 
 TOLERANCE = 0.02  # share by which what is called equal may differ
 KINDS = ("plain", "residual", "dense", "one_shot")
@@ -74,7 +76,8 @@ class Base:
 
     def __init__(self, config: ConfigDict):
         """Reads the facts of the data set, but none of its images."""
-        info, model, _, self.steps = experiment.describe(config)
+        built = experiment.build(config)
+        info, model, self.steps = built.info, built.task.model, built.steps
         if config.model.family != "densenet":
             raise UserError(
                 f"model.family = {config.model.family!r}: a sweep starts from a DenseNet"

@@ -11,8 +11,11 @@ import jax
 import numpy as np
 import script
 
-from densejax import formats, models, parallel
-from densejax.analysis import counts, gradients, plots
+from densejax import models
+from densejax.analysis import gradients, plots
+from densejax.models import counts
+from densejax.runs import formats
+from densejax.training import parallel
 
 # (label, model, what gives a network of each depth, depths)
 CIFAR = (32, 32, 3)

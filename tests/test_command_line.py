@@ -13,10 +13,12 @@ import pytest
 from absl import flags, logging
 from absl.testing import flagsaver
 
-from densejax import command_line, experiment, export, main, parallel, summary, workdir
+from densejax import command_line, export, main, summary
 from densejax import config as schema
 from densejax.data import builders
-from tests import archives, runs
+from densejax.runs import workdir
+from densejax.training import experiment, parallel
+from tests import archives, small
 
 # ml_collections loads cards in a way that Python will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -28,7 +30,7 @@ CIFAR = "--config=configs/cifar10.py"
 @pytest.fixture(scope="module", autouse=True)
 def prepared():
     """Grain defines flags when it first reads, which flagsaver would take away again."""
-    runs.build(runs.tiny())
+    small.build(small.tiny())
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def data(path):
     return f"--config.data.directory={path}"
 
 
-READY = data(runs.SESSION / "data")
+READY = data(small.SESSION / "data")
 NEW = "--workdir={tmp}/run"
 CASES = {
     "wrong key": (
@@ -284,7 +286,7 @@ def test_bad_input_is_one_line(command, tmp_path, monkeypatch, case):
 )
 def test_any_override_is_taken_or_refused_in_one_line(command, key, text):
     def describe():
-        experiment.describe(command_line.CONFIG.value)
+        experiment.build(command_line.CONFIG.value)
         return 0
 
     answer = command(DIGITS, f"--config.{key}={text}", main=describe)
@@ -320,7 +322,7 @@ def test_what_a_card_raises_is_one_line(command, tmp_path, body):
     [
         (main, "required", "--num_processes"),
         (summary, "optional", "--model"),
-        (export, "unused", "--out"),
+        (export, "unused", "--platforms"),
     ],
 )
 def test_help_shows_an_example_and_every_flag(command, flag, module, config, own):
@@ -331,9 +333,9 @@ def test_help_shows_an_example_and_every_flag(command, flag, module, config, own
 
 
 def test_another_configuration_is_one_line(command, tmp_path):
-    with workdir.open_run(tmp_path, runs.tiny(seed=7)):
+    with workdir.open_run(tmp_path, small.tiny(seed=7)):
         pass
-    card = f"--config={runs.card(tmp_path)}"
+    card = f"--config={small.card(tmp_path)}"
     assert "seed: 7 -> 0" in one_line(command(card, f"--workdir={tmp_path}"))
 
 
@@ -349,7 +351,7 @@ def test_blocks_can_replace_depth(command, tmp_path):
 
 
 def test_a_good_command_trains_and_writes_into_its_run_alone(command, tmp_path, monkeypatch):
-    card = f"--config={runs.card(tmp_path, train__epochs=1)}"
+    card = f"--config={small.card(tmp_path, train__epochs=1)}"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     before = contents(tmp_path)
@@ -363,7 +365,7 @@ def test_a_good_command_trains_and_writes_into_its_run_alone(command, tmp_path, 
 
 def test_the_real_command_says_one_line():
     command = [sys.executable, "-m", "densejax.main", CIFAR + ":depth=41"]
-    environment = os.environ | runs.ENVIRONMENT
+    environment = os.environ | small.ENVIRONMENT
     answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert one_line((answer.returncode, answer.stdout, answer.stderr)).startswith(
         "model.depth = 41: with model.bottleneck = True it must be 6n + 4, n >= 1; "

@@ -12,9 +12,12 @@ import types
 import jax
 import pytest
 
-from densejax import compile, experiment, models
-from densejax.analysis import counts, targets
-from tests import runs
+from densejax import compile, models
+from densejax.models import counts
+from densejax.topology import compiled as steps
+from densejax.topology import targets
+from densejax.training import experiment
+from tests import small
 from tests.test_command_line import ROOT, command, one_line  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -24,10 +27,10 @@ TINY = {"train__batch_size": 30 * DEVICES, "evaluate__batch_size": 32 * DEVICES}
 
 def compiled(folder, topology, *flags):
     """What the real command says of the tiny network, in a process that starts JAX anew."""
-    card = runs.card(folder, **TINY)
+    card = small.card(folder, **TINY)
     words = [sys.executable, "-m", "densejax.compile", f"--config={card}", "--format=json"]
     words += [f"--topology={topology}", *flags]
-    environment = os.environ | runs.ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | small.ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     answer = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
     return json.loads(answer.stdout)
@@ -40,7 +43,7 @@ def found(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def state():
-    return experiment.without_data(runs.tiny()).abstract_state
+    return experiment.build(small.tiny()).abstract_state
 
 
 def size_of(tree):
@@ -72,7 +75,7 @@ def test_arguments_are_the_state_and_a_share_of_the_batch(found, state):
 
 
 def test_flops_are_six_per_multiply_add(found):
-    network = models.create(runs.tiny().model, 10)
+    network = models.create(small.tiny().model, 10)
     once = counts.of_network(network, (8, 8, 1))[1]
     assert found["network_flops"] == 30 * 6 * once
     pooled = 3 * 4 * 4 * 12 * 6  # evaluated without dropout, a transition pools before it is done
@@ -88,7 +91,7 @@ def test_every_figure_is_of_one_device(found):
         assert step["fits"] and step["unknown_loops"] == 0
         assert step["hbm_bytes"] >= step["argument_bytes"] + step["temp_bytes"] > 0
         assert step["bytes_accessed"] > step["argument_bytes"]
-    table = compile.table(found)
+    table = steps.table(found)
     assert "global batch 240" in table and "VOID" not in table
 
 
@@ -127,27 +130,27 @@ def fake(monkeypatch):
     ids=["fits", "too many"],
 )
 def test_the_largest_batch_is_on_the_line_through_two(fake, images, tried):
-    built = experiment.without_data(runs.tiny())
+    built = experiment.build(small.tiny())
     used = 1000 + 10 * images
-    found = compile.largest_batch(built, 5000, images, used if used <= 5000 else math.inf)
+    found = steps.largest_batch(built, 5000, images, used if used <= 5000 else math.inf)
     assert (found, fake.tried) == ((384, True), tried)
     fake.limit = 3000  # the compiler's own idea of the memory is smaller than what is published
-    assert compile.largest_batch(built, 5000, 64, 1640) == (384, False)
+    assert steps.largest_batch(built, 5000, 64, 1640) == (384, False)
 
 
 def test_the_largest_batch_where_there_is_no_line(fake):
-    built = experiment.without_data(runs.tiny())
-    assert compile.largest_batch(built, 5000, 1, 1010) == (400, True)  # half an image is none
+    built = experiment.build(small.tiny())
+    assert steps.largest_batch(built, 5000, 1, 1010) == (400, True)  # half an image is none
     fake.limit = 1010
-    assert compile.largest_batch(built, 5000, 1, 1010) == (1, True)
+    assert steps.largest_batch(built, 5000, 1, 1010) == (1, True)
     fake.limit, fake.slope = 5000, 0
-    assert compile.largest_batch(built, 5000, 64, 1000) == (128, True)
+    assert steps.largest_batch(built, 5000, 64, 1000) == (128, True)
 
 
 def test_out_of_memory_is_an_answer(fake, command, monkeypatch, tmp_path):  # noqa: F811
     fake.limit = 0
     monkeypatch.setattr(targets.Target, "devices", lambda *_: jax.devices())
-    card = runs.card(tmp_path)
+    card = small.card(tmp_path)
     run = functools.partial(command, f"--config={card}", "--topology=h100:4", main=compile.main)
     code, output, error = run("--largest_batch")
     assert (code, error) == (0, "")
@@ -168,7 +171,7 @@ def test_out_of_memory_is_an_answer(fake, command, monkeypatch, tmp_path):  # no
     ],
 )
 def test_bad_input_is_one_line(command, tmp_path, flags, says):  # noqa: F811
-    card = f"--config={runs.card(tmp_path)}"
+    card = f"--config={small.card(tmp_path)}"
     assert one_line(command(card, *flags, main=compile.main)).startswith(says)
 
 

@@ -14,10 +14,11 @@ import pytest
 from ml_collections import config_dict
 
 import densejax
-from densejax import command_line, data, experiment, main, models, parallel
+from densejax import command_line, data, main, models
 from densejax import config as schema
 from densejax.config import UserError, parse_arg
-from tests import photos, runs
+from densejax.training import experiment, parallel
+from tests import photos, small
 
 KEYS = schema.flatten(schema.default())
 OUT_OF_RANGE = {
@@ -71,6 +72,8 @@ CHECKED_ELSEWHERE = {  # and why
     "data.manual_dir": "read where a set is prepared, and a prepared set does not need it",
     "data.train_split": "data.train_size knows the set's splits",
     "augmentation.flip": "a switch",
+    "train.loss": "losses.create has the table of names",
+    "optimizer.name": "optimizer.create has the table of names",
     "optimizer.nesterov": "a switch",
     "optimizer.decay_all": "a switch",
     "optimizer.schedule": "optimizer.schedule has the table of names",
@@ -80,7 +83,7 @@ CHECKED_ELSEWHERE = {  # and why
 
 def with_value(key, value):
     """The tiny configuration, whatever the type of the value."""
-    config = runs.tiny()
+    config = small.tiny()
     put(config, key, value)
     return config
 
@@ -102,12 +105,12 @@ def message(config):
 
 
 def test_the_defaults_and_the_tiny_configuration_pass():
-    schema.check(runs.tiny())
+    schema.check(small.tiny())
 
 
 @pytest.mark.parametrize(("size", "resize"), [(224, 256), (64, 73), (192, 219), (299, 342)])
 def test_evaluation_resizes_in_the_usual_ratio_to_the_images_size(size, resize):
-    config = runs.tiny(**STREAM | {"data__image_size": size})
+    config = small.tiny(**STREAM | {"data__image_size": size})
     for _ in range(2):  # a run's configuration is checked again when it is opened
         schema.check(config)
         assert config.evaluate.resize_size == resize
@@ -118,7 +121,10 @@ def test_evaluation_resizes_in_the_usual_ratio_to_the_images_size(size, resize):
 
 def test_runs_that_stored_the_resize_of_before_are_still_of_the_same_configuration():
     for changes in ({}, {"data__image_size": 14}, STREAM | {"data__image_size": 224}):
-        stored, config = runs.tiny(evaluate__resize_size=256, **changes), runs.tiny(**changes)
+        stored, config = (
+            small.tiny(evaluate__resize_size=256, **changes),
+            small.tiny(**changes),
+        )
         for found in (stored, config):
             schema.check(found)
         assert stored == config
@@ -168,19 +174,19 @@ def test_two_drops_at_the_same_place_are_refused():
 
 
 def test_an_unknown_key_lists_its_section():
-    config = runs.tiny()
+    config = small.tiny()
     config.train.epoch = 3
     assert message(config).startswith(
         "unknown key train.epoch; allowed here are train.accumulate_steps, "
     )
-    config = runs.tiny()
+    config = small.tiny()
     config.colour = 3
     assert message(config).startswith("unknown key colour; ")
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_a_missing_key_is_named(key):
-    config = runs.tiny()
+    config = small.tiny()
     section, _, name = key.rpartition(".")
     del (config[section] if section else config)[name]
     assert message(config).startswith(f"missing key {key}; ")
@@ -293,11 +299,11 @@ CONFLICTS = [  # changes, the line, and a further change that settles it
 @pytest.mark.parametrize(("changes", "says", "settled"), CONFLICTS)
 def test_a_conflict_is_found_whatever_the_order(changes, says, settled):
     for order in itertools.permutations(changes):
-        assert message(runs.tiny(**{key: changes[key] for key in order})) == says
-    config = runs.tiny(**changes)
+        assert message(small.tiny(**{key: changes[key] for key in order})) == says
+    config = small.tiny(**changes)
     backwards = config_dict.ConfigDict(dict(reversed(config.to_dict().items())))
     assert message(backwards) == says
-    schema.check(runs.tiny(**changes | settled))
+    schema.check(small.tiny(**changes | settled))
 
 
 def test_one_conflict_does_not_hide_another():
@@ -309,12 +315,12 @@ def test_one_conflict_does_not_hide_another():
             for changes, _, settled in pair
         ]
         if any(stands):
-            assert message(runs.tiny(**both)).startswith(keys)
+            assert message(small.tiny(**both)).startswith(keys)
 
 
 def test_every_conflict_has_its_example():
     lines = [line for _, line, _ in CONFLICTS]
-    schema.check(config := runs.tiny())
+    schema.check(config := small.tiny())
     for key, _, remedy in schema._conflicts(config, set()):
         assert any(line.startswith(f"{key} = ") and line.endswith(remedy) for line in lines), key
 
@@ -337,7 +343,7 @@ ANYTHING = st.recursive(
     ),
     max_leaves=4,
 )
-FIELDS = [f"model.{name}" for name in runs.tiny().model]
+FIELDS = [f"model.{name}" for name in small.tiny().model]
 
 
 @hypothesis.settings(max_examples=400)
@@ -345,11 +351,11 @@ FIELDS = [f"model.{name}" for name in runs.tiny().model]
     st.dictionaries(st.sampled_from([*KEYS, *FIELDS]), ANYTHING, min_size=1, max_size=3)
 )
 def test_any_values_are_a_run_or_one_line_that_names_a_key(changes):
-    config = runs.tiny()
+    config = small.tiny()
     for key, value in changes.items():
         put(config, key, value)
     try:
-        _, _, _, steps = experiment.describe(config)
+        steps = experiment.build(config).steps
     except UserError as error:
         line = str(error)
         assert line.isprintable() and line.startswith(tuple(named(changes))), line
@@ -445,7 +451,7 @@ def record_reads(monkeypatch):
 
 def test_every_key_is_read(monkeypatch, tmp_path):
     reads = record_reads(monkeypatch)
-    config = runs.tiny(data__validation_size=77, evaluate__split="validation")
+    config = small.tiny(data__validation_size=77, evaluate__split="validation")
     monkeypatch.setattr(command_line, "CONFIG", type("", (), {"value": config}))
     monkeypatch.setattr(main, "WORKDIR", type("", (), {"value": None}))
     monkeypatch.setattr(main, "MODE", type("", (), {"value": "train"}))
@@ -459,7 +465,7 @@ def test_every_key_is_read(monkeypatch, tmp_path):
     streamed |= {"data.corrupt_images", "data.workers"}
     assert set(KEYS) - reads == streamed
     photos.make(tmp_path / "photos")
-    config = runs.tiny(**STREAM, data__manual_dir="photos", train__batch_size=4)
+    config = small.tiny(**STREAM, data__manual_dir="photos", train__batch_size=4)
     data.create(
         config, *[split(parallel.mesh()) for split in (parallel.replicated, parallel.split)]
     )
@@ -468,7 +474,7 @@ def test_every_key_is_read(monkeypatch, tmp_path):
 
 def test_the_recorder_would_notice_a_key_that_nobody_reads(monkeypatch):
     reads = record_reads(monkeypatch)
-    runs.build(runs.tiny())
+    small.build(small.tiny())
     assert "train.batch_size" in reads and "log.every_steps" in reads
     assert "log.seconds" not in reads and "checkpoint.keep_latest" not in reads
 

@@ -11,10 +11,11 @@ import pytest
 
 import densejax
 from densejax import config as schema
-from densejax import data, experiment, parallel, train
+from densejax import data
 from densejax.config import UserError
 from densejax.data import builders
-from tests import archives, runs
+from densejax.training import experiment, loop, parallel
+from tests import archives, small
 
 FOLDER = pathlib.Path(densejax.__file__).parents[1] / "configs"
 CARDS = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -47,7 +48,8 @@ def card(name, arg=None):
 )
 def test_every_card_describes_an_experiment(name, arg):
     config = card(name, arg)
-    info, model, *_ = experiment.describe(config)
+    built = experiment.build(config)
+    info, model = built.info, built.task.model
     assert config.name == name and model.num_classes == info.num_classes
 
 
@@ -182,12 +184,14 @@ def test_the_recipes_of_imagenet(arg, changes):
 
 
 def test_rates_of_imagenet():
-    _, _, rate, steps = experiment.describe(card("imagenet"))
+    built = experiment.build(card("imagenet"))
+    rate, steps = built.task.learning_rate, built.steps
     epoch = 1281167 // 256
     assert steps == 90 * epoch
     found = [float(rate(n * epoch + late)) for n in (30, 60) for late in (-1, 0)]
     np.testing.assert_allclose(found, [0.1, 0.01, 0.01, 0.001], rtol=1e-6)
-    _, _, rate, steps = experiment.describe(card("imagenet", "recipe=modern"))
+    built = experiment.build(card("imagenet", "recipe=modern"))
+    rate, steps = built.task.learning_rate, built.steps
     epoch = 1281167 // 1024
     found = [float(rate(n)) for n in (0, 5 * epoch - 1, steps - 1)]
     np.testing.assert_allclose(found, [0.4 / (5 * epoch), 0.4, 0.0], rtol=1e-5, atol=1e-8)
@@ -198,7 +202,7 @@ def test_rates_of_imagenet():
     [(None, 24), ("variant=plain,depth=40", 16), ("variant=b", 16), ("growth_rate=40", 80)],
 )
 def test_the_first_convolution_has_16_channels_or_2k_for_bc(arg, width):
-    _, model, *_ = experiment.describe(card("cifar10", arg))
+    model = experiment.build(card("cifar10", arg)).task.model
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     assert variables["params"]["stem"]["conv"]["kernel"].shape == (3, 3, 3, width)
@@ -262,7 +266,7 @@ def test_a_card_runs_from_the_archive_to_the_result(
         "read",
         lambda name, split, *rest: splits.append(split) or read(name, split, *rest),
     )
-    assert train.run(config, str(tmp_path / "run"), "train") == 0
+    assert loop.run(config, str(tmp_path / "run"), "train") == 0
     result = json.loads((tmp_path / "run/summary.json").read_text())
     assert result["test_examples"] == 10 and 0 <= result["test_accuracy"] <= 1
     assert set(splits) == set(SPLITS[set_name])
@@ -298,7 +302,7 @@ def test_held_out_images_of_svhn_are_of_its_first_part_whatever_the_seed(
 
 def digits(seed=0, **changes):
     """(training images of a tiny run, its evaluation sets) as bytes and arrays."""
-    mesh, config = parallel.mesh(), runs.tiny(seed=seed, **changes)
+    mesh, config = parallel.mesh(), small.tiny(seed=seed, **changes)
     found = data.create(config, parallel.replicated(mesh), parallel.split(mesh))
     return found.train, found.evaluation
 
@@ -327,13 +331,13 @@ def test_held_out_images_train_in_no_smaller_set():
 
 
 def test_the_training_set_has_a_size_that_is_there():
-    assert experiment.describe(runs.tiny(data__train_size=600))[3] == 2 * 2
+    assert experiment.build(small.tiny(data__train_size=600)).steps == 2 * 2
     for changes, says in (
         ({"data__train_size": 1338}, "data.train_size = 1338: must be at most the 1337 training"),
         ({"data__train_size": 200}, "train.batch_size = 256: must be at most the 200 training"),
     ):
         with pytest.raises(UserError, match=says):
-            experiment.describe(runs.tiny(data__validation_size=100, **changes))
+            experiment.build(small.tiny(data__validation_size=100, **changes))
 
 
 def test_labels_stay_with_their_images(tmp_path, monkeypatch):
@@ -352,9 +356,9 @@ def test_labels_stay_with_their_images(tmp_path, monkeypatch):
 
 def test_no_split_is_named_twice():
     for split in ("train+train", "test", "train+test"):
-        config = runs.tiny(data__train_split=split, data__validation_size=100)
+        config = small.tiny(data__train_split=split, data__validation_size=100)
         with pytest.raises(UserError, match=r"data.train_split = '[a-z+]*': name train once each"):
-            experiment.describe(config)
+            experiment.build(config)
 
 
 def test_a_damaged_archive_is_one_line(tmp_path, monkeypatch):
@@ -362,10 +366,10 @@ def test_a_damaged_archive_is_one_line(tmp_path, monkeypatch):
     archive = tmp_path / "manual" / "cifar-10-binary.tar.gz"
     archive.write_bytes(archive.read_bytes()[:-50])
     with pytest.raises(UserError, match="cifar-10-binary.tar.gz has SHA-256") as caught:
-        train.run(config, str(tmp_path / "run"), "train")
+        loop.run(config, str(tmp_path / "run"), "train")
     assert "\n" not in str(caught.value)
     facts = archives.with_digests(builders.SETS["cifar10"], tmp_path / "manual")
     monkeypatch.setitem(builders.SETS, "cifar10", facts)
     with pytest.raises(UserError, match="cifar-10-binary.tar.gz: ") as caught:
-        train.run(config, str(tmp_path / "run"), "train")
+        loop.run(config, str(tmp_path / "run"), "train")
     assert "\n" not in str(caught.value)

@@ -1,16 +1,15 @@
 """`densejax.create`: a network by name, with drawn or given variables."""
 
-import types
-
 import jax
 import numpy as np
 import pytest
 
 import densejax
 from densejax import models
-from densejax.analysis import counts
 from densejax.config import UserError
-from tests import runs
+from densejax.models import counts
+from densejax.weights import store
+from tests import small
 
 SMALL = {"depth": None, "blocks": (1, 1), "growth_rate": 2}
 
@@ -30,7 +29,7 @@ def test_variables_are_drawn_from_seed_0():
     drawn = jax.jit(model.init, compiler_options=options)(
         jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32)
     )
-    assert runs.distance(variables, drawn) < 1e-6
+    assert small.distance(variables, drawn) < 1e-6
     assert counts.parameters(variables) == counts.of_network(model, (32, 32, 3))[0]
 
 
@@ -40,7 +39,7 @@ def test_variables_can_be_drawn_within_a_traced_function():
 
     assert jax.tree.map(np.shape, jax.eval_shape(drawn)) == jax.tree.map(np.shape, drawn())
     options = {"xla_backend_optimization_level": 0}
-    assert runs.distance(jax.jit(drawn, compiler_options=options)(), drawn()) < 1e-6
+    assert small.distance(jax.jit(drawn, compiler_options=options)(), drawn()) < 1e-6
 
 
 def test_images_may_have_another_number_of_channels():
@@ -56,8 +55,7 @@ def weights(monkeypatch):
     _, variables = densejax.create("densenet_bc_40_12", num_classes=7, **SMALL)
     variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), variables)
     description = {"model": fields, "num_classes": 7, "image_channels": 3}
-    stub = types.SimpleNamespace(load=lambda directory: (description, variables))
-    monkeypatch.setattr(densejax, "pretrained", stub, raising=False)
+    monkeypatch.setattr(store, "load", lambda directory: (description, variables))
     return variables
 
 
@@ -65,7 +63,7 @@ def test_weights_bring_what_they_do_not_show(weights):
     model, variables = densejax.create(
         "densenet_bc_40_12", num_classes=7, weights="x", dropout_rate=0.2, **SMALL
     )
-    runs.assert_same_bits(variables, weights)
+    small.assert_same_bits(variables, weights)
     assert (model.batch_norm_epsilon, model.dropout_rate) == (0.5, 0.2)
 
 

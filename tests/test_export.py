@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from densejax import classifier, export, models
+from densejax import export, models
 from densejax.data import builders
 from densejax.data.augment import Preparation
-from tests import runs
+from densejax.inference import classifier
+from densejax.inference import export as serialising
+from tests import small
 from tests.test_command_line import ROOT, command, one_line  # noqa: F401
 
 # What somebody types who does not have the package: importing it raises.
@@ -35,12 +37,12 @@ def run_export(command):  # noqa: F811
 
 def test_a_stranger_computes_the_network_s_logits(run_export, tmp_path):
     code, output, error = run_export(
-        f"--workdir={runs.trained()}", f"--output={tmp_path}/network.bin"
+        f"--workdir={small.trained()}", f"--output={tmp_path}/network.bin"
     )
     assert (code, error) == (0, "")
     assert output.startswith(f"{tmp_path}/network.bin: ")
     assert "uint8 [batch, 8, 8, 1] -> float32 [batch, 10], for cpu, cuda, tpu" in output
-    images, _ = builders.read("digits", "test", str(runs.SESSION / "data"))
+    images, _ = builders.read("digits", "test", str(small.SESSION / "data"))
     np.save(tmp_path / "images.npy", images[:7])
     flat = os.path.dirname(os.path.dirname(sys.modules["flatbuffers"].__file__))
     environment = os.environ | {"PYTHONPATH": flat, "JAX_PLATFORMS": "cpu"}
@@ -50,7 +52,7 @@ def test_a_stranger_computes_the_network_s_logits(run_export, tmp_path):
     )
     assert (answer.returncode, answer.stderr) == (0, "")
 
-    network, facts = classifier.load(runs.trained()), builders.SETS["digits"]
+    network, facts = classifier.load(small.trained()), builders.SETS["digits"]
     normalised = (images[:7].astype(np.float32) - np.float32(facts.mean)) / np.float32(facts.std)
     expected, _ = network.model.apply(network.variables, normalised)
     logits, one = np.load(tmp_path / "logits.npy"), np.load(tmp_path / "one.npy")
@@ -89,7 +91,7 @@ SMALL = {"depth": None, "blocks": (1, 1), "growth_rate": 2}
 def test_every_family_takes_any_number_of_images(name, changes, dtype):
     network = drawn(models.fields(name, **changes), (32, 32, 3), dtype)
     with jax.numpy_dtype_promotion("standard"):  # Linen's BatchNorm mixes bfloat16 and float32
-        exported = jax.export.deserialize(export.export(network, ("cpu", "cuda", "tpu")))
+        exported = jax.export.deserialize(serialising.serialise(network, ("cpu", "cuda", "tpu")))
     assert exported.platforms == ("cpu", "cuda", "tpu")
     (images,), (logits,) = exported.in_avals, exported.out_avals
     assert (images.dtype, images.shape[1:]) == (np.uint8, (32, 32, 3))
@@ -99,7 +101,7 @@ def test_every_family_takes_any_number_of_images(name, changes, dtype):
 
 def test_resizing_is_part_of_it():
     network = drawn(models.fields("densenet_bc_40_12", **SMALL), (8, 8, 1), image_size=12)
-    exported = jax.export.deserialize(export.export(network, ("cpu",)))
+    exported = jax.export.deserialize(serialising.serialise(network, ("cpu",)))
     images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 1)).astype(np.uint8)
     expected = jax.jit(network.logits)(network.variables, images)
     np.testing.assert_allclose(exported.call(images), expected, rtol=1e-5)
@@ -107,7 +109,7 @@ def test_resizing_is_part_of_it():
 
 def test_it_runs_only_on_the_platforms_that_were_asked_for():
     network = drawn(models.fields("densenet_bc_40_12", **SMALL), (8, 8, 1))
-    exported = jax.export.deserialize(export.export(network, ("tpu",)))
+    exported = jax.export.deserialize(serialising.serialise(network, ("tpu",)))
     with pytest.raises(ValueError, match="platforms '\\('tpu',\\)' but it is used on '.*cpu"):
         exported.call(np.zeros((1, 8, 8, 1), np.uint8))
 
@@ -125,7 +127,7 @@ def test_it_runs_only_on_the_platforms_that_were_asked_for():
     ],
 )
 def test_bad_input_is_one_line(run_export, arguments, says):
-    arguments = [argument.replace("{run}", str(runs.trained())) for argument in arguments]
+    arguments = [argument.replace("{run}", str(small.trained())) for argument in arguments]
     assert one_line(run_export(*arguments)).startswith(says)
 
 

@@ -20,9 +20,11 @@ import jax
 import numpy as np
 import pytest
 
-from densejax import metrics, models, workdir
-from densejax.step import train_step
-from tests import runs
+from densejax import models
+from densejax.runs import workdir
+from densejax.training import metrics
+from densejax.training.step import train_step
+from tests import small
 
 FILE = pathlib.Path(__file__).parent / "golden.json"
 STEPS = 100
@@ -47,7 +49,7 @@ NETWORKS = {
 
 def run(name, dtype, devices=1):
     """The loss of each step, and the digest of every bit of the last state."""
-    config = runs.tiny(
+    config = small.tiny(
         model=NETWORKS[name](),
         augmentation__shift=1,
         train__dtype=dtype,
@@ -57,14 +59,14 @@ def run(name, dtype, devices=1):
         log__every_steps=1,
     )
     with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("standard"):
-        experiment = runs.build(config, devices)
+        experiment = small.build(config, devices)
         step, state = experiment.map(train_step, donate=True), experiment.init()
         losses = []
         for number in range(STEPS):
             state, sums = step(state, experiment.data.train.batch(number))
             losses.append(sums)
         losses = [metrics.means(sums)["loss"] for sums in losses]
-    bits = b"".join(array.tobytes() for _, array in sorted(runs.named(state).items()))
+    bits = b"".join(array.tobytes() for _, array in sorted(small.named(state).items()))
     return {"losses": losses, "state_sha256": hashlib.sha256(bits).hexdigest()}
 
 

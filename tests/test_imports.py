@@ -1,4 +1,4 @@
-"""Imports point one way: each module has a level and reads no module above its own."""
+"""Imports point one way: a room reads itself and the rooms before it, a command reads all rooms."""
 
 import ast
 import graphlib
@@ -9,69 +9,16 @@ import sys
 import densejax
 
 ROOT = pathlib.Path(densejax.__file__).parent
-# The longest prefix decides: "models" holds for models.densenet, and models.layers has its own.
-LEVELS = {
-    0: [
-        "config",
-        "files",
-        "formats",
-        "metrics",
-        "hlo",
-        "interrupt",
-        "data.official",
-        "data.augment",
-        "data.images",
-        "data.crops",
-        "models.convolution",
-        "models.normalization",
-        "models.pooling",
-        "models.regularization",
-        "models.layers",
-        "models.dense_block",
-        "weight_files",
-        "weight_names",
-    ],
-    1: [
-        "models",
-        "data",
-        "optimizer",
-        "hosts",
-        "parallel",
-        "checkpoint",
-        "goodput",
-        "lock",
-        "workdir",
-        "metric_log",
-    ],
-    2: ["step", "transfer", "pretrained", "analysis"],
-    3: ["experiment", "result", ""],  # the package itself imports when its function is called
-    4: [
-        "train",
-        "command_line",
-        "compile",
-        "classifier",
-        "predict",
-        "export",
-        "summary",
-        "analysis.reuse",
-    ],
-    5: ["main"],
-}
-LEVEL = {name: level for level, names in LEVELS.items() for name in names}
+# Each room, or module at the top, imports only what stands before it.
+ORDER = ["config", "models", "runs", "data", "weights", "training", "inference", "analysis"]
+ORDER += ["topology", "command_line"]
+COMMANDS = ["compile", "export", "main", "predict", "pretrained", "reuse", "summary"]
 
 
 def modules():
-    """Every module of the package by its name below densejax."""
+    """Every module of the package by its name below densejax; "" is the package itself."""
     paths = {path.relative_to(ROOT).with_suffix("").parts: path for path in ROOT.rglob("*.py")}
     return {".".join(p for p in parts if p != "__init__"): path for parts, path in paths.items()}
-
-
-def level(name):
-    parts = name.split(".")
-    prefixes = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
-    found = next((LEVEL[prefix] for prefix in prefixes if prefix in LEVEL), None)
-    assert found is not None, f"{name}: give it a level in LEVELS"
-    return found
 
 
 def imported(path):
@@ -87,19 +34,38 @@ def imported(path):
 def internal(path, known):
     """The modules of the package that a module imports."""
     for name in imported(path):
-        if name.split(".")[0] == "densejax":
-            below = name.removeprefix("densejax").removeprefix(".")
+        if name.startswith("densejax."):
+            below = name.removeprefix("densejax.")
             yield below if below in known else below.rpartition(".")[0]
 
 
 def test_imports_point_one_way():
     known = modules()
-    assert len(known) > 15
-    graph = {name: set(internal(path, known)) - {name} for name, path in known.items()}
+    graph = {name: set(internal(path, known)) - {name, ""} for name, path in known.items()}
+    places = {room: place for place, room in enumerate(ORDER)} | dict.fromkeys(COMMANDS, len(ORDER))
+    assert {name.partition(".")[0] for name in known} == {"", *places}
     for name, reads in graph.items():
-        above = {other for other in reads if level(other) > level(name)}
-        assert not above, f"{name} (level {level(name)}) imports {above}"
+        room = name.partition(".")[0]
+        for other in reads if name else ():  # the package's own functions import when called
+            before = other.partition(".")[0]
+            assert before == room or places[before] < places[room], f"{name} imports {other}"
+    del graph[""]
     list(graphlib.TopologicalSorter(graph).static_order())  # a CycleError names the cycle
+
+
+def test_only_commands_define_flags():
+    for name, path in modules().items():
+        defines = "flags.DEFINE" in path.read_text()
+        assert not defines or name in [*COMMANDS, "command_line"], name
+
+
+def test_prediction_does_not_import_the_training_loop():
+    known = modules()
+    reads, left = set(), ["predict", "export", "reuse"]
+    while left:
+        reads.add(name := left.pop())
+        left += set(internal(known[name], known)) - reads
+    assert "training.step" in reads and "training.loop" not in reads
 
 
 def test_nothing_imports_tensorflow_or_torch():

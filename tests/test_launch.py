@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests import runs
+from tests import small
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 SRUN = """#!/usr/bin/env bash
@@ -56,9 +56,9 @@ def test_slurm_runs_one_process_for_each_task_and_asks_for_more_time(tool, tmp_p
     python.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     tool("scontrol", '#!/usr/bin/env bash\necho "$@" > requeued\n')
-    environment = tool("srun", SRUN) | runs.ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "1"}
+    environment = tool("srun", SRUN) | small.ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "1"}
     environment |= {"PYTHONPATH": str(LAUNCH.parent), "SLURM_JOB_ID": str(os.getpid())}
-    card = runs.card(tmp_path, train__epochs=1)
+    card = small.card(tmp_path, train__epochs=1)
     command = ["bash", LAUNCH / "slurm.sbatch", tmp_path / "run", f"--config={card}"]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     outputs = [(tmp_path / f"output{task}").read_text() for task in range(2)]

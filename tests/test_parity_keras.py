@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from densejax import models, pretrained, transfer
-from densejax.analysis import counts
-from densejax.weight_names import LAYOUTS
+from densejax import models, pretrained
+from densejax.models import counts
+from densejax.weights import conversion
+from densejax.weights.names import LAYOUTS
 
 # XLA optimises each of these programs for seconds; they run once.
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -121,9 +122,9 @@ def test_gradients_of_training_are_those_of_keras(keras):
     (found, _), gradient = compiled(jax.value_and_grad(ours, has_aux=True))(variables["params"])
     assert found == pytest.approx(float(expected), rel=1e-4)
     paths = {
-        LAYOUTS["densenet"][1].name(path): path for path in transfer.flatten({"params": gradient})
+        LAYOUTS["densenet"][1].name(path): path for path in conversion.flatten({"params": gradient})
     }
-    flat = transfer.flatten({"params": gradient})
+    flat = conversion.flatten({"params": gradient})
     assert len(values) == len(flat)
     for variable, theirs_ in zip(network.trainable_variables, gradients, strict=True):
         assert_close(flat[paths[variable.path]], np.asarray(theirs_), 1e-3)

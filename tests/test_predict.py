@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from densejax import classifier, experiment, files, predict, train, workdir
+from densejax import predict
 from densejax.config import UserError
 from densejax.data import builders, encoded, facts
-from tests import photos, runs
+from densejax.inference import classifier, prediction
+from densejax.runs import files, workdir
+from densejax.training import experiment, loop
+from tests import photos, small
 from tests.test_command_line import ROOT, command, one_line  # noqa: F401
 
 
@@ -26,7 +29,7 @@ from tests.test_command_line import ROOT, command, one_line  # noqa: F401
 def classify(command):  # noqa: F811
     """Runs the command on the trained run."""
     options = {"main": predict.main, "config": "unused", "arguments": True}
-    return functools.partial(command, f"--workdir={runs.trained()}", **options)
+    return functools.partial(command, f"--workdir={small.trained()}", **options)
 
 
 def as_files(folder, images):
@@ -40,7 +43,7 @@ def as_files(folder, images):
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """The test images as PNG files from black to white, and their labels."""
-    images, labels = builders.read("digits", "test", str(runs.SESSION / "data"))
+    images, labels = builders.read("digits", "test", str(small.SESSION / "data"))
     assert images.max() == 16
     ordinary = np.round(images * (255 / 16)).astype(np.uint8)
     return as_files(tmp_path_factory.mktemp("digits"), ordinary), labels
@@ -53,7 +56,7 @@ def test_accuracy_on_ordinary_files_is_the_run_s_own(classify, digits):
     found = json.loads(output)
     assert [result["image"] for result in found] == paths
     right = [result["classes"][0]["index"] == n for result, n in zip(found, labels, strict=True)]
-    summary = json.loads((runs.trained() / "summary.json").read_text())
+    summary = json.loads((small.trained() / "summary.json").read_text())
     assert len(right) == summary["test_examples"] == 360
     assert np.mean(right) == pytest.approx(summary["test_accuracy"], abs=1e-9)
 
@@ -74,7 +77,7 @@ def test_the_most_probable_classes_are_printed_first(classify, digits):
 
 @pytest.mark.parametrize(("kind", "what"), [("dark", "mean value"), ("black on white", "border")])
 def test_what_is_unlike_the_training_images_is_named(classify, tmp_path, kind, what):
-    images, _ = builders.read("digits", "test", str(runs.SESSION / "data"))
+    images, _ = builders.read("digits", "test", str(small.SESSION / "data"))
     change = {"dark": lambda image: image, "black on white": lambda image: 255 - 15 * image}[kind]
     paths = as_files(tmp_path, change(images[:50]))
     code, output, error = classify(*paths, "--top=1", "--format=json")
@@ -87,7 +90,7 @@ def test_what_is_unlike_the_training_images_is_named(classify, tmp_path, kind, w
 
 
 def test_names_cannot_steer_the_terminal(classify, tmp_path, digits):
-    path = shutil.copytree(runs.trained(), tmp_path / "run")
+    path = shutil.copytree(small.trained(), tmp_path / "run")
     stored = files.unseal(json.loads((path / "data.json").read_text()))
     stored["class_names"] = [f"\x1b[2J{name}\n" for name in stored["class_names"]]
     (path / "data.json").write_text(json.dumps(files.seal(stored)))
@@ -107,7 +110,7 @@ def photo_run(folder, crop_size):
     exif = Image.Exif()
     exif[0x0112] = 6
     photos.photo(90, 64, 5).save(turned, "JPEG", exif=exif)
-    config = runs.tiny(
+    config = small.tiny(
         data__name="photos",
         data__storage="stream",
         data__manual_dir=str(folder / "data"),
@@ -129,7 +132,7 @@ def photo_run(folder, crop_size):
     path.mkdir()
     workdir.write_json(path / "config.json", config.to_dict())
     facts.write(path, built.info, built.data.sample())
-    with contextlib.closing(train.open_checkpoints(config, path)) as store:
+    with contextlib.closing(loop.open_checkpoints(config, path)) as store:
         store.save(1, state, {})
     images = sorted((folder / "data/val").rglob("*.JPEG"))
     return path, built, state, images
@@ -146,9 +149,9 @@ def test_a_file_is_prepared_as_evaluation_does(tmp_path, crop_size):
     shutil.rmtree(tmp_path / "data")  # the run needs it no more
     encoded.open_splits.cache_clear()
     network = classifier.load(path)
-    read = np.stack([predict.read(file, network) for file in files])
+    read = np.stack([prediction.read(file, network) for file in files])
     np.testing.assert_array_equal(read, np.asarray(batch["image"])[: len(files)])
-    found = predict.predict(network, files)
+    found = prediction.predict(network, files)
     assert [len(result["unlike"]) for result in found] == [0] * len(files)
     losses = [
         -np.log(entry["probability"])
@@ -180,7 +183,7 @@ def test_many_images_are_one_program(tmp_path):
         pixels = np.array([[9 * (1 - side), 9 * side]], np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{index}.png")
     paths = tuple(tmp_path / f"{index}.png" for index in range(150))
-    found = predict.predict(network, paths, top=1)
+    found = prediction.predict(network, paths, top=1)
     assert [result["classes"][0]["index"] for result in found] == sides.tolist()
     assert traced == [(64, 1, 2, 1)]
 
@@ -203,7 +206,7 @@ def write(path, array, **options):
 def test_pixels_of_the_right_size_stay_as_they_are(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (8, 6, 3)).astype(np.uint8)
     path = write(tmp_path / "a.png", image)
-    np.testing.assert_array_equal(predict.read(path, stored_as((8, 6, 3))), image)
+    np.testing.assert_array_equal(prediction.read(path, stored_as((8, 6, 3))), image)
 
 
 def test_colours_become_the_channels_that_are_wanted(tmp_path):
@@ -211,21 +214,23 @@ def test_colours_become_the_channels_that_are_wanted(tmp_path):
     colour, grey = write(tmp_path / "a.png", image), write(tmp_path / "b.png", image[..., 1])
     luma = round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)  # ITU-R 601-2
     np.testing.assert_array_equal(
-        predict.read(colour, stored_as((4, 4, 1))), np.full((4, 4, 1), luma)
+        prediction.read(colour, stored_as((4, 4, 1))), np.full((4, 4, 1), luma)
     )
-    np.testing.assert_array_equal(predict.read(grey, stored_as((4, 4, 3))), np.full((4, 4, 3), 100))
+    np.testing.assert_array_equal(
+        prediction.read(grey, stored_as((4, 4, 3))), np.full((4, 4, 3), 100)
+    )
     alpha = np.concatenate([image, np.full((4, 4, 1), 9, np.uint8)], axis=-1)
     np.testing.assert_array_equal(
-        predict.read(write(tmp_path / "c.png", alpha), stored_as((4, 4, 3))), image
+        prediction.read(write(tmp_path / "c.png", alpha), stored_as((4, 4, 3))), image
     )
 
 
 def test_another_size_is_resized_from_the_middle(tmp_path):
     wide = np.repeat(np.uint8([0, 80, 80, 0]), 4)[None].repeat(8, 0)  # 8 x 16, ends are black
-    found = predict.read(write(tmp_path / "a.png", wide), stored_as((4, 4, 1)))
+    found = prediction.read(write(tmp_path / "a.png", wide), stored_as((4, 4, 1)))
     np.testing.assert_allclose(found, np.full((4, 4, 1), 80), atol=10)  # edges see beyond
     ramp = np.uint8([[0, 100]]).repeat(2, 0)
-    found = predict.read(write(tmp_path / "b.png", ramp), stored_as((4, 4, 1)))[0, :, 0]
+    found = prediction.read(write(tmp_path / "b.png", ramp), stored_as((4, 4, 1)))[0, :, 0]
     np.testing.assert_array_equal(found, [0, 25, 75, 100])  # bilinear, at pixels' centres
 
 
@@ -234,7 +239,7 @@ def test_weights_see_the_middle_of_a_file(tmp_path, channels):
     # torchvision: Resize(40), CenterCrop(32); 80 x 60 pixels become 53 x 40, two pixels a level.
     ramp = np.arange(80, dtype=np.uint8)[None].repeat(60, 0)
     path = write(tmp_path / "a.png", ramp)
-    found = predict.read(path, stored_as((32, 32, channels), resize_size=40))
+    found = prediction.read(path, stored_as((32, 32, channels), resize_size=40))
     assert found.shape == (32, 32, channels)
     columns = 80 / 53 * (np.arange(10, 42) + 0.5) - 0.5
     np.testing.assert_allclose(found[16, :, 0], columns, atol=0.8)
@@ -244,7 +249,7 @@ def test_weights_see_the_middle_of_a_file(tmp_path, channels):
 def test_networks_of_other_images_are_refused(tmp_path, channels):
     path = write(tmp_path / "a.png", np.zeros((8, 8, 4), np.uint8))
     with pytest.raises(UserError, match=f"a.png: the network reads images of {channels} channels"):
-        predict.read(path, stored_as((8, 8, channels)))
+        prediction.read(path, stored_as((8, 8, channels)))
 
 
 def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
@@ -253,7 +258,7 @@ def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
     image = np.zeros((8, 8, 3), np.uint8)
     image[0] = 255
     path = write(tmp_path / "a.png", image, exif=exif)
-    turned = predict.read(path, stored_as((8, 8, 3)))
+    turned = prediction.read(path, stored_as((8, 8, 3)))
     assert turned[:, -1].min() == 255 and turned[:, :-1].max() == 0
 
 
@@ -276,7 +281,7 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
         if data is not None:
             (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError) as caught:
-            predict.read(tmp_path / name, stored_as((8, 8, 3)))
+            prediction.read(tmp_path / name, stored_as((8, 8, 3)))
         text = str(caught.value)
         assert text.startswith(f"{tmp_path / name}: no image") and len(text.splitlines()) == 1
 
@@ -314,7 +319,7 @@ def test_the_real_command_takes_files(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_refused(classify, digits, tmp_path):
-    path = shutil.copytree(runs.trained(), tmp_path / "run")
+    path = shutil.copytree(small.trained(), tmp_path / "run")
     for file in (path / "checkpoints").rglob("*"):
         if file.is_file() and "record" not in str(file):
             file.write_bytes(file.read_bytes()[:10])

@@ -15,11 +15,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from densejax import files, models, pretrained, train, transfer
+from densejax import models, pretrained
 from densejax.config import UserError
-from tests import runs
+from densejax.runs import files
+from densejax.training import loop
+from densejax.weights import conversion
+from densejax.weights import files as weight_files
+from tests import small
 from tests.models import oracle
-from tests.test_weight_files import torch_file
+from tests.weights.test_files import torch_file
 
 SMALL = {
     **{"family": "densenet", "stem": "imagenet", "blocks": (2, 1), "growth_rate": 4},
@@ -34,7 +38,7 @@ def variables_of(model, channels=3, seed=0):
 
 
 @pytest.fixture
-def small(monkeypatch):
+def arrays_of_small(monkeypatch):
     """A preset of a few layers, and a state_dict of it."""
     monkeypatch.setitem(models.MODELS, "small", SMALL)
     model = models.create(models.fields("small"), 7)
@@ -42,10 +46,10 @@ def small(monkeypatch):
 
 
 @pytest.fixture
-def file(small, tmp_path):
+def file(arrays_of_small, tmp_path):
     """The state_dict in a file."""
     path = tmp_path / "small.safetensors"
-    path.write_bytes(safetensors.numpy.save(small))
+    path.write_bytes(safetensors.numpy.save(arrays_of_small))
     return path
 
 
@@ -69,7 +73,7 @@ def refused(capsys, *arguments):
 # The command and its directory.
 
 
-def test_the_command_makes_a_directory_that_load_reads(small, file, tmp_path, capsys):
+def test_the_command_makes_a_directory_that_load_reads(arrays_of_small, file, tmp_path, capsys):
     output = tmp_path / "deep" / "weights"
     code, said, _ = command(capsys, "--model=small", f"--weights={file}", f"--output={output}")
     assert code == 0 and said == f"{output}: small, 7 classes, 3 image channels\n"
@@ -77,10 +81,10 @@ def test_the_command_makes_a_directory_that_load_reads(small, file, tmp_path, ca
     arrays = safetensors.numpy.load((output / "weights.safetensors").read_bytes())
     name = "features.denseblock1.denselayer2.conv2.weight"
     np.testing.assert_array_equal(
-        arrays["params/block1/layer2/conv2/kernel"], small[name].transpose(2, 3, 1, 0)
+        arrays["params/block1/layer2/conv2/kernel"], arrays_of_small[name].transpose(2, 3, 1, 0)
     )
     np.testing.assert_array_equal(
-        arrays["batch_stats/stem/norm/var"], small["features.norm0.running_var"]
+        arrays["batch_stats/stem/norm/var"], arrays_of_small["features.norm0.running_var"]
     )
     assert {array.dtype for array in arrays.values()} == {np.dtype("float32")}
 
@@ -91,8 +95,8 @@ def test_the_command_makes_a_directory_that_load_reads(small, file, tmp_path, ca
     assert description["source_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     model = models.create(description["model"], description["num_classes"])
     again = pretrained.to_torch(model, variables)
-    assert again.keys() == small.keys()
-    assert all(again[name].tobytes() == small[name].tobytes() for name in small)
+    assert again.keys() == arrays_of_small.keys()
+    assert all(again[name].tobytes() == arrays_of_small[name].tobytes() for name in arrays_of_small)
 
 
 def test_the_same_file_gives_the_same_bytes(file, tmp_path):
@@ -115,7 +119,7 @@ def test_classes_and_channels_change_only_where_that_is_asked_for(file, tmp_path
 
 
 @pytest.mark.parametrize(("classes", "remembered"), [(1000, True), (7, False)])
-def test_weights_of_imagenet_remember_its_levels(small, tmp_path, classes, remembered):
+def test_weights_of_imagenet_remember_its_levels(arrays_of_small, tmp_path, classes, remembered):
     file = tmp_path / "weights.safetensors"
     model = models.create(models.fields("small"), classes)
     file.write_bytes(safetensors.numpy.save(pretrained.to_torch(model, variables_of(model))))
@@ -128,9 +132,9 @@ def test_weights_of_imagenet_remember_its_levels(small, tmp_path, classes, remem
         np.testing.assert_allclose(np.array(description["std"]) / 255, [0.229, 0.224, 0.225])
 
 
-def test_weights_without_a_classifier_make_a_network_without_one(small, tmp_path, capsys):
+def test_weights_without_a_classifier_make_a_network_without_one(arrays_of_small, tmp_path, capsys):
     file = tmp_path / "headless.safetensors"
-    headless = {name: array for name, array in small.items() if "classifier" not in name}
+    headless = {name: array for name, array in arrays_of_small.items() if "classifier" not in name}
     file.write_bytes(safetensors.numpy.save(headless))
     made = pretrained.convert_file("small", str(file), str(tmp_path / "out"))
     assert made["num_classes"] == 0
@@ -141,13 +145,13 @@ def test_what_keras_names_imply_is_written_down(tmp_path, monkeypatch):
     monkeypatch.setitem(models.MODELS, "small", RESIDUAL | {"widths": (4, 8)})
     keras = {"batch_norm_epsilon": 1.001e-5, "convolution_bias": True, "stride_on": "1x1"}
     model = models.create(models.fields("small", **keras), 7)
-    layout = transfer.LAYOUTS["resnet"][1]
-    flat = transfer.flatten(variables_of(model))
+    layout = conversion.LAYOUTS["resnet"][1]
+    flat = conversion.flatten(variables_of(model))
     file = tmp_path / "small.safetensors"
     file.write_bytes(safetensors.numpy.save({layout.name(p): a for p, a in flat.items()}))
     made = pretrained.convert_file("small", str(file), str(tmp_path / "out"))
     assert made["names"] == "keras" and made["model"].items() >= keras.items()
-    runs.assert_same_bits(pretrained.load(str(tmp_path / "out"))[1], transfer.unflatten(flat))
+    small.assert_same_bits(pretrained.load(str(tmp_path / "out"))[1], conversion.unflatten(flat))
 
 
 def test_it_is_a_command(file, tmp_path):
@@ -156,7 +160,7 @@ def test_it_is_a_command(file, tmp_path):
         [sys.executable, "-m", "densejax.pretrained", *words],
         capture_output=True,
         text=True,
-        env=os.environ | runs.ENVIRONMENT,
+        env=os.environ | small.ENVIRONMENT,
     )
     assert run.returncode == 2, run.stderr  # the preset is this process's alone
     assert run.stderr.startswith("densejax: model = 'small': allowed are ")
@@ -165,11 +169,11 @@ def test_it_is_a_command(file, tmp_path):
 # Files that cannot be read.
 
 
-def test_mistakes_are_one_line(small, file, tmp_path, capsys):
+def test_mistakes_are_one_line(arrays_of_small, file, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     (tmp_path / "broken.safetensors").write_bytes(file.read_bytes()[:1000])
     bad = tmp_path / "nan.safetensors"
-    nan = small | {"features.norm0.bias": np.full(8, np.nan, np.float32)}
+    nan = arrays_of_small | {"features.norm0.bias": np.full(8, np.nan, np.float32)}
     bad.write_bytes(safetensors.numpy.save(nan))
     new = f"--output={tmp_path / 'new'}"
     for arguments, said in {
@@ -205,7 +209,7 @@ def test_a_reader_that_is_not_installed_is_named(weights, module, monkeypatch, t
     (tmp_path / weights.replace("/", "-")).write_bytes(b"")
     said = f"--weights={weights}: cannot be read .ImportError: {module} is needed; install "
     with pytest.raises(UserError, match=said) as caught:
-        pretrained.read(weights)
+        weight_files.read(weights)
     assert "\n" not in str(caught.value)
 
 
@@ -250,16 +254,16 @@ def twice(state):
 
 
 @pytest.mark.parametrize("tree", TREES)
-def test_a_network_is_found_among_what_was_saved_with_it(tree, small, tmp_path, capsys):
+def test_a_network_is_found_among_what_was_saved_with_it(tree, arrays_of_small, tmp_path, capsys):
     change, assumed = TREES[tree]
-    (tmp_path / "a.pth").write_bytes(torch_file(change(small)))
+    (tmp_path / "a.pth").write_bytes(torch_file(change(arrays_of_small)))
     ask = ["--model=small", f"--weights={tmp_path / 'a.pth'}", f"--output={tmp_path / 'out'}"]
     code, said, error = command(capsys, *ask, "--allow_pickle")
     assert code == 0, error
     assert said.splitlines()[1:] == [f"assumed: {line}" for line in assumed]
     description, variables = pretrained.load(str(tmp_path / "out"))
     again = pretrained.to_torch(models.create(description["model"], 7), variables)
-    runs.assert_same_bits(again, small)
+    small.assert_same_bits(again, arrays_of_small)
 
 
 @pytest.mark.parametrize(
@@ -270,8 +274,10 @@ def test_a_network_is_found_among_what_was_saved_with_it(tree, small, tmp_path, 
         (lambda s: before("a.", s) | {"criterion.weight": ONE}, "unexpected: criterion.weight"),
     ],
 )
-def test_a_network_that_is_not_the_only_one_is_refused(change, said, small, tmp_path, capsys):
-    (tmp_path / "a.pth").write_bytes(torch_file({"net": change(small)}))
+def test_a_network_that_is_not_the_only_one_is_refused(
+    change, said, arrays_of_small, tmp_path, capsys
+):
+    (tmp_path / "a.pth").write_bytes(torch_file({"net": change(arrays_of_small)}))
     ask = ["--model=small", f"--weights={tmp_path / 'a.pth'}", f"--output={tmp_path / 'out'}"]
     assert said in refused(capsys, *ask)
 
@@ -431,15 +437,15 @@ def test_a_damaged_file_is_refused_or_of_finite_numbers(tmp_path_factory, change
     data[at] = value
     path.write_bytes(data[:at] if change == "cut" else data)
     try:
-        arrays, _ = pretrained.read(str(path))
+        arrays, _ = weight_files.read(str(path))
     except UserError as error:
         assert str(error).isprintable() and str(error).startswith(f"--weights={path}: cannot be")
     else:
         assert sum(array.size for array in arrays.values()) <= 24
 
 
-def test_a_negative_variance_is_refused(small, tmp_path, capsys):
-    bad = small | {"features.norm0.running_var": np.full(8, -1, np.float32)}
+def test_a_negative_variance_is_refused(arrays_of_small, tmp_path, capsys):
+    bad = arrays_of_small | {"features.norm0.running_var": np.full(8, -1, np.float32)}
     (tmp_path / "bad.safetensors").write_bytes(safetensors.numpy.save(bad))
     ask = ["--model=small", f"--weights={tmp_path / 'bad.safetensors'}", f"--output={tmp_path}/o"]
     assert "of negative variance: features.norm0.running_var" in refused(capsys, *ask)
@@ -454,12 +460,12 @@ def test_the_hub_is_asked_for_safetensors(file, monkeypatch):
 
     hub = types.SimpleNamespace(hf_hub_download=download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    arrays, _ = pretrained.read("hf-hub:timm/densenet121.tv_in1k")
+    arrays, _ = weight_files.read("hf-hub:timm/densenet121.tv_in1k")
     assert asked == [("timm/densenet121.tv_in1k", "model.safetensors")]
     assert "classifier.weight" in arrays
     hub.hf_hub_download = lambda *_: 1 / 0
     with pytest.raises(UserError, match="--weights=hf-hub:a/b: cannot be read .ZeroDivision"):
-        pretrained.read("hf-hub:a/b")
+        weight_files.read("hf-hub:a/b")
 
 
 # Directories that are not what was written.
@@ -478,7 +484,9 @@ def rewritten(folder, **changes):
     path.write_text(json.dumps(description | changes))
 
 
-def test_a_kill_before_the_end_leaves_nothing_that_loads(small, file, tmp_path, monkeypatch):
+def test_a_kill_before_the_end_leaves_nothing_that_loads(
+    arrays_of_small, file, tmp_path, monkeypatch
+):
     def killed(path, text):
         raise KeyboardInterrupt
 
@@ -557,7 +565,7 @@ def test_a_digest_is_told_without_reading_an_array(folder, tmp_path):
     data = (folder / "weights.safetensors").read_bytes()
     (folder / "weights.safetensors").unlink()
     assert pretrained.digest(str(folder)) == hashlib.sha256(data).hexdigest()
-    run = runs.trained()
+    run = small.trained()
     assert len(pretrained.digest(str(run))) == 64
     for name in ("config.json", "checkpoints/5/MANIFEST"):
         (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -575,36 +583,36 @@ def test_a_digest_is_told_without_reading_an_array(folder, tmp_path):
 
 def start_from(path, seed=1, num_classes=10, **changes):
     """A directory with the tiny run's network, and the configuration of a run from it."""
-    fields = runs.tiny(**changes).model
+    fields = small.tiny(**changes).model
     variables = variables_of(models.create(fields, num_classes), channels=1, seed=seed)
     description = {"model": fields.to_dict(), "num_classes": num_classes, "image_channels": 1}
     pretrained.save(str(path), description, variables)
-    return variables, runs.tiny(train__weights=str(path))
+    return variables, small.tiny(train__weights=str(path))
 
 
 def test_a_run_normalises_as_its_weights_say(tmp_path):
     _, config = start_from(tmp_path / "weights")
     config.data.normalization = "weights"
     with pytest.raises(UserError, match="model.json: add mean, std;"):
-        runs.build(config)
+        small.build(config)
     path = tmp_path / "weights/model.json"
     description = json.loads(path.read_text())
     path.write_text(json.dumps(description | {"mean": [3.0], "std": [2.0]}))
-    preparation = runs.build(config).task.preparation
+    preparation = small.build(config).task.preparation
     assert (preparation.mean, preparation.std) == ((3.0,), (2.0,))
     path.write_text(
         json.dumps(description | {"mean": [3.0] * 3, "std": [2.0] * 3, "image_channels": 3})
     )
     with pytest.raises(UserError, match="for images of 3 channels, and these have 1"):
-        runs.build(config)
+        small.build(config)
 
 
 def test_a_run_starts_from_its_weights(tmp_path):
     variables, config = start_from(tmp_path / "weights")
-    experiment = runs.build(config)
+    experiment = small.build(config)
     state, drawn = experiment.start(), experiment.init()
-    runs.assert_same_bits({"params": state.params, "batch_stats": state.batch_stats}, variables)
-    runs.assert_same_bits(
+    small.assert_same_bits({"params": state.params, "batch_stats": state.batch_stats}, variables)
+    small.assert_same_bits(
         state.replace(params=0, batch_stats=0), drawn.replace(params=0, batch_stats=0)
     )
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
@@ -614,52 +622,52 @@ def test_a_run_starts_from_its_weights(tmp_path):
 
 @pytest.mark.parametrize("select", ["last", "best"])
 def test_a_run_starts_from_the_checkpoint_of_another_runs_result(tmp_path, select, capsys):
-    config = runs.tiny(
+    config = small.tiny(
         checkpoint__select=select,
         data__validation_size=200,
         evaluate__split="validation",
         evaluate__every_epochs=1,
     )
-    assert train.run(config, str(tmp_path / "first"), "train") == 0
+    assert loop.run(config, str(tmp_path / "first"), "train") == 0
     result = json.loads((tmp_path / "first" / "summary.json").read_text())
     config.train.weights = str(tmp_path / "first")
     config.model.dropout_rate = 0.0
     capsys.readouterr()
-    assert train.run(config, str(tmp_path / "second"), "eval") == 0
+    assert loop.run(config, str(tmp_path / "second"), "eval") == 0
     assert json.loads(capsys.readouterr().out)["test_loss"] == result["test_loss"]
     description, _ = pretrained.load(str(tmp_path / "first"))
     assert (description["num_classes"], description["image_channels"]) == (10, 1)
     (tmp_path / "first" / "checkpoints").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="first: the run has no checkpoint to start from yet"):
-        train.run(config, str(tmp_path / "second"), "train")
+        loop.run(config, str(tmp_path / "second"), "train")
 
 
 def test_evaluation_alone_needs_no_run(tmp_path, capsys):
     _, config = start_from(tmp_path / "weights")
-    assert train.run(config, str(tmp_path / "run"), "eval") == 0
+    assert loop.run(config, str(tmp_path / "run"), "eval") == 0
     printed = json.loads(capsys.readouterr().out)
-    experiment = runs.build(config)
+    experiment = small.build(config)
     assert printed["steps"] == 0 and not (tmp_path / "run").exists()
     assert printed["test_loss"] == experiment.evaluate(experiment.start(), "test")["loss"]
     other = start_from(tmp_path / "other", seed=2)[1]
-    assert train.run(other, str(tmp_path / "run"), "eval") == 0
+    assert loop.run(other, str(tmp_path / "run"), "eval") == 0
     assert json.loads(capsys.readouterr().out)["test_loss"] != printed["test_loss"]
 
 
 def test_a_run_reads_them_once_and_then_its_own_checkpoints(tmp_path, capsys):
     _, config = start_from(tmp_path / "weights")
     config.train.epochs = 1
-    assert train.run(config, str(tmp_path / "run"), "train") == 0
+    assert loop.run(config, str(tmp_path / "run"), "train") == 0
     first, drawn = (
         json.loads((path / "metrics.jsonl").read_text().splitlines()[0])
-        for path in (tmp_path / "run", runs.trained())
+        for path in (tmp_path / "run", small.trained())
     )
     assert first["step"] == drawn["step"] and first["train_loss"] != drawn["train_loss"]
     shutil.rmtree(tmp_path / "weights")
     config.train.epochs = 2
-    assert train.run(config, str(tmp_path / "run"), "train") == 0
+    assert loop.run(config, str(tmp_path / "run"), "train") == 0
     capsys.readouterr()
-    assert train.run(config, str(tmp_path / "run"), "eval") == 0
+    assert loop.run(config, str(tmp_path / "run"), "eval") == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 10
 
 
@@ -675,7 +683,7 @@ def test_weights_of_another_network_are_refused_before_anything_is_written(tmp_p
     path = tmp_path / "weights"
     _, config = start_from(path, **changes)
     with pytest.raises(UserError) as caught:
-        train.run(config, str(tmp_path / "run"), "train")
+        loop.run(config, str(tmp_path / "run"), "train")
     line = str(caught.value)
     assert line.startswith(f"train.weights = '{path}': ") and said in line and "\n" not in line
     assert not (tmp_path / "run").exists()
@@ -683,12 +691,12 @@ def test_weights_of_another_network_are_refused_before_anything_is_written(tmp_p
 
 def test_dropout_and_the_form_of_a_block_may_differ(tmp_path):
     start_from(tmp_path / "weights", model__dropout_rate=0.0)
-    assert runs.build(runs.tiny(train__weights=str(tmp_path / "weights"))).weights
+    assert small.build(small.tiny(train__weights=str(tmp_path / "weights"))).weights
 
 
 def test_a_directory_that_is_not_there_is_refused(tmp_path):
-    config = runs.tiny(train__weights=str(tmp_path / "nowhere"))
+    config = small.tiny(train__weights=str(tmp_path / "nowhere"))
     for mode in ("train", "eval"):
         with pytest.raises(UserError, match="nowhere: not a directory of densejax.pretrained"):
-            train.run(config, str(tmp_path / "run"), mode)
+            loop.run(config, str(tmp_path / "run"), mode)
     assert not (tmp_path / "run").exists()

@@ -10,7 +10,8 @@ import pytest
 
 import densejax
 from densejax import config as schema
-from densejax import experiment, models
+from densejax import models
+from densejax.training import experiment
 from tests.test_command_line import command  # noqa: F401
 
 ROOT = pathlib.Path(densejax.__file__).parents[1]
@@ -37,15 +38,15 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_command_is_accepted(words, command, monkeypatch):  # noqa: F811
-    described, describe = [], experiment.describe
+    built, build = [], experiment.build
 
     def stop(config):
-        described.append(describe(config))
+        built.append(build(config))
         raise schema.UserError("enough")
 
-    monkeypatch.setattr("densejax.train.describe", stop)
+    monkeypatch.setattr("densejax.training.loop.build", stop)
     assert command(*words[3:]) == (2, "", "densejax: enough\n")
-    assert len(described) == 1
+    assert len(built) == 1
 
 
 @pytest.mark.parametrize("words", SCRIPTS, ids=" ".join)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from densejax import models, summary
-from densejax.analysis import counts
+from densejax.models import counts
 from tests.test_command_line import ROOT, command, one_line  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

@@ -1,1 +1,1 @@
-"""Facts about networks: counts, feature reuse, rooflines, plots."""
+"""Facts about trained and untrained networks, and the figures that show them."""

@@ -6,8 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from densejax import metrics, models
-from densejax.analysis import counts
+from densejax import models
+from densejax.models import counts
+from densejax.training import losses
 
 
 def kernel_norms(
@@ -39,7 +40,7 @@ def kernel_norms(
         def loss(params):
             inputs = {"params": params, "batch_stats": variables["batch_stats"]}
             (logits, _), _ = model.apply(inputs, images, train=True, mutable=["batch_stats"])
-            return metrics.cross_entropy(logits, labels).mean()
+            return losses.cross_entropy(logits, labels).mean()
 
         gradients = jax.tree_util.tree_leaves_with_path(jax.grad(loss)(variables["params"]))
         kernels = {

@@ -1,4 +1,4 @@
-"""Which earlier layers a network reads: python -m densejax.analysis.reuse --workdir=DIR.
+"""Which earlier layers a network reads, by the weights that read them.
 
 The heat map of Huang et al. 2017, Figure 5: for a target layer and a source, the mean of |weight|
 over all weights of the target's first convolution that read the source's feature maps. That is the
@@ -6,26 +6,16 @@ L1 norm of those weights over their number, so a source of many feature maps doe
 """
 
 import dataclasses
+import runpy
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import numpy as np
-from absl import flags
-from etils import epath
 
-from densejax import classifier, command_line, parallel
 from densejax.config import UserError
 from densejax.models.densenet import DenseNet
 from densejax.models.vovnet import VoVNet
-
-# An override lets the tests import several commands into one process.
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "A run's directory, or one of weights.", allow_override=True
-)
-OUTPUT = flags.DEFINE_string(
-    "output", None, "Folder for reuse.npz and reuse.png; default: workdir.", allow_override=True
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,22 +89,5 @@ def heat_maps(model: nn.Module, params: Any) -> list[HeatMap]:
     ]
 
 
-def main() -> int:
-    """Does what the flags say; returns the exit code."""
-    if not WORKDIR.value:
-        raise UserError("--workdir: name a run's directory, or one of weights")
-    from densejax.analysis import plots
-
-    parallel.start()
-    model, variables = classifier.network(WORKDIR.value)
-    folder, maps = epath.Path(OUTPUT.value or WORKDIR.value), heat_maps(model, variables["params"])
-    plots.save(plots.heat_maps(maps), folder / "reuse.png")
-    arrays = {f"{one.block}/{key}": array for one in maps for key, array in vars(one).items()}
-    with (folder / "reuse.npz").open("wb") as file:
-        np.savez(file, **arrays)
-    print(f"{folder}/reuse.png shows {len(maps)} blocks; {folder}/reuse.npz has the numbers")
-    return 0
-
-
-if __name__ == "__main__":
-    command_line.run(main, config="unused")
+if __name__ == "__main__":  # the command's name in earlier versions
+    runpy.run_module("densejax.reuse", run_name="__main__")

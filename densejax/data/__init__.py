@@ -12,13 +12,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from densejax import hosts
 from densejax.config import UserError
 from densejax.data import builders, encoded, facts, stream
 from densejax.data.augment import Preparation
 from densejax.data.memory import MemorySet, permutation
 from densejax.data.official import SetInfo
 from densejax.data.stream import StreamSet
+from densejax.runs import hosts
 
 
 @dataclasses.dataclass(frozen=True)

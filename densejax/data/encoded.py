@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from densejax import files
 from densejax.data import builders
 from densejax.data.builders import DataError
 from densejax.data.official import STREAMED, SetInfo
+from densejax.runs import files
 
 # Those of torchvision's ImageFolder.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")

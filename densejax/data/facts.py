@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from densejax import files
 from densejax.config import UserError
 from densejax.data.official import STREAMED, SetInfo
+from densejax.runs import files
 
 FILE = "data.json"
 KEPT = ("image_shape", "class_names", "splits", "mean", "std", "white", "usual")

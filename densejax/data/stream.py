@@ -25,10 +25,10 @@ import numpy as np
 from absl import flags, logging
 from jax.sharding import Sharding
 
-from densejax import interrupt
 from densejax.data.builders import DataError
 from densejax.data.encoded import Example, ImageError
 from densejax.data.memory import Batch, permutation
+from densejax.runs import interrupt
 
 PIECE = 16  # images that a worker hands over at once: few messages, little shared memory
 AHEAD = 2  # batches on the devices before they are asked for

@@ -1,4 +1,10 @@
-"""The model table: names are presets of fields; a family and its fields describe a network."""
+"""The model table: names are presets of fields; a family and its fields describe a network.
+
+A family is a linen module with a field `num_classes`; it may have the fields `dtype` and
+`batch_norm_axis`, and every other field is a key of `config.model`. Its `check()` raises UserError
+for fields that describe no network; `__call__(image, train=False, keys=None)` returns the logits
+and a dict of features.
+"""
 
 import dataclasses
 import math
@@ -168,11 +174,12 @@ def create(
             raise UserError(f"model.{name} = {value!r}: give a value of type {wanted}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"model.{name} = {value!r}: give a finite number")
-    if (epsilon := values["batch_norm_epsilon"]) <= 0:
+    if (epsilon := values.get("batch_norm_epsilon", 1.0)) <= 0:
         raise UserError(f"model.batch_norm_epsilon = {epsilon!r}: must be above 0")
-    network = FAMILIES[family](
-        num_classes=num_classes, dtype=dtype, batch_norm_axis=batch_norm_axis, **values
-    )
+    known = {field.name for field in dataclasses.fields(FAMILIES[family])}
+    of_run = {"num_classes": num_classes, "dtype": dtype, "batch_norm_axis": batch_norm_axis}
+    values |= {name: value for name, value in of_run.items() if name in known}
+    network = FAMILIES[family](**values)
     network.check()
     return network
 

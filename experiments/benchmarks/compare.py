@@ -17,8 +17,9 @@ import numpy as np
 from networks import Work
 from turns import Process, Unavailable, alternate
 
-from densejax import formats, models
+from densejax import models
 from densejax.config import UserError
+from densejax.runs import formats
 from experiments import script
 
 HERE = pathlib.Path(__file__).parent

@@ -18,17 +18,19 @@ from networks import Work
 from turns import Unavailable, serve
 
 import densejax
-from densejax import models, parallel, pretrained, transfer
-from densejax.classifier import Classifier
+from densejax import models, pretrained
 from densejax.config import UserError
-from densejax.weight_names import LAYOUTS
+from densejax.inference.classifier import Classifier
+from densejax.training import parallel
+from densejax.weights import conversion
+from densejax.weights.names import LAYOUTS
 
 
 def draw(work: Work, directory: pathlib.Path) -> None:
     """Writes what all start from."""
     network, variables = densejax.create(work.model, work.num_classes, **work.fields)
     variables = jax.device_get(variables)
-    np.savez(directory / "weights.npz", **transfer.flatten(variables))
+    np.savez(directory / "weights.npz", **conversion.flatten(variables))
     examples = work.examples()
     inputs = networks.preparation("float32").evaluation(examples["image"])
     np.savez(directory / "batch.npz", **examples, input=np.asarray(inputs))
@@ -40,7 +42,7 @@ def draw(work: Work, directory: pathlib.Path) -> None:
 
 def read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(our variables, batch) as `draw` wrote them."""
-    variables = transfer.unflatten(np.load(directory / "weights.npz"))
+    variables = conversion.unflatten(np.load(directory / "weights.npz"))
     return variables, dict(np.load(directory / "batch.npz"))
 
 
@@ -159,7 +161,7 @@ def keras_network(work: Work, variables: Mapping[str, Any]) -> Any:
     x = layers.BatchNormalization(epsilon=network.batch_norm_epsilon, name="bn")(x)
     x = layers.GlobalAveragePooling2D()(layers.Activation("relu")(x))
     made = keras.Model(inputs, layers.Dense(work.num_classes, name="predictions")(x))
-    layout, flat = LAYOUTS["densenet"][1], transfer.flatten(variables)
+    layout, flat = LAYOUTS["densenet"][1], conversion.flatten(variables)
     arrays = {layout.name(path): array for path, array in flat.items()}
     for variable in made.weights:
         variable.assign(arrays[variable.path])

@@ -116,7 +116,8 @@ def loader_rate(root: pathlib.Path, kind: str, workers: int, batch: int, seconds
     import jax
 
     from configs import imagenet
-    from densejax import data, parallel
+    from densejax import data
+    from densejax.training import parallel
 
     config = imagenet.get_config()
     config.data.name, config.data.normalization = "photos", "scale"

@@ -23,8 +23,8 @@ import numpy as np
 from etils import epath
 from networks import Work
 
-from densejax import files, formats, workdir
 from densejax.config import UserError
+from densejax.runs import files, formats, workdir
 from experiments import script
 
 MODEL = "densenet_bc_100_12"

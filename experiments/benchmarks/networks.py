@@ -17,11 +17,13 @@ from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from densejax import config as schema
-from densejax import experiment, models, optimizer, parallel, step, transfer
-from densejax.analysis import targets
+from densejax import models
 from densejax.config import UserError
 from densejax.data.augment import Preparation
 from densejax.models.densenet import BLOCKS, RECOMPUTE, DenseNet
+from densejax.topology import targets
+from densejax.training import experiment, optimizer, parallel, step
+from densejax.weights import conversion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +132,8 @@ def training(work: Work, name: str, mesh: Mesh) -> tuple[Callable, Any, Any]:
         image_shape=work.image_shape,
         log_every=1,
     )
-    built = experiment.Experiment(config, mesh, None, task, steps=10**6)
+    config.train.batch_size = config.evaluate.batch_size = work.batch_size
+    built = experiment.Experiment(config, None, task, 10**6, list(mesh.devices.flat))
     batch = experiment.abstract_batch(mesh, work.image_shape, work.batch_size)
     return built.map(step.train_step, donate=True), built.abstract_state, batch
 
@@ -190,10 +193,10 @@ class PlainDenseNet(nn.Module):
 def plain_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Our variables as PlainDenseNet has them: one name for each layer, "block1_layer2_norm1"."""
     renamed = {}
-    for path, leaf in transfer.flatten(variables).items():
+    for path, leaf in conversion.flatten(variables).items():
         collection, *modules, name = path.split("/")
         renamed[f"{collection}/{'_'.join(modules)}/{name}"] = leaf
-    return transfer.unflatten(renamed)
+    return conversion.unflatten(renamed)
 
 
 def plain_network(work: Work) -> PlainDenseNet:

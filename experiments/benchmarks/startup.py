@@ -26,7 +26,8 @@ def child(model: str, batch_size: int) -> None:
     import jax
 
     from densejax import config as schema
-    from densejax import experiment, models, parallel, step
+    from densejax import models
+    from densejax.training import experiment, parallel, step
 
     config = schema.default()
     config.name = config.data.name = "digits"

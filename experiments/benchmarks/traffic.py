@@ -20,8 +20,9 @@ import jax
 import networks
 from networks import Work
 
-from densejax import formats, hlo
-from densejax.analysis import counts, roofline, targets
+from densejax.models import counts
+from densejax.runs import formats
+from densejax.topology import hlo, roofline, targets
 from experiments import script
 
 LIMIT = 0.1  # share by which FLOPs may differ from what they should be

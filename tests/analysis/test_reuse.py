@@ -9,8 +9,10 @@ import pytest
 from matplotlib.patches import Rectangle
 
 from densejax import models
+from densejax import reuse as command_of_reuse
 from densejax.analysis import plots, reuse
 from densejax.config import UserError
+from densejax.inference import classifier
 from tests.test_command_line import command, one_line  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -126,8 +128,8 @@ def test_command(command, tmp_path, monkeypatch):  # noqa: F811
         opened.append(path)
         return model, {"params": params}
 
-    monkeypatch.setattr(reuse.classifier, "network", load)
-    say = functools.partial(command, main=reuse.main, config="unused")
+    monkeypatch.setattr(classifier, "network", load)
+    say = functools.partial(command, main=command_of_reuse.main, config="unused")
     code, output, error = say("--workdir=runs/mine", f"--output={tmp_path}")
     assert (code, error, opened) == (0, "", ["runs/mine"])
     assert f"{tmp_path}/reuse.png shows 2 blocks" in output

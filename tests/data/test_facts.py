@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from densejax import files
 from densejax.config import UserError
 from densejax.data import facts
 from densejax.data.official import SetInfo
+from densejax.runs import files
 
 INFO = SetInfo((4, 6, 3), ("cat", "dog"), {"train": 5, "test": 2}, (1.0, 2.0, 3.5), (4.0, 5.0, 6.0))
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from densejax import parallel
 from densejax.data.memory import MemorySet, permutation
+from densejax.training import parallel
 
 SIZE = 22
 

@@ -16,12 +16,14 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from densejax import data, interrupt, parallel
+from densejax import data
 from densejax.config import UserError
 from densejax.data import crops, encoded, images, stream
 from densejax.data.builders import DataError
 from densejax.data.memory import permutation
-from tests import photos, runs
+from densejax.runs import interrupt
+from densejax.training import parallel
+from tests import photos, small
 
 BATCH = 8
 
@@ -46,7 +48,7 @@ def config(root, **changes):
         "evaluate__batch_size": BATCH,
         "train__batch_size": BATCH,
     }
-    return runs.tiny(**defaults | changes)
+    return small.tiny(**defaults | changes)
 
 
 def create(root, **changes):
@@ -200,7 +202,7 @@ def test_two_real_processes_hold_the_batch_of_one(root, reference, tmp_path):
         address = f"localhost:{free.getsockname()[1]}"
     script = tmp_path / "process.py"
     script.write_text(PROCESS)
-    environment = os.environ | runs.ENVIRONMENT | {"PYTHONPATH": os.getcwd()}
+    environment = os.environ | small.ENVIRONMENT | {"PYTHONPATH": os.getcwd()}
     environment.pop("JAX_NUM_CPU_DEVICES")
     children = [
         subprocess.Popen(
@@ -354,7 +356,7 @@ if __name__ == "__main__":
 def test_a_killed_run_leaves_no_workers(root, tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    environment = os.environ | runs.ENVIRONMENT | {"PYTHONPATH": os.getcwd()}
+    environment = os.environ | small.ENVIRONMENT | {"PYTHONPATH": os.getcwd()}
     command = [sys.executable, str(script), str(root)]
     child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     workers = [int(pid) for pid in child.stdout.readline().split()]
@@ -424,7 +426,7 @@ def test_a_run_from_a_folder_to_its_result(root, tmp_path):
     )
     command = [sys.executable, "-m", "densejax.main", f"--config={card}"]
     command.append(f"--workdir={tmp_path / 'run'}")
-    environment = os.environ | runs.ENVIRONMENT
+    environment = os.environ | small.ENVIRONMENT
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "leaked" not in result.stderr and "Traceback" not in result.stderr

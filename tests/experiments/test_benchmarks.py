@@ -7,26 +7,24 @@ import pathlib
 import subprocess
 import sys
 
-import jax
-import pytest
-
-import densejax
-from densejax.analysis import counts
-from densejax.config import UserError
-
-ROOT = pathlib.Path(densejax.__file__).parents[1]
-BENCHMARKS = ROOT / "experiments" / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # where Python looks when one of them is run
-
 import compare  # noqa: E402
+import jax
 import loader  # noqa: E402
 import memory_by_depth  # noqa: E402
 import networks  # noqa: E402
+import pytest
 import startup  # noqa: E402
 import traffic  # noqa: E402
 import turns  # noqa: E402
 
+import densejax
+from densejax.config import UserError
+from densejax.models import counts
 from experiments import script  # noqa: E402
+
+ROOT = pathlib.Path(densejax.__file__).parents[1]
+BENCHMARKS = ROOT / "experiments" / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # where Python looks when one of them is run
 
 DENSE = networks.Work("densenet_bc_40_12", 2, fields={"depth": 10})
 

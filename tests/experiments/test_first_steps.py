@@ -9,7 +9,7 @@ import pytest
 import densejax
 from densejax import models
 from densejax.config import UserError
-from tests import runs  # noqa: F401  where compiled programs are kept
+from tests import small  # noqa: F401  where compiled programs are kept
 
 SCRIPT = pathlib.Path(densejax.__file__).parents[1] / "experiments" / "first_steps.py"
 sys.path.insert(0, str(SCRIPT.parent))  # where Python looks when it is run
@@ -18,10 +18,10 @@ sys.path.insert(0, str(SCRIPT.parent))  # where Python looks when it is run
 def test_first_steps(tmp_path, monkeypatch, capsys):
     fields = models.fields
 
-    def small(name, **changes):
+    def fewer(name, **changes):
         return fields(name, **changes | {"blocks": (1, 1), "growth_rate": 4})
 
-    monkeypatch.setattr(models, "fields", small)
+    monkeypatch.setattr(models, "fields", fewer)
 
     def call(*flags):
         monkeypatch.setattr(sys, "argv", ["first_steps.py", f"--output={tmp_path}", *flags])
@@ -37,8 +37,8 @@ def test_first_steps(tmp_path, monkeypatch, capsys):
     assert [line.split()[0] for line in output.splitlines()[-2:]] == ["input", "layer1"]
     assert (tmp_path / "reuse.png").read_bytes().startswith(b"\x89PNG")
     # Another number of epochs is another run: fewer are not refused.
-    monkeypatch.setattr("densejax.train.run", lambda config, path, mode: asked.append(path))
-    monkeypatch.setattr("densejax.classifier.load", stop)
+    monkeypatch.setattr("densejax.training.loop.run", lambda config, path, mode: asked.append(path))
+    monkeypatch.setattr("densejax.inference.classifier.load", stop)
     asked = []
     assert call("--epochs=2") == call("--epochs=1") == 2
     assert [pathlib.Path(path).is_dir() for path in asked] == [False, True]

@@ -11,18 +11,19 @@ import threading
 import time
 
 import pytest
+import run as runner  # noqa: E402
+import sweeps  # noqa: E402
 
 import densejax
-from densejax import experiment, lock, models, workdir
-from densejax.analysis import counts
+from densejax import models
 from densejax.config import UserError
-from tests import runs
+from densejax.models import counts
+from densejax.runs import lock, workdir
+from densejax.training import experiment
+from tests import small
 
 ROOT = pathlib.Path(densejax.__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))  # where Python looks when one of them is run
-
-import run as runner  # noqa: E402
-import sweeps  # noqa: E402
 
 # How ml_collections loads a card.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -31,7 +32,7 @@ CHANGES = {"model__blocks": (1, 1, 1), "model__growth_rate": 12, "model__dropout
 
 @pytest.fixture(scope="module")
 def base():
-    return sweeps.Base(runs.tiny(**CHANGES))
+    return sweeps.Base(small.tiny(**CHANGES))
 
 
 @pytest.fixture
@@ -39,9 +40,9 @@ def card(tmp_path):
     """A card that takes another network by its argument, as those of configs/ do."""
     path = tmp_path / "card.py"
     path.write_text(
-        "from densejax import models\nfrom tests import runs\n\n\n"
+        "from densejax import models\nfrom tests import small\n\n\n"
         "def get_config(arg=None):\n"
-        f"    config = runs.tiny(**{CHANGES!r})\n"
+        f"    config = small.tiny(**{CHANGES!r})\n"
         "    if arg:\n"
         "        config.model = models.fields(arg.removeprefix('model='))\n"
         "    return config\n"
@@ -63,13 +64,13 @@ def test_runs_of_a_sweep(sweep, base, card):
     assert len({json.dumps(run.axes) for run in found}) == len(found)
     assert len({tuple(run.axes) for run in found}) == 1  # the columns of one table
     for run in found:
-        experiment.describe(read(run, card))
+        experiment.build(read(run, card))
         assert run.mismatch is None or abs(run.mismatch) <= 0.02
 
 
 def test_depths_are_those_of_networks_as_they_are_built():
     """Three blocks of n: 6n + 2 layers with weights, in a DenseNet-BC 6n + 4."""
-    found = sweeps.degradation(sweeps.Base(runs.tiny(**CHANGES)))
+    found = sweeps.degradation(sweeps.Base(small.tiny(**CHANGES)))
     depths = {"plain": (20, 32, 56), "residual": (20, 32, 56), "dense": (22, 34, 58)}
     names = {f"{kind}{depth}" for kind in depths for depth in depths[kind]}
     assert {run.name for run in found} == names
@@ -79,7 +80,7 @@ def test_what_is_called_equal_is(base, card):
     found = {run.name: run for run in sweeps.connectivity(base)}
     found |= {run.name: run for run in sweeps.depth_width(base) if run.name == "vovnet"}
     counted = {
-        name: counts.of_network(experiment.describe(read(run, card))[1], (8, 8, 1))
+        name: counts.of_network(experiment.build(read(run, card)).task.model, (8, 8, 1))
         for name, run in found.items()
     }
     for name, run in found.items():
@@ -91,7 +92,7 @@ def test_what_is_called_equal_is(base, card):
 
 def test_the_kinds_differ_in_how_they_are_joined(base, card):
     networks = {
-        run.axes["kind"]: experiment.describe(read(run, card))[1]
+        run.axes["kind"]: experiment.build(read(run, card)).task.model
         for run in sweeps.connectivity(base)
         if run.axes["equal"] != "multiply_adds"
     }
@@ -109,14 +110,14 @@ def test_few_images_are_seen_as_often(base, card, monkeypatch):
     found = {run.axes["train_size"]: read(run, card) for run in sweeps.train_size(base)}
     assert sorted(found) == [500, 1437]
     assert found[500].train.epochs == 100  # one batch of 256 in each
-    assert experiment.describe(found[500])[3] == 100
+    assert experiment.build(found[500]).steps == 100
     # As many steps of warm-up and between two checkpoints as the card has, whose epoch has five.
     assert (found[500].optimizer.warmup_epochs, found[500].checkpoint.every_epochs) == (25.0, 50)
     assert found[500].data.train_size == 500 and found[1437].data.train_size == 0
 
 
 def test_no_set_is_smaller_than_a_batch():
-    base = sweeps.Base(runs.tiny(**CHANGES, train__batch_size=600))
+    base = sweeps.Base(small.tiny(**CHANGES, train__batch_size=600))
     assert {run.axes["train_size"] for run in sweeps.train_size(base)} == {base.train_images}
 
 
@@ -129,7 +130,7 @@ def test_test_images_choose_no_learning_rate(base, card):
 
 
 def test_a_sweep_starts_from_a_densenet():
-    config = runs.tiny()
+    config = small.tiny()
     config.model = models.fields("resnet20_cifar")
     with pytest.raises(UserError, match="model.family = 'resnet': a sweep starts from a DenseNet"):
         sweeps.Base(config)
@@ -288,7 +289,7 @@ def test_a_failure_is_its_own(sweep, capsys):
 def test_a_dead_workers_run_is_taken_over(sweep):
     works, log, _ = sweep
     program = (
-        "import os, sys; from densejax import lock; held = lock.hold(sys.argv[1]); "
+        "import os, sys; from densejax.runs import lock; held = lock.hold(sys.argv[1]); "
         "held.__enter__(); os._exit(9)"
     )
     claim = works[0].path / "claim"
@@ -388,7 +389,7 @@ def test_the_best_rate_of_each_kind(tmp_path):
 
 
 def call(*words):
-    environment = os.environ | runs.ENVIRONMENT
+    environment = os.environ | small.ENVIRONMENT
     return subprocess.run(
         [sys.executable, ROOT / "experiments" / "run.py", *words],
         capture_output=True,
@@ -399,7 +400,7 @@ def call(*words):
 
 
 def test_a_sweep_from_the_command_line(tmp_path):
-    card, root = runs.card(tmp_path, train__epochs=1), tmp_path / "root"
+    card, root = small.card(tmp_path, train__epochs=1), tmp_path / "root"
     words = ("--sweep=growth_rate", f"--config={card}", f"--root={root}", "--seeds=1")
     done = call(*words, "--only=k4_*", "--config.seed=3", "--config.evaluate.train_images=100")
     assert done.returncode == 0, done.stderr
@@ -412,7 +413,7 @@ def test_a_sweep_from_the_command_line(tmp_path):
 
 
 def test_bad_input_is_one_line(tmp_path):
-    words = ("--sweep=growth_rate", f"--config={runs.card(tmp_path)}", f"--root={tmp_path}")
+    words = ("--sweep=growth_rate", f"--config={small.card(tmp_path)}", f"--root={tmp_path}")
     done = call(*words, "--only=k5_*")
     assert (done.returncode, done.stdout) == (2, "")
     says = "densejax: --only=k5_*: no run of growth_rate has such a name\n"

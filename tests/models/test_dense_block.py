@@ -13,7 +13,7 @@ from densejax.models import convolution
 from densejax.models.blocks import BLOCKS
 from densejax.models.densenet import DenseNet
 from densejax.models.layers import Layers
-from tests import runs
+from tests import small
 from tests.models.oracle import random_variables
 
 tiny = functools.partial(
@@ -75,7 +75,7 @@ def pull(model, train):
 
 def assert_close(first, second, tolerance=1e-11, least=1e-2):
     """Entries differ by less than a share of their array's largest or, if more, of `least`."""
-    first, second = runs.named(first), runs.named(second)
+    first, second = small.named(first), small.named(second)
     assert first.keys() == second.keys()
     for name, leaf in second.items():
         scale = max(np.abs(leaf).max(), least)
@@ -293,7 +293,7 @@ def test_a_second_call_and_one_under_vmap_repeat_the_first(double, pieces):
     inputs = [example(model, seed=seed) for seed in (0, 1)]
     step = compiled(pull(model, True))
     alone = [step(*one) for one in inputs]
-    runs.assert_same_bits(step(*inputs[0]), alone[0])
+    small.assert_same_bits(step(*inputs[0]), alone[0])
     both = jax.vmap(step)(*jax.tree.map(lambda *leaves: np.stack(leaves), *inputs))
     for index, expected in enumerate(alone):
         assert_close(jax.tree.map(lambda leaf, i=index: leaf[i], both), expected)
@@ -405,7 +405,7 @@ def test_bfloat16_is_as_near_to_float32_as_that_of_concatenation():
 
 def curve(block):
     """The losses of 20 steps on digits."""
-    config = runs.tiny(
+    config = small.tiny(
         model__block=block,
         model__growth_rate=8,
         model__dropout_rate=0.0,
@@ -413,8 +413,8 @@ def curve(block):
         train__epochs=4,
         log__every_steps=1,
     )
-    experiment = runs.build(config, 1)
-    step, state, losses = runs.stepper(experiment), experiment.init(), []
+    experiment = small.build(config, 1)
+    step, state, losses = small.stepper(experiment), experiment.init(), []
     for index in range(20):
         state, sums = step(state, experiment.data.train.batch(index))
         losses.append(float(sums["loss"]) / float(sums["count"]))

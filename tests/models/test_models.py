@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from densejax import models
-from densejax.analysis import counts
 from densejax.config import UserError
+from densejax.models import counts
 
 # Closed forms of the number of parameters, for what nobody printed.
 

@@ -8,11 +8,12 @@ import pytest
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
-from densejax import models, parallel
+from densejax import models
 from densejax.config import UserError
 from densejax.models import layers
 from densejax.models.regularization import StochasticDepth
 from densejax.models.resnet import Block, ResNet
+from densejax.training import parallel
 from tests.models import oracle
 
 BASIC = ((6, 3, 2), (6, 3, 1))

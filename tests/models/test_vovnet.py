@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from densejax import models
-from densejax.analysis import counts
 from densejax.config import UserError
-from densejax.models import layers
+from densejax.models import counts, layers
 from densejax.models.blocks import OneShotBlock
 from densejax.models.vovnet import OneShotAggregation, VoVNet, ceil_max_pool
 from tests.models import oracle

@@ -1,0 +1,43 @@
+"""Draws which earlier layers a trained network reads: python -m densejax.reuse --workdir=DIR."""
+
+import numpy as np
+from absl import flags
+from etils import epath
+
+from densejax import command_line
+from densejax.analysis import reuse
+from densejax.config import UserError
+from densejax.inference import classifier
+from densejax.training import parallel
+
+# An override lets the tests import several commands into one process.
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "A run's directory, or one of weights.", allow_override=True
+)
+OUTPUT = flags.DEFINE_string(
+    "output", None, "Folder for reuse.npz and reuse.png; default: workdir.", allow_override=True
+)
+
+
+def main() -> int:
+    """Does what the flags say; returns the exit code."""
+    if not WORKDIR.value:
+        raise UserError("--workdir: name a run's directory, or one of weights")
+    from densejax.analysis import plots
+
+    parallel.start()
+    model, variables = classifier.network(WORKDIR.value)
+    folder, maps = (
+        epath.Path(OUTPUT.value or WORKDIR.value),
+        reuse.heat_maps(model, variables["params"]),
+    )
+    plots.save(plots.heat_maps(maps), folder / "reuse.png")
+    arrays = {f"{one.block}/{key}": array for one in maps for key, array in vars(one).items()}
+    with (folder / "reuse.npz").open("wb") as file:
+        np.savez(file, **arrays)
+    print(f"{folder}/reuse.png shows {len(maps)} blocks; {folder}/reuse.npz has the numbers")
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main, config="unused")

@@ -1,0 +1,1 @@
+"""A run's directory and everything on disk and between processes that has to survive a crash."""

@@ -1,0 +1,472 @@
+"""Checkpoints: orbax writes them in the background, a manifest makes any damage visible.
+
+Orbax restores a flipped bit in array data without a word. Each save therefore commits, atomically
+with the state, MANIFEST: the step; SHA-256 of every file; dtype, shape and SHA-256 of every leaf;
+the metrics; all under a SHA-256 of its own. What differs from its manifest is never returned, and
+what has none was never committed.
+"""
+
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import metadata
+
+from densejax.config import UserError
+from densejax.runs import files, hosts
+
+MANIFEST = "MANIFEST"
+SLOW = 1.0  # seconds that a step may wait for the save before it without a warning
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be written, cannot be read, or is of another model."""
+
+
+class _Damaged(CheckpointError):
+    """A checkpoint is incomplete, or its content is not what was saved."""
+
+
+class Checkpoints:
+    """The checkpoints of one run; every process calls every method, in the same order.
+
+    Nothing on disk changes before the first save. The methods raise CheckpointError and what
+    `guard` raises.
+
+    Attributes:
+      passed_over: the damaged steps that the last `restore_latest` or `restore_best` passed over.
+    """
+
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        keep_latest: int = 2,
+        keep_best: str = "",
+        guard: Callable[[], None] = lambda: None,
+    ):
+        """Keeps the `keep_latest` newest steps and the one with the lowest metric `keep_best`.
+
+        `guard` is called before anything is written or deleted; it raises a UserError where this
+        process may do so no more. A directory that cannot be read is a CheckpointError.
+        """
+        path = epath.Path(directory)
+        self._directory = path if "://" in str(directory) else path.resolve()  # as orbax asks
+        self._keep_latest, self._keep_best, self._guard = keep_latest, keep_best, guard
+        self.passed_over: list[int] = []
+        self._damaged: set[int] = set()  # on disk, until the next save
+        self._under_way: int | None = None
+        self._problem = ""
+        self._handler = _Handler()
+        self._handler.guard = guard
+        logging.get_absl_logger().addFilter(_is_news)
+        self._writer = ocp.AsyncCheckpointer(
+            self._handler,
+            # In orbax's own threads a folder that cannot be made leaves others waiting for 300 s.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            checkpoint_metadata_store=_NoRecord(),
+        )
+        self._saved = _agreed(self._directory)
+
+    def steps(self) -> list[int]:
+        """Every step, oldest first, without those that were found damaged and passed over."""
+        return sorted(self._saved)
+
+    def latest_step(self) -> int | None:
+        """The newest step, None when there is none."""
+        return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The step with the lowest finite `keep_best`, the first of equals; None without one."""
+        return next(iter(self._best_first()), None)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """The metrics that a step was saved with; {} without that step."""
+        return self._saved.get(step, {}).get("metrics", {})
+
+    def records(self, step: int) -> dict:
+        """The records that a step was saved with; {} without any, or without that step."""
+        return self._saved.get(step, {}).get("records", {})
+
+    def digest(self, step: int, names: tuple[str, ...]) -> str:
+        """SHA-256 of the leaves of a step below any of `names`, told by its manifest alone."""
+        manifest = _manifest(self._directory / str(step))
+        if manifest["problem"]:
+            raise _Damaged(f"Checkpoint {self._directory / str(step)}: {manifest['problem']}")
+        leaves = manifest["leaves"].items()
+        return _digest({name: leaf for name, leaf in leaves if name.partition("/")[0] in names})
+
+    def save(
+        self, step: int, state, metrics: Mapping[str, float], problem: str = "", records=None
+    ) -> None:
+        """Starts to save a pytree of arrays, each replicated or addressable by this process.
+
+        Its buffers may be donated once this returns. A step that exists is left alone. A disk that
+        refuses (full, read-only, ...) is logged and the older steps stay; the next save tries
+        again, and `wait` raises what became of the last.
+
+        Args:
+          step: of the state.
+          state: the pytree.
+          metrics: what `keep_best` chooses by.
+          problem: what keeps this process from saving now; "" nothing.
+          records: a dict of JSON, bound to the state by the manifest; `records` gives it back.
+
+        Raises:
+          CheckpointError: a state that is not finite, or one behind a newer checkpoint.
+        """
+        if step in self.steps():
+            return
+        if newer := [other for other in self.steps() if other > step]:
+            raise CheckpointError(f"step={step}: delete the newer {newer} in {self._directory}")
+        for name, leaf in _named(state):
+            if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(leaf).all():
+                raise CheckpointError(
+                    f"step={step}: {name} is not finite, so nothing was saved; lower "
+                    f"optimizer.learning_rate and go on from step {self.latest_step()}"
+                )
+        self._settle()
+        self._guard()
+        metrics = {name: float(value) for name, value in metrics.items()}
+        facts = {"step": step, "metrics": metrics, "records": records or {}}
+        self._handler.manifest = facts | {"leaves": _leaves(state)}
+        if not self._failed(step, problem or _problem_of(self._make_room)):
+            path, args = self._directory / str(step), _Save(state)
+            if not self._failed(step, _problem_of(self._writer.save, path, args=args, force=True)):
+                self._under_way, self._saved[step] = step, facts
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Gives a step that exists, saved before it was evaluated, its metrics."""
+        self._settle()
+        if step not in self.steps():
+            return
+        self._guard()
+        path = self._directory / str(step)
+        metrics = {name: float(value) for name, value in metrics.items()}
+        manifest = _manifest(path) | {"metrics": metrics}
+        problem = manifest.pop("problem")
+        if not problem and jax.process_index() == 0:
+            problem = _problem_of(_write_manifest, path, manifest)
+        if problem := hosts.exchange(problem)[0]:
+            logging.error("The metrics of step %d could not be saved: %s", step, problem)
+        else:
+            self._saved[step] |= {"metrics": metrics}
+
+    def restore_latest(self, abstract_state):
+        """The newest undamaged state, bitwise as saved; None when there is no checkpoint at all.
+
+        `abstract_state`: its `jax.ShapeDtypeStruct`s with shardings. Damaged steps are logged and
+        passed over (the next save deletes them); all damaged or another model: CheckpointError.
+        """
+        self._settle()
+        return self._first_intact(reversed(self.steps()), abstract_state)
+
+    def restore_best(self, abstract_state):
+        """The undamaged state with the lowest `keep_best`, as `restore_latest` does it."""
+        self._settle()
+        state = self._first_intact([*self._unread(), *self._best_first()], abstract_state)
+        if state is None:
+            raise CheckpointError(f"No checkpoint in {self._directory} has a {self._keep_best!r}.")
+        return state
+
+    def restore_step(self, step: int, abstract_state=None):
+        """The state of `step`; CheckpointError when it is missing, damaged or does not fit.
+
+        Without an `abstract_state` it is whatever was saved, as dicts and lists.
+        """
+        if step not in self.steps():
+            raise CheckpointError(f"No checkpoint {step} in {self._directory}, only {self.steps()}")
+        path = self._directory / str(step)
+        try:
+            manifest = _manifest(path)
+            problem = self._saved[step].get("problem") or manifest["problem"]
+            problem = problem or _wrong_file(path, manifest["files"])
+        except PermissionError as error:
+            raise _unreadable(path, error) from error
+        _require_everywhere(path, problem)
+        if abstract_state is not None:
+            _check_fit(path, manifest["leaves"], abstract_state)
+        try:
+            if abstract_state is None:
+                whole = NamedSharding(Mesh(np.array(jax.devices()), "all"), PartitionSpec())
+                abstract_state = jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+                    self._writer.metadata(path).item_metadata.tree,
+                )
+            state = self._writer.restore(path, args=_Restore(abstract_state))
+            wrong = sorted(set(manifest["leaves"].items()) - set(_leaves(state).items()))
+            problem = f"{len(wrong)} leaves are not as saved: {wrong[0][0]} ..." if wrong else ""
+        except Exception as error:  # tensorstore, zstd, JSON and orbax share no class
+            problem = _brief(error)
+        _require_everywhere(path, problem)
+        return state
+
+    def wait(self) -> None:
+        """Blocks until the save under way is committed; CheckpointError when the last failed."""
+        self._settle()
+        if self._problem:
+            raise CheckpointError(self._problem)
+
+    def close(self) -> None:
+        """Waits like `wait` and ends orbax's threads, also when the save failed."""
+        try:
+            self.wait()
+        finally:
+            self._writer.close()
+
+    def _best_first(self) -> list[int]:
+        values = {step: self.metrics(step).get(self._keep_best, math.nan) for step in self.steps()}
+        return sorted((s for s in values if math.isfinite(values[s])), key=values.get)
+
+    def _unread(self) -> list[int]:
+        # Their metrics are unknown, so each of them may be the best.
+        return [step for step, facts in self._saved.items() if facts.get("problem")]
+
+    def _first_intact(self, steps: Iterable[int], abstract_state):
+        damage = {}
+        for step in steps:
+            try:
+                state = self.restore_step(step, abstract_state)
+            except _Damaged as error:
+                logging.warning("%s; trying the one before.", error)
+                damage[step] = str(error)
+            else:
+                self._damaged |= set(damage)
+                self._saved = {n: self._saved[n] for n in self._saved if n not in damage}
+                self.passed_over = sorted(damage)
+                return state
+        if damage:
+            raise CheckpointError("\n  ".join(["No checkpoint is intact:", *damage.values()]))
+        return None
+
+    def _settle(self) -> None:
+        """Waits for the save under way; if it went well, what it makes superfluous goes."""
+        if self._under_way is None:
+            return
+        step, self._under_way = self._under_way, None
+        begin = time.monotonic()
+        problem = _problem_of(self._writer.wait_until_finished)
+        if (waited := time.monotonic() - begin) > SLOW:
+            logging.warning("Waited %.1f s for the save of step %d.", waited, step)
+        if not problem and jax.process_index() == 0:
+            problem = _manifest(self._directory / str(step))["problem"]  # it is read back
+        if problem:
+            self._guard()  # another process may have taken over and cleared this save away
+        if self._failed(step, problem):
+            return
+        self._problem = ""
+        kept = {*self.steps()[-self._keep_latest :], *self._best_first()[:1]}
+        kept |= set(self._unread()) if self._keep_best else set()
+        self._delete(set(self.steps()) - kept)
+
+    def _failed(self, step: int, problem: str) -> bool:
+        # All processes take part in a save or none does.
+        if np.all(multihost_utils.process_allgather(np.asarray(not problem))):
+            return False
+        self._saved.pop(step, None)
+        problem = problem or "another process could not write"
+        self._problem = f"Step {step} could not be saved in {self._directory}: {problem}"
+        logging.error("%s. The steps %s are there; the next save tries again.",
+                      self._problem, self.steps())  # fmt: skip
+        return True
+
+    def _make_room(self) -> None:
+        damaged, self._damaged = self._damaged, set()
+        self._delete(damaged)
+        if jax.process_index() == 0:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for entry in self._directory.iterdir():
+                if ".orbax-checkpoint-tmp" in entry.name:  # a killed save left it
+                    entry.rmtree()
+
+    def _delete(self, steps: set[int]) -> None:
+        for step in sorted(steps):
+            self._guard()
+            self._saved.pop(step, None)
+            if jax.process_index() == 0 and (
+                problem := _problem_of((self._directory / str(step)).rmtree, missing_ok=True)
+            ):
+                logging.warning("Step %d could not be deleted: %s", step, problem)
+
+
+class _NoRecord(metadata.MetadataStore):
+    """In place of orbax's own record of a step, which it would change after the manifest."""
+
+
+class _Literal(type(epath.Path())):
+    """A path whose own name is no pattern, in which orbax finds its files by patterns."""
+
+    def glob(self, pattern: str) -> Iterator[epath.Path]:
+        return epath.Path(glob.escape(str(self))).glob(pattern)
+
+
+class _Handler(ocp.StandardCheckpointHandler):
+    """Orbax's, which also writes the manifest before the directory gets its final name."""
+
+    manifest: dict
+    guard: Callable[[], None]
+
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(_Literal(directory))
+        paths = {str(path.relative_to(directory)): path for path in _files(directory)}
+        digests = {name: _file_digest(path) for name, path in paths.items()}
+        self.guard()
+        _write_manifest(directory, self.manifest | {"files": digests})
+
+
+@ocp.args.register_with_handler(_Handler, for_save=True)
+class _Save(ocp.args.StandardSave):
+    pass
+
+
+@ocp.args.register_with_handler(_Handler, for_restore=True)
+class _Restore(ocp.args.StandardRestore):
+    pass
+
+
+def _is_news(record) -> bool:
+    # Orbax logs with a traceback what it raises anyway, and this module says in one line.
+    return record.levelname != "ERROR" or "/orbax/" not in record.pathname
+
+
+def _agreed(path: epath.Path) -> dict[int, dict]:
+    # The steps, their metrics and records, as process 0 reads them: what each process reads by
+    # itself could make it go on from another step than the others.
+    found = hosts.exchange(_found(path) if jax.process_index() == 0 else [])[0]
+    whole = [step for step, facts in found if not facts["problem"]]
+    unseen = [step for step in whole if not files.appears(path / str(step) / MANIFEST)]
+    if not multihost_utils.process_allgather(np.asarray(not unseen)).all():
+        who = f"process {jax.process_index()}" if unseen else "another process"
+        raise CheckpointError(f"{path}: {who} does not see the steps {unseen} that process 0 sees")
+    return dict(found)
+
+
+def _found(path: epath.Path) -> list[tuple[int, dict]]:
+    if "\\" in path.as_posix():
+        raise CheckpointError(f"{path}: orbax takes \\ for /; choose a --workdir without it")
+    if not path.is_dir() and not os.path.lexists(path):
+        return []
+    try:
+        names = [entry.name for entry in path.iterdir()]
+        steps = sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+        manifests = [(step, _manifest(path / str(step))) for step in steps]
+    except OSError as error:  # a dangling link, a file, a directory of somebody else
+        raise _unreadable(path, error) from error
+    large = {"leaves": None, "files": None}
+    return [(step, manifest | large) for step, manifest in manifests]
+
+
+def _unreadable(path: epath.Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read ({error}); make it readable, or choose another --workdir"
+    )
+
+
+def _require_everywhere(path: epath.Path, problem: str) -> None:
+    # All processes must take the same checkpoint: a problem in one is a problem in all.
+    if not multihost_utils.process_allgather(np.asarray(not problem)).all():
+        raise _Damaged(f"Checkpoint {path} is damaged ({problem or 'in another process'})")
+
+
+def _check_fit(path: epath.Path, leaves: dict[str, str], abstract_state) -> None:
+    saved = {name: text.rpartition(" ")[0] for name, text in leaves.items()}
+    model = _leaves(abstract_state)
+    lines = [
+        f"{name}: {saved.get(name, 'absent')} in the checkpoint, "
+        f"{model.get(name, 'absent')} in the model"
+        for name in sorted(saved | model)
+        if saved.get(name) != model.get(name)
+    ]
+    if lines:
+        lines[20:] = [f"... {len(lines) - 20} more"] * (len(lines) > 20)
+        raise CheckpointError("\n  ".join([f"Checkpoint {path} is of another model:", *lines]))
+
+
+def _named(tree) -> list[tuple[str, np.ndarray]]:
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+
+
+def _leaves(tree) -> dict[str, str]:
+    # Path -> "float32[3, 4]", for arrays "float32[3, 4] SHA-256 of the bytes".
+    table = {}
+    for name, leaf in _named(tree):
+        table[name] = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            table[name] += f" {hashlib.sha256(leaf.tobytes()).hexdigest()}"
+    return table
+
+
+def _manifest(path: epath.Path) -> dict:
+    try:
+        with files.opened(path / MANIFEST) as file:
+            manifest = json.loads(file.read())
+        if manifest.pop("sha256") != _digest(manifest):
+            raise ValueError("not as saved")
+        if manifest.get("step", int(path.name)) != int(path.name):
+            raise ValueError(f"it is of step {manifest['step']}")
+        return manifest | {"problem": ""}
+    except PermissionError:  # no damage: the step must not be passed over
+        raise
+    except Exception as error:  # a flipped bit can raise anything
+        return {"problem": f"{MANIFEST}: {_brief(error)}", "metrics": {}}
+
+
+def _write_manifest(path: epath.Path, manifest: dict) -> None:
+    files.write(path / MANIFEST, json.dumps(manifest | {"sha256": _digest(manifest)}))
+
+
+def _wrong_file(path: epath.Path, digests: dict[str, str]) -> str:
+    # What is wrong with the first file that is not as saved, "" where all are.
+    for name, digest in digests.items():
+        try:
+            if _file_digest(path / name) != digest:
+                return f"{name} is not as saved"
+        except PermissionError:
+            raise
+        except OSError as error:
+            return _brief(error)
+    return ""
+
+
+def _files(directory: epath.Path) -> Iterator[epath.Path]:
+    for entry in sorted(directory.iterdir()):
+        if entry.is_dir():
+            yield from _files(entry)
+        else:
+            yield entry
+
+
+def _file_digest(path: epath.Path) -> str:
+    with files.opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _problem_of(action: Callable, *args, **kwargs) -> str:
+    try:
+        action(*args, **kwargs)
+    except UserError:  # of the guard: no problem of this save, it ends the run
+        raise
+    except Exception as error:  # orbax, tensorstore and the file system share no class
+        return _brief(error)
+    return ""
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"

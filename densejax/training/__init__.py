@@ -1,0 +1,1 @@
+"""The train step, its loop, and what both are built from."""

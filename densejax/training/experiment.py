@@ -1,0 +1,221 @@
+"""What a configuration stands for: data, network, optimizer and state, built on the devices."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from densejax import config as config_schema
+from densejax import data, models
+from densejax.config import UserError
+from densejax.data.official import SetInfo
+from densejax.data.stream import Starved
+from densejax.runs import hosts
+from densejax.runs.checkpoint import Checkpoints
+from densejax.training import losses, metrics, optimizer, parallel
+from densejax.training.step import Task, TrainState, eval_step, init_state
+from densejax.weights import store
+
+
+@dataclasses.dataclass
+class Experiment:
+    """What a configuration stands for; devices start and images are read when they are asked for.
+
+    Attributes:
+      config: checked.
+      info: the facts of the data set.
+      task: model, optimizer and preparation.
+      steps: length of the whole training.
+      devices: all that are there where it is None.
+    """
+
+    config: ConfigDict
+    info: SetInfo
+    task: Task
+    steps: int
+    devices: Sequence[jax.Device] | None = None
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The devices; UserError where batches or groups do not divide evenly over them."""
+        train, evaluate = self.config.train, self.config.evaluate
+        mesh = parallel.mesh(self.config.parallel.batch_norm_group_size, self.devices)
+        parallel.check_batch_size(
+            "train.batch_size", train.batch_size, mesh, train.accumulate_steps
+        )
+        parallel.check_batch_size("evaluate.batch_size", evaluate.batch_size, mesh)
+        return mesh
+
+    @functools.cached_property
+    def data(self) -> data.Data:
+        """All batches, on the devices; every process asks for them. UserError as `data.create`."""
+        _ = self.abstract_state  # a network that does not fit the images says so first
+        if jax.process_index() == 0:  # a set that is missing is prepared once for shared disks
+            data.prepare(self.config)
+        hosts.exchange("data is prepared")
+        whole, split = parallel.replicated(self.mesh), parallel.split(self.mesh)
+        return data.create(self.config, whole, split)
+
+    def map(self, step: Callable, donate: bool = False) -> Callable:
+        """A step of one replica, mapped over the devices and compiled at its first call."""
+        step = functools.partial(step, self.task)
+        return parallel.map_step(step, self.mesh, self.config.parallel.mode, donate)
+
+    def init(self) -> TrainState:
+        """Draws the state before the first step."""
+        return self._init(np.uint32(self.config.seed))
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state, as a restore wants them."""
+        sharding = parallel.replicated(self.mesh)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            self._init.eval_shape(np.uint32(self.config.seed)),
+        )
+
+    @functools.cached_property
+    def _init(self):
+        # XLA:CPU optimises this program for minutes and gains nothing: it runs once.
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        options = {"xla_backend_optimization_level": 0} if on_cpu else None
+        sharding = parallel.replicated(self.mesh)
+        dtype = jnp.promote_types(self.config.train.dtype, jnp.float32)
+        init = functools.partial(init_state, self.task, dtype=dtype)
+        return jax.jit(init, out_shardings=sharding, compiler_options=options)
+
+    @functools.cached_property
+    def weights(self) -> dict[str, Any]:
+        """What `train.weights` holds, {} where it is ""; UserError where it does not fit."""
+        if not (directory := self.config.train.weights):
+            return {}
+        state = self.abstract_state
+        expected = {"params": state.params, "batch_stats": state.batch_stats}
+        return store.load_for(directory, self.config.model, expected)
+
+    def start(self) -> TrainState:
+        """The state before the first step, with `weights` in the place of what was drawn."""
+        state = self.init()
+        drawn = {name: getattr(state, name) for name in self.weights}
+        return state.replace(
+            **jax.tree.map(
+                lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding),
+                self.weights,
+                drawn,
+            )
+        )
+
+    @functools.cached_property
+    def evaluate(self) -> Callable[..., dict[str, float] | None]:
+        """Means over every image of a split, each once: `evaluate(state, split, stops=None)`.
+
+        None where `stops()`, which is called after every batch, is true before the last.
+        """
+        step = self.map(eval_step)
+        add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+
+        def evaluate(state, split, stops=None):
+            sums = []
+            try:
+                with contextlib.closing(self.data.evaluation[split].evaluation()) as batches:
+                    for batch in batches:
+                        sums.append(step(state, batch))
+                        jax.block_until_ready(sums[-2:-1])  # one is queued: batches take memory
+                        if stops and stops():
+                            return None
+            except Starved:
+                if stops and stops():
+                    return None
+                raise
+            total = functools.reduce(add, sums)
+            if (seen := int(total["count"])) != (size := self.data.evaluation[split].size):
+                raise RuntimeError(f"{split}: {seen} images were evaluated, there are {size}")
+            means = metrics.means(total)
+            if not math.isfinite(means["loss"]):
+                raise UserError(f"{split}_loss = {means['loss']}: the network has diverged")
+            return means
+
+        return evaluate
+
+
+def build(
+    config: ConfigDict, devices: Sequence[jax.Device] | None = None, info: SetInfo | None = None
+) -> Experiment:
+    """What a configuration stands for; starts no device and reads no image.
+
+    Args:
+      config: the whole configuration.
+      devices: all that are there unless said otherwise; to compile, they need not be there.
+      info: the facts of the data set, where they are known; else the set has to be there.
+
+    Raises:
+      UserError: the first thing that is wrong with the configuration.
+    """
+    config_schema.check(config)
+    info = info or data.info(config)
+    if config.train.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise UserError("train.dtype = 'float64': JAX needs the environment's JAX_ENABLE_X64=1")
+    kind, dtype = config.parallel.batch_norm, jnp.dtype(config.train.dtype)
+    norm_axis = {"global": parallel.AXIS, "replica": None, "groups": parallel.MEMBER}[kind]
+    model = models.create(config.model, info.num_classes, dtype, norm_axis)
+    steps_per_epoch = data.train_size(config, info) // config.train.batch_size
+    steps = config.train.epochs * steps_per_epoch
+    if steps >= 2**31:
+        raise UserError(f"train.epochs = {config.train.epochs}: {steps} steps; at most 2**31 - 1")
+    rate = optimizer.schedule(config.optimizer, steps, steps_per_epoch, config.train.batch_size)
+    task = Task(
+        model=model,
+        optimizer=optimizer.create(config.optimizer, rate),
+        learning_rate=rate,
+        preparation=data.preparation(config, info),
+        image_shape=info.image_shape,
+        loss=losses.create(config.train.loss, config.train.label_smoothing),
+        evaluation_loss=losses.create(config.train.loss),
+        log_every=config.log.every_steps,
+        axis=(parallel.GROUP, parallel.MEMBER) if kind == "groups" else parallel.AXIS,
+        batch_norm_axis=norm_axis,
+        accumulate_steps=config.train.accumulate_steps,
+    )
+    return Experiment(config, info, task, steps, devices)
+
+
+def abstract_batch(mesh: Mesh, image_shape: Sequence[int], size: int) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of a training batch of so many images over all devices."""
+    split = parallel.split(mesh)
+    return {
+        "image": jax.ShapeDtypeStruct((size, *image_shape), jnp.uint8, sharding=split),
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split),
+    }
+
+
+def open_checkpoints(
+    config: ConfigDict, path: epath.Path, guard: Callable[[], None] = lambda: None
+) -> Checkpoints:
+    """The checkpoints of a run directory; `guard` as in `train`."""
+    best = "validation_error" if config.checkpoint.select == "best" else ""
+    return Checkpoints(path / "checkpoints", config.checkpoint.keep_latest, best, guard)
+
+
+def select(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
+    """The state that the result is measured on: the newest, or the best on held-out images.
+
+    The damaged ones that were passed over for it are `checkpoints.passed_over`.
+    """
+    checkpoints.wait()  # the last save may still be under way
+    if experiment.config.train.weights and checkpoints.latest_step() is None:
+        return experiment.start()
+    if experiment.config.checkpoint.select == "best":
+        return checkpoints.restore_best(experiment.abstract_state)
+    state = checkpoints.restore_latest(experiment.abstract_state)
+    if state is None:
+        raise UserError("--mode=eval: there is no checkpoint to evaluate; train first")
+    return state

@@ -1,0 +1,108 @@
+"""Optimizers and learning-rate schedules by name."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from densejax.config import UserError
+
+Schedule = Callable[[jax.Array | int], jax.Array]
+
+
+def _step(config: ConfigDict, steps: int, warmup: int) -> Schedule:
+    """Drops after exactly the given fractions of training (the paper: 50 % and 75 %)."""
+    drops = {}
+    for fraction in config.drop_at:
+        step = round(fraction * steps) - warmup
+        if step < 0:
+            raise UserError(f"optimizer.drop_at = {config.drop_at}: {fraction} is within warm-up")
+        drops[step] = drops.get(step, 1.0) * config.drop_factor
+    return optax.piecewise_constant_schedule(config.learning_rate, drops)
+
+
+def _cosine(config: ConfigDict, steps: int, warmup: int) -> Schedule:
+    """Half a cosine from the peak to zero (Loshchilov and Hutter 2017, no restarts)."""
+    return optax.cosine_decay_schedule(config.learning_rate, steps - warmup)
+
+
+def _linear(config: ConfigDict, steps: int, warmup: int) -> Schedule:
+    """A straight line from the peak to zero."""
+    return optax.linear_schedule(config.learning_rate, 0.0, steps - warmup)
+
+
+def _constant(config: ConfigDict, steps: int, warmup: int) -> Schedule:
+    return optax.constant_schedule(config.learning_rate)
+
+
+# Each gives the rate as a function of the steps done since warm-up ended.
+SCHEDULES = {"step": _step, "cosine": _cosine, "linear": _linear, "constant": _constant}
+
+
+def schedule(config: ConfigDict, steps: int, steps_per_epoch: int, batch_size: int) -> Schedule:
+    """The learning rate of the next step as a function of the number of steps done.
+
+    Args:
+      config: the section `config.optimizer`.
+      steps: length of the whole training; warm-up is part of it.
+      steps_per_epoch: the unit of `warmup_epochs`.
+      batch_size: what the peak is proportional to where there is a `reference_batch_size`
+        (Goyal et al. 2017, section 2.1).
+
+    Raises:
+      UserError: an unknown schedule, or a warm-up as long as training.
+    """
+    if config.schedule not in SCHEDULES:
+        raise UserError(
+            f"optimizer.schedule = {config.schedule!r}: allowed are {', '.join(SCHEDULES)}"
+        )
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if warmup >= steps:
+        raise UserError(
+            f"optimizer.warmup_epochs = {config.warmup_epochs}: must be below train.epochs"
+        )
+    decay = SCHEDULES[config.schedule](config, steps, warmup)
+    reference = config.reference_batch_size
+    scale = batch_size / reference if reference else 1.0
+
+    def rate(step):
+        step = jnp.asarray(step, float)
+        rise = scale * jnp.minimum(1.0, (step + 1) / max(warmup, 1))
+        return rise * decay(jnp.maximum(step - warmup, 0))
+
+    return rate
+
+
+def _sgd(config: ConfigDict, learning_rate: Schedule, decayed) -> optax.GradientTransformation:
+    """SGD with momentum whose weight decay is coupled: added to the gradient before momentum.
+
+    Decoupled decay is another optimizer.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.sgd(learning_rate, config.momentum or None, config.nesterov),
+    )
+
+
+# Each makes an optimizer of config.optimizer, a schedule, and what tells which parameters decay.
+OPTIMIZERS = {"sgd": _sgd}
+
+
+def create(config: ConfigDict, learning_rate: Schedule) -> optax.GradientTransformation:
+    """The optimizer that `config.optimizer` names.
+
+    With `decay_all` weight decay reaches every parameter, as DenseNet's authors have it; otherwise
+    kernels alone.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    if config.name not in OPTIMIZERS:
+        raise UserError(f"optimizer.name = {config.name!r}: allowed are {', '.join(OPTIMIZERS)}")
+
+    def decayed(params):
+        return jax.tree.map(lambda leaf: config.decay_all or leaf.ndim > 1, params)
+
+    return OPTIMIZERS[config.name](config, learning_rate, decayed)

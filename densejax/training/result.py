@@ -1,0 +1,151 @@
+"""What a run says of itself: the summary before its first step, and its result."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from densejax import data
+from densejax.config import UserError
+from densejax.models import counts
+from densejax.runs import files, formats, workdir
+from densejax.training.experiment import Experiment
+from densejax.training.step import TrainState
+from densejax.weights import store
+
+
+def say(text: str) -> None:
+    """Prints on process 0 alone."""
+    if jax.process_index() == 0:
+        with contextlib.suppress(OSError):  # the output is a file on a full disk
+            print(text, flush=True)
+
+
+def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str, Any]:
+    """Prints what is about to run; returns the facts of it that belong into the result."""
+    task, config = experiment.task, experiment.config
+    size = config.data.image_size
+    shape = (size, size, task.image_shape[-1]) if size else task.image_shape
+    parameters, multiply_adds = counts.of_network(task.model, shape)
+    device = f"{experiment.mesh.size} x {jax.devices()[0].device_kind}"
+    train = experiment.data.train
+    sizes = {name: split.size for name, split in experiment.data.evaluation.items()}
+    rows = [
+        ("run", str(path)),
+        ("model", f"{config.model.family}, {formats.count(parameters)} parameters, "
+                  f"{formats.si(multiply_adds)} multiply-adds an image"),
+        ("data", f"{config.data.name}, {formats.count(train.size)} images train, "
+                 + ", ".join(f"{formats.count(n)} {name}" for name, n in sizes.items())),
+        ("steps", f"{formats.count(experiment.steps)} of {config.train.batch_size} images, "
+                  f"{config.train.epochs} epochs" + (f", resuming after {start}" if start else "")),
+        ("devices", f"{device}, {config.parallel.mode}, {config.train.dtype}"),
+    ]  # fmt: skip
+    say(formats.table(rows))
+    return {"parameters": parameters, "multiply_adds": multiply_adds, "device": device}
+
+
+def measure(
+    experiment: Experiment,
+    state: TrainState,
+    known: dict[str, dict[str, float]] | None = None,
+    stops: Callable[[], bool] | None = None,
+) -> dict[str, Any] | None:
+    """The result of a state on `evaluate.final_split`, unless it is `known`; None if `stops()`.
+
+    And on training images where `evaluate.train_images` asks for it.
+    """
+    evaluation, result = experiment.data.evaluation, {}
+    for split in (experiment.config.evaluate.final_split, *({"train"} & set(evaluation))):
+        values = (known or {}).get(split) or experiment.evaluate(state, split, stops)
+        if values is None:
+            return None
+        result |= {f"{split}_{name}": value for name, value in values.items()}
+        result[f"{split}_error"] = 1 - values["accuracy"]
+        result[f"{split}_examples"] = evaluation[split].size
+        if split == "test":
+            result["test_split"] = experiment.data.test_split
+    return result | {"steps": int(state.step), "skipped_steps": int(state.skipped[0])}
+
+
+def versions(config: ConfigDict) -> dict[str, str]:
+    """`workdir.versions`, and what else a result depends on but the data.
+
+    Raises:
+      UserError: what `train.weights` names is no directory of weights and no run's.
+    """
+    found = workdir.versions()
+    # A run that goes on needs them no more; one that starts says that they are not there.
+    if config.train.weights and epath.Path(config.train.weights).exists():
+        found["weights"] = store.digest(config.train.weights)
+    if config.parallel.batch_norm == "replica":  # a device's share of the batch is normalised
+        found["devices"] = str(jax.device_count())
+    return found
+
+
+def write(path: epath.Path, summary: dict[str, Any]) -> None:
+    """Writes summary.json such that `read` sees damage."""
+    workdir.write_json(path / "summary.json", files.seal(summary))
+
+
+def read(path: epath.Path) -> dict[str, Any] | None:
+    """The result that a run directory has, None where there is none.
+
+    Raises:
+      UserError: summary.json is damaged.
+    """
+    file = path / "summary.json"
+    text = files.read_text(file)
+    try:
+        if text is None:
+            return None
+        summary = workdir.unseal(files.parse_json(text))
+        line(summary, path)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file} is damaged ({error}): delete it, the same command measures it again"
+        ) from error
+    return summary
+
+
+def finished(
+    path: epath.Path, config: ConfigDict, found: dict[str, str], force: bool = False
+) -> dict[str, Any] | None:
+    """The result of a run that a configuration asks for; None where there is none yet.
+
+    Args:
+      path: of the run directory.
+      config: the whole configuration.
+      found: today's `versions`; the version of the data is taken here.
+      force: whether a result of other versions counts as none, so that it is measured again.
+
+    Raises:
+      UserError: the result is of other code, data, weights or precision, or it is damaged.
+    """
+    summary = read(path)
+    if summary is None or not workdir.same_run(summary["config"], config):
+        return None
+    others = workdir.other_versions(summary["versions"], found)
+    others = others or workdir.other_versions(summary["versions"], {"data": data.version(config)})
+    if others and not force:
+        raise UserError(
+            f"workdir={path}: its result is of other code, data, weights or precision "
+            f"({'; '.join(others)}). --resume=force measures its checkpoint again; another "
+            f"--workdir trains again"
+        )
+    return None if others else summary
+
+
+def line(summary: dict[str, Any], path: epath.Path) -> str:
+    """One line that says what came out and where it is."""
+    split = summary["config"]["evaluate"]["final_split"]
+    accuracy = formats.percent(summary[f"{split}_accuracy"])
+    examples = formats.count(summary[f"{split}_examples"])
+    stored = summary.get("test_split", "test") if split == "test" else split
+    text = f"{split} accuracy {accuracy} on {examples} images"
+    text += f" of the split {stored!r}" if stored != split else ""
+    if damaged := summary.get("damaged_checkpoints"):
+        text += f" at step {summary['steps']}, as the checkpoints of steps {damaged} are damaged"
+    return f"{text}; {path}/summary.json has the rest"

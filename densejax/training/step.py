@@ -1,0 +1,217 @@
+"""The training and evaluation step of ONE replica; parallel.map_step maps them over devices."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from densejax.data.augment import Preparation, example_keys
+from densejax.training import losses, metrics
+from densejax.training.losses import Loss
+from densejax.training.optimizer import Schedule
+from densejax.training.parallel import AXIS, Axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What stays the same from step to step.
+
+    Attributes:
+      model: a network of densejax.models.
+      optimizer: from densejax.training.optimizer.create.
+      learning_rate: of the next step, from the number of steps done; reported, not applied.
+      preparation: from stored images to the network's input.
+      image_shape: stored (height, width, channels).
+      loss: of each training example, from (logits, labels).
+      evaluation_loss: the same of each evaluated example.
+      log_every: steps after which the training metrics start anew.
+      axis: of the devices, as `parallel.axis` names it.
+      batch_norm_axis: the part of it that BatchNorm's statistics are averaged over.
+      accumulate_steps: micro-batches, one after the other, that a step's gradient is the mean of.
+    """
+
+    model: nn.Module
+    optimizer: optax.GradientTransformation
+    learning_rate: Schedule
+    preparation: Preparation
+    image_shape: tuple[int, int, int]
+    loss: Loss = losses.cross_entropy
+    evaluation_loss: Loss = losses.cross_entropy
+    log_every: int = 50
+    axis: Axis = AXIS
+    batch_norm_axis: Axis | None = AXIS
+    accumulate_steps: int = 1
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that a step changes and a checkpoint holds.
+
+    Attributes:
+      step: int32, steps done.
+      key: uint32 [2], of the run's seed; every draw is a function of it and the step. It is data,
+        not a constant of the program: one compiled step serves all seeds.
+      params: float32.
+      batch_stats: float32, BatchNorm's running mean and (biased) variance; {} without BatchNorm.
+      opt_state: of the optimizer.
+      metrics: sums over the training examples seen since the last multiple of `log_every`.
+      skipped: int32 [2], steps that changed nothing but `step`, because something in them was not
+        finite: all so far, and those in a row up to now.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    metrics: metrics.Sums
+    skipped: jax.Array
+
+
+def init_state(task: Task, seed: jax.Array, dtype: Any = jnp.float32) -> TrainState:
+    """The state before the first step, drawn from a seed, uint32. Call it under jit."""
+    key = jax.random.key(seed)
+    images = jnp.zeros((1, *task.image_shape), jnp.uint8)
+    variables = task.model.init(key, task.preparation.evaluation(images))
+    variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        key=jax.random.key_data(key),
+        params=variables["params"],
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=task.optimizer.init(variables["params"]),
+        metrics=metrics.zeros(task.model.num_classes, dtype),
+        skipped=jnp.zeros(2, jnp.int32),
+    )
+
+
+def train_step(
+    task: Task, state: TrainState, batch: dict[str, jax.Array]
+) -> tuple[TrainState, metrics.Sums]:
+    """One step of SGD on this replica's share of the batch.
+
+    Where the loss, the gradient or the new running statistics are not finite (or so large that
+    their squares are not), parameters, optimizer state and running statistics stay as they were, on
+    every replica: the step is skipped.
+
+    Args:
+      task: what stays the same.
+      state: replicated.
+      batch: image uint8 [local batch, height, width, channels], label int32 [local batch].
+
+    Returns:
+      The new state, and its metrics with the step's "learning_rate" and the state's "skipped"; all
+      replicated.
+    """
+    # Gradients of replicated parameters would come summed over replicas; of varying ones they
+    # are this replica's own, under shard_map and pmap alike.
+    axis, unsynced_axes = task.axis, _unsynced_axes(task)
+    params = jax.lax.pcast(state.params, axis, to="varying")
+    size = len(batch["label"])
+    positions = jax.lax.axis_index(axis) * size + jnp.arange(size, dtype=jnp.int32)
+    step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    keys = jax.random.key_data(example_keys(step_key, positions))
+
+    def gradient_of(batch_stats, part):
+        """(BatchNorm's new statistics, (this replica's gradient, its metric sums))."""
+
+        def loss_of(params):
+            keys = jax.random.wrap_key_data(part["key"])
+            (logits, _), updates = task.model.apply(
+                {"params": params, "batch_stats": batch_stats},
+                task.preparation.training(part["image"], keys),
+                train=True,
+                keys=part["key"],
+                mutable=["batch_stats"],
+            )
+            of_each = task.loss(logits, part["label"])
+            return of_each.mean(), (logits, of_each, updates.get("batch_stats", {}))
+
+        gradient, (logits, of_each, batch_stats) = jax.grad(loss_of, has_aux=True)(params)
+        everyone = jnp.ones(of_each.shape, bool)
+        return batch_stats, (gradient, metrics.sums(logits, part["label"], of_each, everyone))
+
+    batch_stats, batch = state.batch_stats, batch | {"key": keys}
+    if unsynced_axes:
+        batch_stats = jax.lax.pcast(batch_stats, unsynced_axes, to="varying")
+    if (parts := task.accumulate_steps) == 1:
+        batch_stats, (gradient, seen) = gradient_of(batch_stats, batch)
+    else:
+        # Every parts-th example, so that a part is the same examples on any number of devices.
+        batch = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), batch
+        )
+
+        def accumulate(carry, part):
+            batch_stats, results = gradient_of(carry[0], part)
+            return (batch_stats, jax.tree.map(jnp.add, carry[1], results)), None
+
+        varying = (params, jax.lax.pcast(state.metrics, axis, to="varying"))
+        nothing = jax.tree.map(jnp.zeros_like, varying)
+        (batch_stats, (gradient, seen)), _ = jax.lax.scan(accumulate, (batch_stats, nothing), batch)
+        gradient = jax.tree.map(lambda leaf: leaf / parts, gradient)
+    gradient = jax.lax.pmean(gradient, axis)
+    if unsynced_axes:
+        batch_stats = jax.lax.pmean(batch_stats, unsynced_axes)
+    updates, opt_state = task.optimizer.update(gradient, state.opt_state, state.params)
+    seen = jax.lax.psum(seen, axis)
+    old = (state.params, state.batch_stats, state.opt_state, jax.tree.map(jnp.zeros_like, seen))
+    new = (optax.apply_updates(state.params, updates), batch_stats, opt_state, seen)
+    # One pass over all. What SGD makes of a gradient whose square is finite is finite, too.
+    flat, _ = jax.flatten_util.ravel_pytree((gradient, batch_stats, seen["loss"]))
+    good = jnp.isfinite(jnp.vdot(flat, flat))
+    params, batch_stats, opt_state, seen = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old), new, old
+    )
+
+    starts_anew = state.step % task.log_every == 0
+    sums = jax.tree.map(
+        lambda old, new: jnp.where(starts_anew, jnp.zeros_like(old), old) + new, state.metrics, seen
+    )
+    # The schedule counts the steps that were not skipped, as the optimizer does.
+    rate = jnp.asarray(task.learning_rate(state.step - state.skipped[0]))
+    state = state.replace(
+        step=state.step + 1,
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        metrics=sums,
+        skipped=jnp.where(good, state.skipped.at[1].set(0), state.skipped + 1),
+    )
+    return state, sums | {"learning_rate": rate, "skipped": state.skipped}
+
+
+def evaluated_logits(
+    model: nn.Module, preparation: Preparation, variables: Any, images: jax.Array
+) -> jax.Array:
+    """Logits [batch, classes] of images uint8 [batch, height, width, channels], over all views."""
+    views = preparation.views(images)
+    logits, _ = model.apply(variables, views.reshape(-1, *views.shape[2:]))
+    return logits.reshape(*views.shape[:2], -1).mean(0)
+
+
+def eval_step(task: Task, state: TrainState, batch: dict[str, jax.Array]) -> metrics.Sums:
+    """Metrics of this replica's share of an evaluation batch, summed over all replicas.
+
+    Args:
+      task: what stays the same.
+      state: replicated; its running statistics are used and not changed.
+      batch: as for `train_step`, and mask bool [local batch], false for padding.
+    """
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    logits = evaluated_logits(task.model, task.preparation, variables, batch["image"])
+    of_each = task.evaluation_loss(logits, batch["label"])
+    return jax.lax.psum(metrics.sums(logits, batch["label"], of_each, batch["mask"]), task.axis)
+
+
+def _unsynced_axes(task: Task) -> tuple[str, ...]:
+    # The axes of the devices along which BatchNorm's statistics differ, as it does not average
+    # over them.
+    def names(axis):
+        return (axis,) if isinstance(axis, str) else (axis or ())
+
+    return tuple(name for name in names(task.axis) if name not in names(task.batch_norm_axis))

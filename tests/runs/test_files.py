@@ -1,0 +1,63 @@
+"""What a crash or a person left in a file's place is said, and nothing waits for it."""
+
+import os
+import socket
+
+import pytest
+from etils import epath
+
+from densejax.config import UserError
+from densejax.runs import files
+
+
+def put(path, kind):
+    """Leaves something that is no file of text."""
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "dangling link":
+        path.symlink_to("nowhere")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as end:
+            end.bind(os.path.relpath(path))  # an address has room for a hundred bytes
+    else:
+        path.write_bytes(b'{"a": "\xff"}')
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo", "dangling link", "socket", "latin-1"])
+def test_what_is_no_text_file_is_named_and_never_waited_for(tmp_path, kind):
+    path = epath.Path(tmp_path / "a[1]b")
+    put(tmp_path / "a[1]b", kind)
+    with pytest.raises(UserError, match=r"a\[1\]b cannot be read \(.*move away"):
+        files.read_text(path)
+
+
+def test_text_is_read_and_an_absent_file_is_none(tmp_path):
+    (tmp_path / "file").write_text("ä\n")
+    (tmp_path / "link").symlink_to("file")
+    assert files.read_text(epath.Path(tmp_path / "link")) == "ä\n"
+    assert files.read_text(epath.Path(tmp_path / "nothing")) is None
+    assert files.read_text(epath.Path(tmp_path / "file" / "below")) is None
+
+
+@pytest.mark.parametrize("text", ["foo://run", "/tmp/a://b", "runs/\udcff"])
+def test_a_path_that_nothing_can_open_is_named_with_its_flag(text):
+    with pytest.raises(UserError, match="--workdir=.*give a"):
+        files.path_of("--workdir", text)
+
+
+def test_two_writers_of_one_name_have_files_of_their_own(tmp_path, monkeypatch):
+    # Of two machines both may have the same process number.
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    seen = set()
+    replace = type(epath.Path(tmp_path)).replace
+
+    def look(self, target):
+        seen.add(self.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "replace", look)
+    for _ in range(2):
+        files.write(epath.Path(tmp_path / "a"), "content")
+    assert len(seen) == 2 and [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -1,0 +1,318 @@
+"""What the log leaves on disk and on the screen, read back from outside."""
+
+import builtins
+import errno
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import pytest
+from etils import epath
+from etils.epath import testing as epath_testing
+from tensorboardX.proto import event_pb2
+
+from densejax.config import UserError
+from densejax.runs import files, metric_log
+from densejax.runs.formats import count, duration, percent, si, table
+from densejax.runs.metric_log import MetricLog
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return epath.Path(tmp_path)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until a test moves it."""
+    now = [100.0]
+    monkeypatch.setattr(metric_log.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def create(workdir, start_step=0, **others):
+    return MetricLog(workdir, 40, start_step, batch_size=8, epoch_steps=20, **others)
+
+
+def run(workdir, start_step, stop_step):
+    """Logs every 5 steps and evaluates every 20, as a loop does; is not closed, as in a crash."""
+    log = create(workdir, start_step)
+    if start_step == 0:
+        log.evaluation(0, "validation", {"loss": jnp.float32(2.3)})
+    for step in range(start_step + 5, stop_step + 1, 5):
+        loss = jnp.float32(1) / step
+        log.train(step, {"train_loss": loss, "train_accuracy": 0.1, "learning_rate": 1e-3 * step})
+        if step % 20 == 0:
+            with log.pause():
+                log.evaluation(step, "validation", {"loss": loss / 3, "accuracy": jnp.float32(0.7)})
+    return log
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_record_holds_only_what_does_not_depend_on_the_clock(workdir):
+    run(workdir, 0, 20)
+    first, *_, last = records(workdir / "metrics.jsonl")
+    assert first == {"step": 0, "epoch": 0.0, "validation_loss": pytest.approx(2.3)}
+    assert last["step"] == 20 and last["epoch"] == 1.0
+    assert set(last) == {"step", "epoch", "validation_loss", "validation_accuracy"}
+    assert set(records(workdir / "timings.jsonl")[0]) == {"step", "seconds", "images_per_second"}
+
+
+@pytest.mark.parametrize(("saved", "stop"), [(0, 15), (20, 20), (20, 35)])
+@pytest.mark.parametrize("torn", ["", '{"step": 40, "epo'])
+def test_a_resumed_run_leaves_the_same_bytes(workdir, saved, stop, torn):
+    whole, parts = workdir / "whole", workdir / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    run(whole, 0, 40).close()
+    run(parts, 0, stop)
+    timings = (parts / "timings.jsonl").read_text()
+    with (parts / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    run(parts, saved, 40).close()
+    assert (parts / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert (parts / "timings.jsonl").read_text().startswith(timings)
+    assert len(records(parts / "timings.jsonl")) == stop // 5 + (40 - saved) // 5
+    assert not list(parts.glob("*.part"))
+
+
+def test_a_line_that_is_no_record_is_named(workdir):
+    (workdir / "metrics.jsonl").write_text('{"step": 5}\nnoise\n{"step": 10}\n')
+    with pytest.raises(UserError, match="metrics.jsonl.*not a record"):
+        create(workdir, 10)
+
+
+def test_records_that_are_not_those_of_the_checkpoint_are_named_and_kept(workdir):
+    path, log = workdir / "metrics.jsonl", run(workdir, 0, 20)
+    whole, saved = path.read_bytes(), log.digest  # as the checkpoint of step 20 keeps it
+    assert saved == {"bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
+    create(workdir, 20, saved=saved).close()
+    assert path.read_bytes() == whole
+    changed = [whole[:size] for size in range(len(whole))]
+    changed += [whole.replace(b"0.1", b"0.2"), b"\n" + whole, b"{}\n" + whole]
+    for content in changed:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="metrics.jsonl is damaged.*step 20.*delete it"):
+            create(workdir, 20, saved=saved)
+        assert path.read_bytes() == content
+    path.write_bytes(whole + b'{"step": 20, "epoch": 1.0, "test_loss": 1.0}\n{"step": 25}\n{"st')
+    create(workdir, 20, saved=saved).close()  # an evaluation that came after the save
+    assert path.read_bytes() == whole + b'{"step": 20, "epoch": 1.0, "test_loss": 1.0}\n'
+    path.write_bytes(whole[:-9])
+    create(workdir, 20, saved={}).close()  # of an older version, which kept no digest
+
+
+def test_records_that_are_gone_are_missed(workdir, caplog):
+    log = run(workdir, 0, 20)
+    (workdir / "metrics.jsonl").unlink()
+    create(workdir, 0).close()
+    assert "gone" not in caplog.text
+    (workdir / "metrics.jsonl").unlink()
+    create(workdir, 20, saved=log.digest).close()
+    assert "metrics.jsonl is gone: the records up to step 20 are lost" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timings.jsonl", "tensorboard"])
+@pytest.mark.parametrize("leave", [os.mkfifo, lambda path: os.symlink("nowhere", path)])
+def test_what_is_something_else_in_the_place_of_the_log_is_named(workdir, name, leave):
+    leave(workdir / name)
+    with pytest.raises(UserError, match=f"{name}.*(move away|clear its place)"):
+        create(workdir)
+
+
+def test_who_lost_the_directory_writes_nothing(workdir):
+    def guard():
+        if lost:
+            raise UserError("another process took it over")
+
+    lost, folder = False, pathlib.Path(workdir)
+    log = create(workdir, guard=guard)
+    log.train(5, {"train_loss": 1.0})
+    log.write()
+    lost, before = True, {path: path.read_bytes() for path in folder.rglob("*.*")}
+    train = functools.partial(log.train, 10, {"train_loss": 1.0})
+    for write in (train, log.write, log.close, lambda: create(workdir, guard=guard)):
+        with pytest.raises(UserError, match="took it over"):
+            write()
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+
+
+def test_what_a_kill_within_a_write_left_is_removed(workdir):
+    (workdir / "tensorboard").mkdir()
+    left = ["metrics.jsonl.123.tmp", "config.json.0a1b2c3d.tmp", "tensorboard/events.x.77.tmp"]
+    for name in [*left, "my.tmp"]:
+        (workdir / name).write_text("half")
+    create(workdir).close()
+    assert not any((workdir / name).exists() for name in left)
+    assert (workdir / "my.tmp").exists()
+
+
+def test_an_object_store_gets_whole_files(tmp_path):
+    def local(path):
+        return str(path).replace("gs://bucket", str(tmp_path))
+
+    def open_object(original, path, mode):
+        assert "a" not in mode, "object stores have no append"
+        return builtins.open(local(path), mode)
+
+    def replace(original, path, target):
+        pathlib.Path(local(path)).replace(local(target))
+
+    def exists(original, path):
+        return pathlib.Path(local(path)).exists()
+
+    def mkdir(original, path, **options):
+        pathlib.Path(local(path)).mkdir(**options)
+
+    patches = {"open": open_object, "replace": replace, "exists": exists, "mkdir": mkdir}
+    with epath_testing.mock_epath(**patches):
+        log = run(epath.Path("gs://bucket"), 0, 35)
+        last = records(tmp_path / "metrics.jsonl")[-1]  # a save after it must find it written
+        assert last["step"] == 20 and "validation_loss" in last
+        log.train(36, {"train_loss": 1.0})
+        with log.pause():
+            assert records(tmp_path / "metrics.jsonl")[-1]["step"] == 36
+        log.close()
+        run(epath.Path("gs://bucket"), 20, 40).close()
+    (tmp_path / "local").mkdir()
+    run(epath.Path(tmp_path / "local"), 0, 40).close()
+    expected = (tmp_path / "local" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == expected
+
+
+def test_images_per_second_leaves_out_the_first_interval_and_pauses(workdir, clock):
+    log = create(workdir)
+    for step, seconds in ((5, 60.0), (10, 2.0), (15, 4.0), (20, 1.0)):
+        clock[0] += seconds
+        log.train(step, {"train_loss": 1.0})
+        if step == 5:
+            assert log.images_per_second is None
+        with log.pause():
+            clock[0] += 1000.0
+    assert log.images_per_second == pytest.approx(5 * 8 / 2.0)
+    rates = [record["images_per_second"] for record in records(workdir / "timings.jsonl")]
+    assert rates == pytest.approx([40 / 60, 20.0, 10.0, 40.0])
+
+
+def test_without_a_terminal_a_line_every_few_seconds(workdir, clock, capsys):
+    log = create(workdir, seconds=10.0)
+    for step in range(1, 41):
+        clock[0] += 3.0
+        log.train(step, {"train_loss": 0.5, "train_accuracy": 0.9512})
+    log.evaluation(40, "test", {"accuracy": 0.25})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == ("step 4/40, loss 0.5, accuracy 95.12 %, 3 images/s, 1 min 48 s left")
+    assert [line.split(",")[0] for line in lines[1:3]] == ["step 8/40", "step 12/40"]
+    assert lines[-1] == "step 40, test accuracy 25.00 %"
+    assert len(lines) == 11
+
+
+def test_a_screen_that_is_a_full_disk_ends_nothing(workdir, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    run(workdir, 0, 40).close()
+    assert records(workdir / "metrics.jsonl")[-1]["step"] == 40
+
+
+def test_on_a_terminal_a_bar(workdir, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", screen)
+    run(workdir, 0, 40).close()
+    assert "100%|" in screen.getvalue() and "accuracy 10.00 %" in screen.getvalue()
+    assert " left" not in screen.getvalue(), "plain lines beside the bar"
+
+
+def test_other_processes_write_nothing(workdir, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    run(workdir, 0, 40).close()
+    assert list(workdir.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_what_a_full_disk_refuses_is_written_once_there_is_room(workdir, monkeypatch, caplog):
+    log, write, full = create(workdir), files.Growing.write, [False]
+
+    def refuse(self):
+        if full[0] and self is not log.metrics:  # metrics.jsonl still has room, the others not
+            self._written = 0
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        write(self)
+
+    monkeypatch.setattr(files.Growing, "write", refuse)
+    for step in (5, 10, 15, 20, 25):
+        full[0] = step in (10, 15)
+        log.train(step, {"train_loss": 1.0})
+        assert bool(log.problem) == full[0]
+    assert caplog.text.count("the log cannot be written ([Errno 122] Disk quota exceeded)") == 1
+    assert caplog.text.count("the log is written again") == 1
+    for name in ("metrics", "timings"):
+        assert [r["step"] for r in records(workdir / f"{name}.jsonl")] == [5, 10, 15, 20, 25]
+    full[0] = True
+    log.train(30, {"train_loss": 1.0})
+    with pytest.raises(UserError, match="Disk quota exceeded.*make room.* and start again"):
+        log.close()
+
+
+def test_an_evaluation_that_comes_again_is_cut_off(workdir):
+    run(workdir, 0, 20).close()
+    whole = (workdir / "metrics.jsonl").read_text()
+    log = create(workdir, 20, evaluates_first=True)
+    log.evaluation(20, "validation", {"loss": 1 / 60, "accuracy": 0.5})
+    log.close()
+    assert [line["step"] for line in records(workdir / "metrics.jsonl")] == [
+        *(0, 5, 10, 15, 20, 20)
+    ]
+    assert (workdir / "metrics.jsonl").read_text().splitlines()[:-1] == whole.splitlines()[:-1]
+
+
+def test_tensorboard_drops_what_the_resume_writes_again(workdir):
+    run(workdir, 0, 30).close()
+    before = set((workdir / "tensorboard").iterdir())
+    run(workdir, 20, 40).close()
+    (path,) = set((workdir / "tensorboard").iterdir()) - before
+    data, events = path.read_bytes(), []
+    while data:  # TFRecord: length, its checksum, payload, its checksum
+        size = int.from_bytes(data[:8], "little")
+        events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    assert [event.step for event in events if event.HasField("session_log")] == [21]
+    scalars = {(value.tag, event.step) for event in events for value in event.summary.value}
+    assert ("train_loss", 25) in scalars and ("validation_loss", 40) in scalars
+    assert min(step for _, step in scalars) == 25
+
+
+def test_a_trace_arrives_whatever_its_folders_are_called(workdir, monkeypatch):
+    for name in ("a[1]b", "run[2]"):
+        (workdir / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(workdir / "a[1]b"))
+    with metric_log.trace(workdir / "run[2]" / "profile"):
+        jnp.ones(8).block_until_ready()
+    assert list(pathlib.Path(workdir / "run[2]" / "profile").rglob("*.xplane.pb"))
+
+
+def test_numbers():
+    assert percent(0.9512) == "95.12 %" and percent(1.0) == "100.00 %"
+    assert count(769162) == "769,162"
+    assert [si(number) for number in (0, 0.5, 999, 999.99, 769162, 999_960, 287.9e6, 4e12)] == [
+        *("0", "0.5", "999", "1k", "769.2k", "1M", "287.9M", "4T")
+    ]
+    assert [duration(seconds) for seconds in (0.04, 12.34, 59.97, 185, 3599.9, 3725, 93600)] == [
+        *("0.0 s", "12.3 s", "1 min 00 s", "3 min 05 s", "1 h 00 min", "1 h 02 min", "1 d 02 h")
+    ]
+    assert table([("model", "densenet"), ("parameters", "769,162")]) == (
+        "model       densenet\nparameters  769,162"
+    )

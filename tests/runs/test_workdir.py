@@ -1,0 +1,388 @@
+"""One run at a time per directory, and no run goes on with another configuration unnoticed."""
+
+import errno
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import ml_collections
+import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+
+from densejax.runs import files, workdir
+from densejax.runs.workdir import WorkdirError, difference, digest, open_run, write_json
+
+
+def make_config(**changes):
+    """A configuration with every kind of value; `changes` by dotted key with `__` for the dot."""
+    config = ml_collections.ConfigDict(
+        {
+            "seed": 0,
+            "model": {"depths": (6, 12), "scale": 0.1, "bias": False, "extra": {}},
+            "train": {"epochs": 300, "batch_size": 64},
+            "log": {"every_steps": 50, "tensorboard": True},
+            "checkpoint": {"keep_latest": 2, "every_epochs": 1, "keep_best": ""},
+            "data": {"name": "digits", "directory": ml_collections.config_dict.placeholder(str)},
+        }
+    )
+    for key, value in changes.items():
+        config.update_from_flattened_dict({key.replace("__", "."): value})
+    return config
+
+
+def history(path):
+    """The starts recorded in a run directory."""
+    return [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
+
+
+def test_default_name_ignores_what_a_resume_may_change():
+    base = workdir.default("digits", make_config())
+    assert base.startswith("runs/digits-") and len(base) == len("runs/digits-") + 8
+    same = [
+        make_config(log__every_steps=7),
+        make_config(checkpoint__keep_latest=9),
+        make_config(data__directory="/data"),
+        make_config().lock(),
+        ml_collections.FrozenConfigDict(make_config()),
+    ]
+    assert {workdir.default("digits", config) for config in same} == {base}
+    other = [
+        make_config(seed=1),
+        make_config(train__epochs=1),  # a trial must not become the real run's first part
+        make_config(model__depths=(12, 6)),
+        make_config(model__bias=True),
+        make_config(train__batch_size=65),
+        make_config(checkpoint__keep_best="loss"),
+        make_config(data__name="log"),
+    ]
+    assert len({digest(config) for config in [make_config(), *other]}) == 1 + len(other)
+
+
+def test_digest_is_that_of_canonical_json():
+    config = ml_collections.ConfigDict({"b": {"y": (1, None)}, "a": 0.5, "train": {"epochs": 3}})
+    text = '{"a": "0.5", "b.y": "[1, null]", "train.epochs": "3"}'
+    assert digest(config) == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_difference_is_flat_sorted_and_takes_a_tuple_for_a_list():
+    old = {"a": {"b": 1, "c": [1, 2]}, "d": None, "gone": True, "empty": {}}
+    new = {"a": {"b": 1.5, "c": (1, 2)}, "d": "x", "new": {"k": 0}, "empty": {}}
+    assert difference(old, new) == [
+        "a.b: 1 -> 1.5",
+        'd: null -> "x"',
+        "gone: true -> (absent)",
+        "new.k: (absent) -> 0",
+    ]
+    assert difference(old, old) == []
+
+
+def test_write_json_replaces_and_keeps_the_old_file_when_it_fails(tmp_path):
+    write_json(tmp_path / "a.json", {"z": 0.1, "a": [1]})
+    with open(tmp_path / "a.json") as reader:  # at work during the next write
+        write_json(tmp_path / "a.json", {"z": 0.2})
+        assert json.load(reader) == {"z": 0.1, "a": [1]}
+    assert json.loads((tmp_path / "a.json").read_text()) == {"z": 0.2}
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"z": object()})
+    assert "0.2" in (tmp_path / "a.json").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_new_run_a_resume_and_what_they_record(tmp_path):
+    path = tmp_path / "runs" / "a"
+    with open_run(path, make_config()) as require_held:
+        require_held()
+        assert json.loads((path / "lock").read_text())["pid"] == os.getpid()
+    assert sorted(entry.name for entry in path.iterdir()) == ["config.json", "history.jsonl"]
+    with open_run(path, make_config(train__epochs=301, log__tensorboard=False)):
+        pass
+    assert json.loads((path / "config.json").read_text())["train"]["epochs"] == 301
+    first, second = history(path)
+    assert first["changes"] == []
+    assert second["changes"] == ["log.tensorboard: true -> false", "train.epochs: 300 -> 301"]
+    assert first["host"] == socket.gethostname() and first["command"] == sys.argv
+    assert {"jax", "flax", "densejax"} <= set(first["versions"])
+
+
+def test_nobody_else_may_write_what_is_written_in_a_run(tmp_path):
+    before = os.umask(0)
+    try:
+        with open_run(tmp_path / "run", make_config()):
+            (tmp_path / "run" / "folder").mkdir()  # as orbax makes its own
+            written = [tmp_path / "run", *(tmp_path / "run").iterdir()]
+            assert len(written) == 5  # the lock too
+            assert [path.name for path in written if path.stat().st_mode & 0o022] == []
+        assert os.umask(0) == 0
+    finally:
+        os.umask(before)
+
+
+def test_another_configuration_is_shown_and_only_forced(tmp_path):
+    with open_run(tmp_path, make_config()):
+        pass
+    changed = make_config(seed=1, model__depths=(6, 6), train__epochs=1)
+    with pytest.raises(WorkdirError) as caught, open_run(tmp_path, changed):
+        pass
+    assert "(model.depths: [6, 12] -> [6, 6]; seed: 0 -> 1)" in str(caught.value)
+    assert "--resume=force" in str(caught.value) and "epochs" not in str(caught.value)
+    assert not (tmp_path / "lock").exists() and len(history(tmp_path)) == 1
+    with open_run(tmp_path, changed, force=True):
+        pass
+    assert "seed: 0 -> 1" in history(tmp_path)[-1]["changes"]
+    with open_run(tmp_path, changed):
+        pass
+
+
+def test_a_reader_needs_a_run_of_its_configuration_but_no_lock(tmp_path):
+    with pytest.raises(WorkdirError, match="not a run directory"):
+        workdir.check(tmp_path / "nowhere", make_config())
+    with open_run(tmp_path, make_config()):
+        workdir.check(tmp_path, make_config(train__epochs=1))
+        with pytest.raises(WorkdirError, match="seed: 0 -> 1"):
+            workdir.check(tmp_path, make_config(seed=1))
+    assert len(history(tmp_path)) == 1
+
+
+def test_creation_killed_before_config_json_starts_anew(tmp_path):
+    with open_run(tmp_path, make_config()):
+        pass
+    (tmp_path / "config.json").unlink()
+    with open_run(tmp_path, make_config(seed=1)):
+        pass
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "/proc/nowhere"])
+def test_a_path_that_cannot_be_made_is_one_clear_line(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WorkdirError) as caught, open_run(tmp_path / name, make_config()):
+        pass
+    assert f"workdir={tmp_path / name}: " in str(caught.value)
+    assert "Choose a --workdir" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_damaged_config_is_an_error(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(WorkdirError, match="workdir="), open_run(tmp_path, make_config()):
+        pass
+
+
+@pytest.fixture
+def other_process(tmp_path):
+    """A second process that holds the lock of tmp_path."""
+    code = (
+        "import sys, time, ml_collections\n"
+        "from densejax.runs import lock, workdir\n"
+        "with workdir.open_run(sys.argv[1], ml_collections.ConfigDict({'a': 1})):\n"
+        "    print('open', flush=True); sys.stdin.readline()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert process.stdout.readline() == b"open\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_live_process_keeps_its_lock_and_a_killed_one_loses_it(tmp_path, other_process, caplog):
+    config = ml_collections.ConfigDict({"a": 1})
+    os.utime(tmp_path / "lock", (0, 0))  # on this host the process counts, not its heartbeat
+    with pytest.raises(WorkdirError) as caught, open_run(tmp_path, config):
+        pass
+    assert f"in use on {socket.gethostname()} by process {other_process.pid}" in str(caught.value)
+    other_process.kill()  # SIGKILL; not yet waited for: a zombie is dead too
+    while ") Z " not in pathlib.Path(f"/proc/{other_process.pid}/stat").read_text():
+        time.sleep(0.01)
+    with open_run(tmp_path, config):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+    assert "Taking over the stale lock" in caplog.text
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["config.json", "history.jsonl"]
+
+
+def test_a_lock_goes_when_its_process_ends_well(tmp_path, other_process):
+    other_process.communicate(b"\n")
+    assert other_process.returncode == 0 and not (tmp_path / "lock").exists()
+
+
+def test_other_code_or_data_are_refused_with_the_difference_and_only_forced(tmp_path):
+    config, found = make_config(), workdir.versions() | {"data": "0123"}
+    with open_run(tmp_path, config, found=found):
+        pass
+    with open_run(tmp_path, config, found=found):
+        pass
+    other = found | {"data": "4567", "jax": "9.9"}
+    with pytest.raises(WorkdirError) as caught, open_run(tmp_path, config, found=other):
+        pass
+    assert f'(versions.data: "0123" -> "4567"; versions.jax: "{found["jax"]}" -> "9.9")' in str(
+        caught.value
+    )
+    with pytest.raises(WorkdirError, match="versions.code"):
+        workdir.check(tmp_path, config, workdir.versions() | {"code": "changed"})
+    workdir.check(tmp_path, config)  # to read is always allowed
+    with open_run(tmp_path, config, force=True, found=other):
+        pass
+    assert 'versions.data: "0123" -> "4567"' in history(tmp_path)[-1]["changes"]
+    assert history(tmp_path)[-1]["versions"] == other
+    assert any("versions.jax" in line for line in workdir.changes(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "moves"),
+    [
+        ("models/layers.py", "features.mean(", "0 * features.mean(", True),
+        ("training/step.py", "Call it under jit.", "Call it.", False),  # a docstring
+        ("training/step.py", "import flax", "# why\nimport flax", False),
+        ("analysis/plots.py", "import", "import os\nimport", False),
+        ("data/new.py", "", "x = 1", True),  # a module counts until it is known not to
+    ],
+)
+def test_the_code_version_is_of_what_can_change_a_number(tmp_path, file, old, new, moves):
+    root = shutil.copytree(pathlib.Path(workdir.__file__).parents[1], tmp_path / "densejax")
+    assert workdir.code_digest(root) == workdir.versions()["code"]
+    text = (root / file).read_text() if old else ""
+    assert old in text
+    (root / file).write_text(text.replace(old, new, 1))
+    workdir.code_digest.cache_clear()
+    assert (workdir.code_digest(root) != workdir.versions()["code"]) == moves
+
+
+def test_what_was_not_recorded_yet_is_not_compared_but_for_the_code():
+    found = {"code": "1", "x64": "False"}
+    assert workdir.other_versions({"code": "1"}, found) == []
+    assert workdir.other_versions({"x64": "False"}, found) == ['versions.code: (absent) -> "1"']
+    assert workdir.other_versions({"code": "1"}, {"data": "2"}) == []
+
+
+def test_precision_is_part_of_the_versions(monkeypatch):
+    assert workdir.versions()["matmul_precision"] == "default on cpu"
+    with jax.default_matmul_precision("highest"):
+        assert workdir.versions()["matmul_precision"] == "highest on cpu"
+    flags = (
+        "--xla_cpu_enable_fast_math=true --xla_dump_to=/x --xla_force_host_platform_device_count=4"
+    )
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert workdir.versions()["xla_flags"] == "--xla_cpu_enable_fast_math=true"
+    assert workdir.versions()["x64"] == "False"
+
+
+@pytest.mark.parametrize("kept", ["checkpoints/7/MANIFEST", "metrics.jsonl", "summary.json"])
+def test_what_has_no_config_json_is_not_taken_up_without_a_word(tmp_path, kept):
+    (tmp_path / kept).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / kept).write_text("mine")
+    with pytest.raises(WorkdirError, match="but no config.json"), open_run(tmp_path, make_config()):
+        pass
+    assert (tmp_path / kept).read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [kept.partition("/")[0]]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x",
+        "1",
+        "[]",
+        100_000 * "[",
+        '{"versions": 1}',
+        '{"versions": {"code": 1}, "changes": []}',
+        '{"versions": {"code": "1"}, "changes": {}}',
+        '{"versions": {"code": "1", "matmul_precision": "default on cpu"}, "changes": []}',
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_every_line_of_the_history_is_checked_before_a_step(tmp_path, line, place):
+    with open_run(tmp_path, make_config()):
+        pass
+    (good,) = (tmp_path / "history.jsonl").read_text().splitlines()
+    lines = [line, good] if place else [good, line]
+    (tmp_path / "history.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(WorkdirError, match="history.jsonl is damaged"):
+        with open_run(tmp_path, make_config()):
+            pass
+
+
+def test_a_record_that_was_changed_is_found_out_and_an_old_one_opens():
+    record = {"versions": {"code": "1", "matmul_precision": "default on cpu"}, "x": 0.1}
+    sealed = files.seal(record)
+    assert workdir.unseal(sealed) == record
+    text = json.dumps(sealed)
+    changed = 0
+    for place in range(len(text)):
+        for bit in range(7):
+            other = text[:place] + chr(ord(text[place]) ^ (1 << bit)) + text[place + 1 :]
+            try:
+                found = workdir.unseal(json.loads(other))
+            except (ValueError, LookupError, TypeError, AttributeError):
+                continue
+            changed += found != record
+    assert changed == 0
+    old = {"versions": {"code": "1"}, "x": 0.1}
+    assert workdir.unseal(old) == old
+
+
+def test_a_full_disk_leaves_no_lock_and_no_half_of_a_file(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "replace", refuse)
+    with pytest.raises(WorkdirError, match="No space left"), open_run(tmp_path, make_config()):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+class Bucket(MemoryFileSystem):
+    """An object store: files are written whole, with no append and no exclusive creation."""
+
+    protocol = ("gs", "gcs")
+    store, pseudo_dirs = {}, [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.partition("://")[2].strip("/") if "://" in path else path.rstrip("/")
+
+    def _open(self, path, mode="rb", **options):
+        assert mode in ("rb", "wb"), mode
+        return super()._open(path, mode, **options)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A path in it."""
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "gcs", Bucket)
+    cache = epath.backend._FileSystemSpecBackend._get_filesystem
+    cache.cache_clear()
+    monkeypatch.setattr(Bucket, "store", {})
+    yield epath.Path("gs://bucket/run")
+    cache.cache_clear()
+
+
+def test_a_run_directory_in_an_object_store(bucket):
+    with open_run(bucket, make_config()) as require_held:
+        require_held()
+        with pytest.raises(WorkdirError, match="in use"), open_run(bucket, make_config()):
+            pass
+    with open_run(bucket, make_config(train__epochs=301)):
+        pass
+    with pytest.raises(WorkdirError, match="seed: 0 -> 1"), open_run(bucket, make_config(seed=1)):
+        pass
+    assert sorted(path.name for path in bucket.iterdir()) == ["config.json", "history.jsonl"]
+    assert workdir.changes(bucket) == ["train.epochs: 300 -> 301"]
+
+
+def test_a_directory_that_hosts_do_not_share_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "VISIBLE", 0.0)
+    monkeypatch.setattr(workdir.jax, "process_index", lambda: 1)
+    with pytest.raises(WorkdirError, match="process 1 does not see .* all hosts share"):
+        with open_run(tmp_path, make_config()):
+            pass

@@ -1,0 +1,148 @@
+"""Evaluation sees every image once, on any number of devices; the state is what a restore wants."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from densejax import data, models
+from densejax.config import UserError
+from densejax.data import builders
+from densejax.training import experiment as experiments
+from tests import small
+
+
+@functools.cache
+def built(devices, batch_size=256):
+    return small.build(small.tiny(evaluate__batch_size=batch_size), devices)
+
+
+def random_state(experiment):
+    """A state of random numbers, so that no two logits are equal and no feature is dead."""
+    random = np.random.default_rng(3)
+    return jax.tree.map(
+        lambda leaf: jax.device_put(
+            np.abs(random.normal(0.2, 0.2, leaf.shape)).astype(leaf.dtype), leaf.sharding
+        ),
+        experiment.abstract_state,
+    )
+
+
+def plain_evaluation(experiment, state):
+    """Means by NumPy over the predictions of the model, all images in one batch."""
+    directory = experiment.config.data.directory
+    images, labels = builders.read("digits", "test", directory)
+    prepared = (images.astype(np.float32) - np.float32(4.8781)) / np.float32(6.0140)
+    model = models.create(experiment.config.model, 10)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    size = experiment.config.evaluate.crop_size or 8
+    edges = sorted(
+        {(y, x) for y in (0, 8 - size) for x in (0, 8 - size)} | {((8 - size) // 2,) * 2}
+    )
+    crops = [prepared[:, y : y + size, x : x + size] for y, x in edges]
+    crops += [crop[:, :, ::-1] for crop in crops] if size < 8 else []
+    logits = [jax.jit(model.apply)(jax.device_get(variables), crop)[0] for crop in crops]
+    logits = np.mean(logits, 0, dtype=np.float64)
+    log_p = logits - scipy.special.logsumexp(logits, -1, keepdims=True)
+    order = np.argsort(-logits, axis=-1)
+    return {
+        "loss": -log_p[np.arange(len(labels)), labels].mean(),
+        "accuracy": (order[:, 0] == labels).mean(),
+        "top5_accuracy": (order[:, :5] == labels[:, None]).any(-1).mean(),
+    }
+
+
+@pytest.mark.parametrize(("devices", "batch_size"), [(1, 256), (4, 256), (4, 28)])
+def test_evaluation_is_the_plain_mean_over_every_image(devices, batch_size):
+    experiment = built(devices, batch_size)
+    state = random_state(experiment)
+    assert experiment.data.evaluation["test"].size == 360  # no multiple of either batch size
+    measured = experiment.evaluate(state, "test")
+    assert measured == pytest.approx(plain_evaluation(experiment, state), rel=1e-6)
+
+
+def test_ten_crop_evaluation_takes_the_mean_of_ten_logits():
+    experiment = small.build(small.tiny(evaluate__crop_size=5))
+    state = random_state(experiment)
+    measured = experiment.evaluate(state, "test")
+    assert measured == pytest.approx(plain_evaluation(experiment, state), rel=1e-6)
+
+
+def test_a_network_that_has_diverged_gets_no_credit():
+    experiment = built(4)
+    state = random_state(experiment)
+    params = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), state.params)
+    with pytest.raises(UserError, match="test_loss = nan"):
+        experiment.evaluate(state.replace(params=params), "test")
+
+
+def test_padding_is_masked_and_images_come_in_order():
+    experiment = built(4)
+    batches = [jax.device_get(b) for b in experiment.data.evaluation["test"].evaluation()]
+    assert [int(batch["mask"].sum()) for batch in batches] == [256, 104]
+    images = np.concatenate([batch["image"][batch["mask"]] for batch in batches])
+    stored = builders.read("digits", "test", experiment.config.data.directory)[0]
+    np.testing.assert_array_equal(images, stored)
+
+
+def test_an_image_that_evaluation_loses_is_an_error(monkeypatch):
+    experiment = small.build(small.tiny())
+    test = experiment.data.evaluation["test"]
+    first = next(test.evaluation())
+    monkeypatch.setattr(test, "evaluation", lambda: (batch for batch in [first]))
+    with pytest.raises(RuntimeError, match="256 images were evaluated, there are 360"):
+        experiment.evaluate(random_state(experiment), "test")
+
+
+def test_the_abstract_state_is_that_of_the_first_state():
+    experiment = built(4)
+    state = experiment.init()
+    facts = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), state)
+    assert facts == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), experiment.abstract_state
+    )
+    assert int(state.step) == 0 and all(
+        leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state)
+    )
+    small.assert_same_bits(state, experiment.init())
+
+
+def test_steps_and_learning_rate_follow_the_configuration():
+    experiment = built(4)
+    assert experiment.steps == 2 * (1437 // 256)
+    rates = [float(experiment.task.learning_rate(step)) for step in range(10)]
+    # Two steps of warm-up, drops after 5 and round(7.5) = 8 steps.
+    np.testing.assert_allclose(rates, [0.05, *[0.1] * 4, *[0.01] * 3, *[0.001] * 2], rtol=1e-6)
+
+
+def test_the_computation_takes_the_type_that_is_asked_for():
+    built = experiments.build(small.tiny(train__dtype="bfloat16"))
+    info, model = built.info, built.task.model
+    assert model.dtype == jnp.bfloat16 and info.num_classes == 10
+    assert model.batch_norm_axis == "data"
+    model = experiments.build(small.tiny(parallel__batch_norm="replica")).task.model
+    assert model.batch_norm_axis is None
+
+
+@pytest.mark.parametrize("key", ["train.batch_size", "evaluate.batch_size"])
+def test_batches_must_divide_over_the_devices(key):
+    with pytest.raises(UserError, match=f"{key} = 30: .* 4 devices"):
+        _ = experiments.build(small.tiny(**{key.replace(".", "__"): 30})).mesh
+
+
+def test_double_precision_that_jax_does_not_give_is_refused():
+    with pytest.raises(UserError, match="train.dtype"):
+        experiments.build(small.tiny(train__dtype="float64"))
+
+
+def test_statistics_that_nobody_knows_are_asked_for(monkeypatch):
+    facts = dataclasses.replace(builders.SETS["digits"], mean=(), std=())
+    monkeypatch.setitem(builders.SETS, "digits", facts)
+    with pytest.raises(UserError, match="data.normalization = 'statistics': none are known"):
+        data.preparation(small.tiny())
+    scaled = data.preparation(small.tiny(data__normalization="scale"))
+    assert (scaled.mean, scaled.std) == ((0.0,), (255.0,))

@@ -1,0 +1,776 @@
+"""Whole runs: what they leave behind, how they stop and go on, and which model is measured."""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from densejax import data, pretrained
+from densejax.config import UserError, check
+from densejax.data import builders, memory, stream
+from densejax.models import layers
+from densejax.runs import checkpoint, files, goodput, hosts, workdir
+from densejax.training import loop, result
+from densejax.training.experiment import build
+from densejax.training.loop import due
+from tests import small
+
+ROOT = pathlib.Path(loop.__file__).parents[2]
+
+
+def summary(path):
+    """The result that a run wrote."""
+    return json.loads((path / "summary.json").read_text())
+
+
+def records(path, name="metrics"):
+    """The lines of metrics.jsonl or timings.jsonl."""
+    return [json.loads(line) for line in (path / f"{name}.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(path, other):
+    """Checkpoints, metrics.jsonl and the result are equal, bit for bit."""
+    small.assert_same_bits(small.restored(path), small.restored(other))
+    assert (path / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    names = [name for name in summary(path) if name.startswith("test_") or name == "steps"]
+    assert len(names) == 7
+    assert {n: summary(path)[n] for n in names} == {n: summary(other)[n] for n in names}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that nothing interrupted."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    assert loop.run(small.tiny(), str(path), "train") == 0
+    return path
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of it."""
+    return pathlib.Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def spy_on_steps(monkeypatch, before=lambda step: None):
+    """The steps that are taken, from 1; `before(step)` is called as each begins."""
+    taken, batch = [], memory.MemorySet.batch
+
+    def spy(self, step):
+        taken.append(step + 1)
+        before(step + 1)
+        return batch(self, step)
+
+    monkeypatch.setattr(memory.MemorySet, "batch", spy)
+    return taken
+
+
+# --- What a run leaves behind.
+
+
+def test_due():
+    assert [step for step in range(1, 12) if due(step, 4, 11)] == [4, 8, 11]
+    assert [step for step in range(1, 9) if due(step, 4, 8)] == [4, 8]
+
+
+def test_the_summary_holds_the_result_and_what_it_depends_on(finished):
+    result = summary(finished)
+    assert set(result) >= {
+        *("test_accuracy", "test_error", "test_loss", "test_examples", "parameters", "steps"),
+        *("seconds_to_first_step", "images_per_second", "device", "versions", "config"),
+    }
+    assert 0 < result["test_accuracy"] < 1
+    assert result["test_error"] == 1 - result["test_accuracy"]
+    assert (result["test_accuracy"] * 360) % 1 == pytest.approx(0, abs=1e-9)
+    assert (result["test_examples"], result["steps"], result["device"]) == (360, 10, "4 x cpu")
+    assert result["seconds_to_first_step"] > 0 and result["images_per_second"] > 0
+    assert {"jax", "flax", "densejax", "python"} <= set(result["versions"])
+    expected = small.tiny()
+    check(expected)  # which sets the size of evaluation's images where none is given
+    assert result["config"] == json.loads(expected.to_json())
+    assert result["parameters"] == sum(
+        array.size for name, array in small.restored(finished).items() if ".params" in name
+    )
+
+
+def test_metrics_are_deterministic_and_timings_are_elsewhere(finished, tmp_path):
+    assert loop.run(small.tiny(), str(tmp_path / "twin"), "train") == 0
+    assert_same_run(finished, tmp_path / "twin")
+    assert [(line["step"], line["epoch"]) for line in records(finished)] == [
+        *((3, 0.6), (5, 1.0), (6, 1.2), (9, 1.8), (10, 2.0), (10, 2.0))
+    ]
+    training, evaluation = records(finished)[0], records(finished)[1]
+    names = {"loss", "accuracy", "top5_accuracy"}
+    assert set(training) == {
+        *("step", "epoch", "learning_rate", "skipped_steps"),
+        *(f"train_{n}" for n in names),
+    }
+    assert set(evaluation) == {"step", "epoch", *(f"test_{n}" for n in names)}
+    assert records(finished)[-1]["test_accuracy"] == summary(finished)["test_accuracy"]
+    assert [line["step"] for line in records(finished, "timings")] == [3, 6, 9, 10]
+    assert all(line["images_per_second"] > 0 for line in records(finished, "timings"))
+
+
+def test_learning_rate_of_a_record_is_that_of_its_step(finished):
+    rates = [line["learning_rate"] for line in records(finished) if "learning_rate" in line]
+    assert rates == pytest.approx([0.1, 0.01, 0.001, 0.001])  # steps 3, 6, 9 and 10
+
+
+def test_tensorboard_and_checkpoints_are_there_and_the_lock_is_gone(finished):
+    (board,) = (finished / "tensorboard").iterdir()
+    assert board.name.startswith("events.out.tfevents") and board.stat().st_size > 500
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["10", "5"]
+    assert not (finished / "lock").exists()
+
+
+def test_where_the_time_went(finished):
+    found = json.loads((finished / "goodput.json").read_text())
+    assert found["starts"] == 1 and set(found["seconds"]) == set(goodput.KINDS)
+    assert all(found["seconds"][kind] > 0 for kind in ("step", "input_wait", "evaluation", "save"))
+    assert found["seconds"]["lost"] == found["seconds"]["down"] == 0
+    assert found["share_of_steps"] == pytest.approx(
+        found["seconds"]["step"] / sum(found["seconds"].values())
+    )
+    assert sorted(found["at_checkpoints"]) == ["10", "5"]
+
+
+# --- Stopping and going on.
+
+
+def interrupted(monkeypatch, path, number, step, config=None):
+    """A run that gets a signal during a step; returns its exit code and the steps it took."""
+    with monkeypatch.context() as patch:
+        taken = spy_on_steps(patch, lambda now: now == step and signal.raise_signal(number))
+        return loop.run(config or small.tiny(), str(path), "train"), taken
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "code"),
+    [
+        (signal.SIGTERM, 1, 0),
+        (signal.SIGTERM, 5, 0),  # an epoch ends: saved now, evaluated by the next start
+        (signal.SIGHUP, 6, 0),  # the terminal is closed
+        (signal.SIGINT, 7, 130),
+        (signal.SIGINT, 10, 130),  # the last step: the result alone is missing
+    ],
+)
+def test_an_interrupted_run_ends_as_if_it_had_not_been(
+    finished, tmp_path, monkeypatch, capsys, number, step, code
+):
+    path, before = tmp_path / "run", signal.getsignal(number)
+    assert interrupted(monkeypatch, path, number, step) == (code, list(range(1, step + 1)))
+    assert f"{number.name}: saved step {step};" in capsys.readouterr().out
+    assert not (path / "summary.json").exists() and not (path / "lock").exists()
+    assert signal.getsignal(number) is before
+    taken = spy_on_steps(monkeypatch)
+    assert loop.run(small.tiny(), str(path), "train") == 0
+    assert taken == list(range(step + 1, 11))
+    assert_same_run(finished, path)
+
+
+def test_many_interruptions_are_one_run(finished, tmp_path, monkeypatch):
+    step, random_ = 0, random.Random(5)
+    while (step := step + random_.randint(1, 3)) < 10:
+        code, taken = interrupted(monkeypatch, tmp_path, signal.SIGTERM, step)
+        assert (code, taken[-1]) == (0, step)
+    assert loop.run(small.tiny(), str(tmp_path), "train") == 0
+    assert_same_run(finished, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("moment", "step"),
+    [((checkpoint.Checkpoints, "save"), 6), ((memory.MemorySet, "evaluation"), 5)],
+)
+def test_a_signal_during_a_save_waits_for_a_step_and_one_cuts_an_evaluation(
+    finished, tmp_path, monkeypatch, capsys, moment, step
+):
+    owner, name = moment
+    plain, once = getattr(owner, name), []
+
+    def killed(*arguments):
+        if not once:
+            once.append(signal.raise_signal(signal.SIGTERM))
+        return plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, killed)
+        assert loop.run(small.tiny(), str(tmp_path), "train") == 0
+    assert f"SIGTERM: saved step {step};" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints" / str(step)).exists()
+    assert loop.run(small.tiny(), str(tmp_path), "train") == 0
+    assert_same_run(finished, tmp_path)
+
+
+def test_a_signal_during_the_last_measurement_is_heard(finished, tmp_path, monkeypatch, capsys):
+    changes = {"evaluate__every_epochs": 0}
+
+    def killed(self, plain=memory.MemorySet.evaluation):
+        signal.raise_signal(signal.SIGINT)
+        return plain(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory.MemorySet, "evaluation", killed)
+        assert loop.run(small.tiny(**changes), str(tmp_path), "train") == 130
+    assert "SIGINT: saved step 10;" in capsys.readouterr().out
+    assert loop.run(small.tiny(**changes), str(tmp_path), "train") == 0
+    assert summary(tmp_path)["test_loss"] == summary(finished)["test_loss"]
+
+
+def test_a_stopped_run_saves_where_no_save_is_due(tmp_path, monkeypatch):
+    config = small.tiny(checkpoint__every_epochs=2)  # and none after the first evaluation
+    assert interrupted(monkeypatch, tmp_path, signal.SIGTERM, 5, config)[0] == 0
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["5"]
+
+
+def test_a_batch_that_is_not_finite_is_skipped_named_and_counted(tmp_path, monkeypatch, caplog):
+    batch = memory.MemorySet.batch
+
+    def poisoned(self, step):
+        found = batch(self, step)
+        if step + 1 == 5:
+            found["image"] = found["image"].astype(jnp.float32) * jnp.float32(jnp.nan)
+        return found
+
+    monkeypatch.setattr(memory.MemorySet, "batch", poisoned)
+    config = small.tiny(log__every_steps=1, train__max_skipped_steps=2)
+    assert loop.run(config, str(tmp_path), "train") == 0
+    assert "Step 5 is skipped: it is not finite (1 in a row)." in caplog.text
+    assert caplog.text.count("is skipped") == 1 and summary(tmp_path)["skipped_steps"] == 1
+    lines = [line for line in records(tmp_path) if "skipped_steps" in line]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert [line["skipped_steps"] for line in lines] == [0] * 4 + [1] * 6
+    assert "train_loss" not in lines[4] and lines[5]["learning_rate"] == lines[4]["learning_rate"]
+
+
+def test_a_full_disk_delays_saves_and_the_run_ends_well_only_if_the_last_is_made(
+    finished, tmp_path, monkeypatch, caplog
+):
+    write, full = checkpoint._write_manifest, {5, 10}
+
+    def refuse(path, manifest):
+        if int(path.name.partition(".")[0]) in full:
+            raise OSError(28, "No space left on device")
+        write(path, manifest)
+
+    monkeypatch.setattr(checkpoint, "_write_manifest", refuse)
+    with pytest.raises(UserError, match="Step 10 could not be saved .* No space left on device"):
+        loop.run(small.tiny(), str(tmp_path), "train")
+    assert caplog.text.count("Step 5 could not be saved") == 1  # and the run went on
+    assert not (tmp_path / "summary.json").exists()
+    full.remove(10)
+    assert loop.run(small.tiny(), str(tmp_path), "train") == 0
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    small.assert_same_bits(small.restored(tmp_path), small.restored(finished))
+
+
+def test_divergence_ends_the_run_in_one_line(tmp_path):
+    config = small.tiny(optimizer__learning_rate=2e9, train__max_skipped_steps=3)
+    with pytest.raises(UserError, match="train.max_skipped_steps = 3: .* up to 4, ") as caught:
+        loop.run(config, str(tmp_path / "run"), "train")
+    assert "\n" not in str(caught.value) and "optimizer.learning_rate" in str(caught.value)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run" / "lock").exists()
+
+
+def test_what_nohup_ignores_stays_ignored_and_two_hangups_are_one():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with hosts.Stop() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.received is None
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with hosts.Stop() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.received is signal.SIGHUP
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_thread_trains_without_handlers_of_its_own(tmp_path, finished):
+    """A notebook server, or a pool."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(loop.run, small.tiny(), str(tmp_path), "train").result() == 0
+    assert_same_run(finished, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "saved"),
+    [("batch", 7, 6), ("batch", 1, None), ("evaluation", 1, 5)],
+)
+@pytest.mark.parametrize("starved", [False, True])
+def test_an_input_that_fails_costs_no_step(
+    finished, tmp_path, monkeypatch, capsys, method, call, saved, starved
+):
+    plain, calls = getattr(memory.MemorySet, method), []
+
+    def failing(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == call:
+            if starved:
+                signal.raise_signal(signal.SIGTERM)
+                raise stream.Starved("no batch comes any more")
+            raise builders.DataError("the worker process 7 has ended")
+        return plain(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory.MemorySet, method, failing)
+        if starved and saved:
+            assert loop.run(small.tiny(), str(tmp_path), "train") == 0
+            assert f"SIGTERM: saved step {saved};" in capsys.readouterr().out
+        else:
+            with pytest.raises(builders.DataError) as caught:
+                loop.run(small.tiny(), str(tmp_path), "train")
+            assert not saved or str(caught.value).endswith(f"has ended; step {saved} is saved")
+    taken = spy_on_steps(monkeypatch)
+    assert loop.run(small.tiny(), str(tmp_path), "train") == 0
+    assert taken[0] == (saved or 0) + 1
+    assert_same_run(finished, tmp_path)
+
+
+def test_process_0_decides_whether_a_run_is_finished(tmp_path, monkeypatch):
+    """The disk of another host shows what was there a moment ago, such as nothing."""
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(hosts, "agree", lambda facts: None)
+    monkeypatch.setattr(hosts, "exchange", lambda value: [[True, True], value])
+    monkeypatch.setattr(builders, "read", None)
+    assert loop.run(small.tiny(), str(tmp_path / "run"), "train") == 0
+
+
+def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
+    def twice(step):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+
+    taken = spy_on_steps(monkeypatch, twice)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(small.tiny(), str(tmp_path), "train")
+    assert taken == [1, 2] and not (tmp_path / "checkpoints").exists()
+
+
+# A card's run sends itself a signal as a step begins: no machine is too slow to hit it.
+SIGNAL = """
+
+import os
+from densejax.data import memory
+
+plain = memory.MemorySet.batch
+
+
+def batch(self, step):
+    if step + 1 == {step}:
+        os.kill(os.getpid(), {number})
+    return plain(self, step)
+
+
+memory.MemorySet.batch = batch
+"""
+
+
+def command(card, path):
+    """The real command in a process of its own; returns (exit code, what it printed)."""
+    result = subprocess.run(
+        [sys.executable, "-m", "densejax.main", f"--config={card}", f"--workdir={path}"],
+        cwd=ROOT,
+        env=os.environ | small.ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return result.returncode, result.stdout
+
+
+def test_a_real_process_is_killed_and_goes_on(tmp_path):
+    changes = {
+        "train__epochs": 20,
+        "log__every_steps": 1,
+        "evaluate__every_epochs": 5,
+        "checkpoint__every_epochs": 3,
+    }
+    card = small.card(tmp_path, **changes)
+    assert loop.run(small.tiny(**changes), str(tmp_path / "reference"), "train") == 0
+    path, plain = tmp_path / "run", card.read_text()
+    for number, step in (signal.SIGTERM, 37), (signal.SIGKILL, 78):
+        card.write_text(plain + SIGNAL.format(number=int(number), step=step))
+        code, output = command(card, path)
+        assert code == (0 if number == signal.SIGTERM else -9), output
+        assert code == -9 or f"{number.name}: saved step 3" in output
+    card.write_text(plain)
+    code, output = command(card, path)
+    assert code == 0 and "test accuracy" in output, output
+    assert_same_run(path, tmp_path / "reference")
+
+
+def test_ctrl_c_before_training_is_one_line(tmp_path):
+    card = tmp_path / "card.py"
+    card.write_text("import time\n\nprint('card', flush=True)\ntime.sleep(600)\n")
+    with subprocess.Popen(
+        [sys.executable, "-m", "densejax.main", f"--config={card}"],
+        cwd=ROOT,
+        env=os.environ | small.ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "card\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[0] == "densejax: interrupted\n"
+    assert process.returncode == 130
+
+
+SECOND = """
+import ctypes, time
+from densejax.runs import hosts, interrupt
+
+interrupt.watch()
+mutex = ctypes.create_string_buffer(64)
+with hosts.Stop() as stop:
+    print("ready", flush=True)
+    while not stop.received:
+        time.sleep(0.01)
+    print("first", flush=True)
+    for _ in range(2):  # the second time it waits for ever
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once_whatever_library_is_at_work(tmp_path):
+    """The main thread waits in C, where no handler of Python's is called."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SECOND],
+        cwd=ROOT,
+        env=os.environ | small.ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        for line in ("ready\n", "first\n"):
+            assert process.stdout.readline() == line
+            process.send_signal(signal.SIGINT)
+        assert process.communicate()[0] == "densejax: interrupted\n"
+    assert process.returncode == 130
+
+
+# --- A run that is there already.
+
+
+def test_a_finished_run_prints_its_result_again(copy, monkeypatch, capsys):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    taken = spy_on_steps(monkeypatch)
+    monkeypatch.setattr(data, "create", None)  # no image is read
+    assert loop.run(small.tiny(), str(copy), "train") == 0
+    assert taken == []
+    accuracy = summary(copy)["test_accuracy"]
+    assert f"test accuracy {100 * accuracy:.2f} % on 360 images" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_of_other_code_is_refused_and_measured_again_only_when_asked(
+    copy, monkeypatch, capsys
+):
+    before, code = summary(copy), workdir.code_digest()
+    taken = spy_on_steps(monkeypatch)
+    monkeypatch.setattr(workdir, "code_digest", lambda: "0123")
+    worse = layers.Head.__call__  # what a student changes by mistake: no feature reaches the logits
+    monkeypatch.setattr(layers.Head, "__call__", lambda self, x: worse(self, 0 * x))
+    with pytest.raises(UserError, match=f'versions.code: "{code}" -> "0123"') as caught:
+        loop.run(small.tiny(), str(copy), "train")
+    assert "--resume=force" in str(caught.value) and "\n" not in str(caught.value)
+    assert summary(copy) == before
+    assert loop.run(small.tiny(), str(copy), "eval") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["changes"] == [f'versions.code: "{code}" -> "0123"']
+    assert loop.run(small.tiny(), str(copy), "train", force=True) == 0
+    after = summary(copy)
+    assert taken == [] and after["versions"]["code"] == "0123"
+    assert after["changes"] == [f'versions.code: "{code}" -> "0123"']
+    assert after["test_accuracy"] == printed["test_accuracy"] < before["test_accuracy"]
+
+
+@pytest.mark.parametrize("precision", [False, True])
+def test_a_finished_run_of_other_data_or_precision_is_refused(copy, monkeypatch, precision):
+    read = builders.read
+
+    def other(name, split, *rest):
+        images, labels = read(name, split, *rest)
+        return images, (labels + (split == "test")) % 10
+
+    with contextlib.ExitStack() as stack:
+        if precision:
+            stack.enter_context(jax.default_matmul_precision("bfloat16"))
+        else:
+            monkeypatch.setattr(builders, "read", other)
+        name = "matmul_precision" if precision else "data"
+        with pytest.raises(UserError, match=f"of other .* .versions.{name}: "):
+            loop.run(small.tiny(), str(copy), "train")
+
+
+@pytest.mark.parametrize("content", ['"x"', "1", '{"config": null}', "{}", "", "[1]", None])
+def test_a_damaged_summary_is_named_and_its_loss_costs_a_measurement(copy, monkeypatch, content):
+    before, file = summary(copy), copy / "summary.json"
+    if content is None:  # 51.39 % reads 71.39 % after one flipped bit
+        text = file.read_text()
+        place = text.index('"test_accuracy": 0.') + len('"test_accuracy": 0.')
+        content = text[:place] + chr(ord(text[place]) ^ 2) + text[place + 1 :]
+    file.write_text(content)
+    with pytest.raises(UserError, match="summary.json is damaged .*: delete it"):
+        loop.run(small.tiny(), str(copy), "train")
+    file.unlink()
+    taken = spy_on_steps(monkeypatch)
+    assert loop.run(small.tiny(), str(copy), "train") == 0
+    assert taken == [] and summary(copy)["test_accuracy"] == before["test_accuracy"]
+
+
+def test_statistics_of_each_device_depend_on_how_many_there_are(tmp_path, monkeypatch):
+    config = small.tiny(parallel__batch_norm="replica")
+    assert result.versions(config)["devices"] == "4"
+    assert "devices" not in result.versions(small.tiny())
+
+
+def test_more_epochs_go_on(copy, monkeypatch):
+    taken = spy_on_steps(monkeypatch)
+    assert loop.run(small.tiny(train__epochs=3), str(copy), "train") == 0
+    assert taken == list(range(11, 16)) and summary(copy)["steps"] == 15
+    assert summary(copy)["config"]["train"]["epochs"] == 3
+    assert records(copy)[-1]["step"] == 15
+
+
+def test_fewer_epochs_than_done_are_refused(copy):
+    with pytest.raises(UserError, match="train.epochs = 1: .* has 10 steps behind it") as caught:
+        loop.run(small.tiny(train__epochs=1, optimizer__warmup_epochs=0.5), str(copy), "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_refused_start_leaves_the_configuration_alone(copy):
+    with pytest.raises(UserError):
+        loop.run(small.tiny(train__epochs=1), str(copy), "train")
+    assert json.loads((copy / "config.json").read_text())["train"]["epochs"] == 2
+
+
+def test_a_refused_start_makes_no_directory(tmp_path):
+    with pytest.raises(UserError, match="batch_size"):
+        loop.run(small.tiny(train__batch_size=5000), str(tmp_path / "run"), "train")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_configuration_is_refused_with_the_difference_and_only_forced(copy, monkeypatch):
+    other = small.tiny(optimizer__learning_rate=0.05, train__epochs=3)
+    with pytest.raises(UserError, match="optimizer.learning_rate: 0.1 -> 0.05") as caught:
+        loop.run(other, str(copy), "train")
+    assert "--resume=force" in str(caught.value)
+    taken = spy_on_steps(monkeypatch)
+    assert loop.run(other, str(copy), "train", force=True) == 0
+    assert taken == list(range(11, 16))
+    assert summary(copy)["config"]["optimizer"]["learning_rate"] == 0.05
+    history = (copy / "history.jsonl").read_text().splitlines()
+    assert "optimizer.learning_rate: 0.1 -> 0.05" in json.loads(history[-1])["changes"]
+
+
+def test_a_forced_change_that_means_more_steps_goes_on(copy, monkeypatch):
+    taken = spy_on_steps(monkeypatch)
+    config = small.tiny(train__batch_size=128)  # the same epochs are 22 steps, not 10
+    assert loop.run(config, str(copy), "train", force=True) == 0
+    assert taken == list(range(11, 23))
+
+
+def test_logging_may_differ(tmp_path, monkeypatch, finished):
+    assert interrupted(monkeypatch, tmp_path, signal.SIGTERM, 4)[0] == 0
+    config = small.tiny(log__every_steps=2, log__seconds=1.0, checkpoint__keep_latest=1)
+    assert loop.run(config, str(tmp_path), "train") == 0
+    assert summary(tmp_path)["test_accuracy"] == summary(finished)["test_accuracy"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["10"]
+
+
+def test_evaluation_alone_prints_the_result_as_json(finished, capsys, monkeypatch):
+    before = sorted(path.stat().st_mtime_ns for path in finished.rglob("*"))
+    taken = spy_on_steps(monkeypatch)
+    assert loop.run(small.tiny(), str(finished), "eval") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed.pop("changes") == []
+    assert printed["versions"].items() < summary(finished)["versions"].items()
+    versions = printed.pop("versions")
+    assert printed["steps"] == 10 and taken == []
+    assert printed == {name: summary(finished)[name] for name in printed}
+    assert {"test_accuracy", "test_error", "test_examples"} <= set(printed)
+    assert sorted(path.stat().st_mtime_ns for path in finished.rglob("*")) == before
+    assert versions["code"] == workdir.code_digest()
+
+
+def test_a_trained_network_is_measured_in_other_ways(finished, capsys):
+    ten_crops = small.tiny(evaluate__crop_size=6, evaluate__batch_size=128)
+    assert loop.run(ten_crops, str(finished), "eval") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["changes"] == [
+        "evaluate.batch_size: 256 -> 128",
+        "evaluate.crop_size: 0 -> 6",
+    ]
+    assert printed["test_examples"] == 360
+    assert printed["test_loss"] != summary(finished)["test_loss"]
+    with pytest.raises(UserError, match="augmentation.shift: 1 -> 2") as caught:
+        loop.run(small.tiny(augmentation__shift=2), str(finished), "eval")
+    assert "Give the run's own values" in str(caught.value)
+    assert "--resume" not in str(caught.value)  # which --mode=eval would refuse as well
+
+
+def test_evaluation_needs_a_checkpoint(copy):
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(UserError, match="--mode=eval: there is no checkpoint to evaluate"):
+        loop.run(small.tiny(), str(copy), "eval")
+    with pytest.raises(UserError, match="not a run directory"):
+        loop.run(small.tiny(), str(copy / "nowhere"), "eval")
+
+
+# --- Which model is measured.
+
+
+def best(**changes):
+    """A run of four epochs that holds out images and keeps the best model."""
+    return small.tiny(
+        **{
+            "data__validation_size": 100,
+            "train__epochs": 4,
+            "evaluate__split": "validation",
+            "checkpoint__select": "best",
+            "checkpoint__keep_latest": 1,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Validation accuracies by step, instead of the measured ones; returns what was measured."""
+    calls, build = [], loop.build
+    accuracies = {5: 0.3, 10: 0.9, 15: 0.4, 20: 0.5}
+
+    def scripted(config):
+        experiment = build(config)
+        evaluate = experiment.evaluate
+
+        def spy(state, split, stops):
+            calls.append((split, int(state.step)))
+            values = evaluate(state, split, stops)
+            if split == "validation":
+                values = values | {"accuracy": accuracies[int(state.step)]}
+            return values
+
+        experiment.__dict__["evaluate"] = spy
+        return experiment
+
+    monkeypatch.setattr(loop, "build", scripted)
+    return calls
+
+
+@pytest.mark.parametrize("stop", [None, 12])
+def test_the_best_of_the_held_out_images_is_measured_once(
+    tmp_path, script, monkeypatch, capsys, stop
+):
+    if stop:
+        assert interrupted(monkeypatch, tmp_path, signal.SIGTERM, stop, best())[0] == 0
+    assert loop.run(best(), str(tmp_path), "train") == 0
+    assert script == [*(("validation", step) for step in (5, 10, 15, 20)), ("test", 10)]
+    result = summary(tmp_path)
+    assert result["steps"] == 10 and result["test_examples"] == 360
+    found = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert found == [10, 20]
+    capsys.readouterr()
+    assert loop.run(best(), str(tmp_path), "eval") == 0
+    assert json.loads(capsys.readouterr().out)["test_accuracy"] == result["test_accuracy"]
+    assert script[-1] == ("test", 10)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of tensorstore
+@pytest.mark.parametrize("file", ["_METADATA", checkpoint.MANIFEST])
+def test_a_result_says_that_the_best_is_damaged_and_what_was_measured_instead(
+    tmp_path, script, monkeypatch, capsys, file
+):
+    """Without its manifest, nobody knows whether step 10 was the best: it is kept and named."""
+    assert interrupted(monkeypatch, tmp_path, signal.SIGTERM, 12, best())[0] == 0
+    (tmp_path / "checkpoints/10" / file).write_text("")
+    capsys.readouterr()
+    assert loop.run(best(), str(tmp_path), "train") == 0
+    told = "at step 20, as the checkpoints of steps [10] are damaged"
+    assert told in capsys.readouterr().out.splitlines()[-1]
+    result = summary(tmp_path)
+    assert (result["steps"], result["damaged_checkpoints"]) == (20, [10])
+    assert script[-1] == ("test", 20)
+    assert loop.run(best(), str(tmp_path), "train") == 0  # the result again
+    assert told in capsys.readouterr().out
+    assert loop.run(best(), str(tmp_path), "eval") == 0
+    assert json.loads(capsys.readouterr().out)["damaged_checkpoints"] == [10]
+
+
+def test_the_last_model_is_measured_where_that_is_asked_for(tmp_path, script):
+    config = best(checkpoint__select="last")
+    assert loop.run(config, str(tmp_path), "train") == 0
+    assert script[-1] == ("test", 20) and summary(tmp_path)["steps"] == 20
+
+
+def test_tuning_never_reads_a_test_image(tmp_path, monkeypatch):
+    read, splits = builders.read, []
+
+    def spy(name, split, *rest):
+        splits.append(split)
+        return read(name, split, *rest)
+
+    monkeypatch.setattr(builders, "read", spy)
+    config = best(train__epochs=1, evaluate__final_split="validation")
+    assert loop.run(config, str(tmp_path), "train") == 0
+    assert splits == ["train"]
+    result = summary(tmp_path)
+    assert result["validation_examples"] == 100 and "test_accuracy" not in result
+
+
+def test_without_evaluations_the_result_is_measured_at_the_end(tmp_path, finished):
+    config = small.tiny(evaluate__every_epochs=0)
+    assert loop.run(config, str(tmp_path), "train") == 0
+    assert not any("test_accuracy" in line for line in records(tmp_path))
+    assert summary(tmp_path)["test_accuracy"] == summary(finished)["test_accuracy"]
+
+
+def test_a_finished_run_of_other_weights_is_refused(tmp_path):
+    config = small.tiny(train__epochs=1)
+    variables = jax.device_get(build(config).start())
+    variables = {"params": variables.params, "batch_stats": variables.batch_stats}
+    description = {"model": config.model.to_dict(), "num_classes": 10, "image_channels": 1}
+    pretrained.save(tmp_path / "weights", description, variables)
+    config.train.weights = str(tmp_path / "weights")
+    assert loop.run(config, str(tmp_path / "run"), "train") == 0
+    assert loop.run(config, str(tmp_path / "run"), "train") == 0
+    shutil.rmtree(tmp_path / "weights")
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, variables)
+    pretrained.save(tmp_path / "weights", description, doubled)
+    with pytest.raises(UserError, match="of other code, data, weights .*versions.weights: "):
+        loop.run(config, str(tmp_path / "run"), "train")
+
+
+def test_a_run_s_classes_are_those_of_its_data(copy, finished):
+    learned = files.unseal(json.loads((copy / "data.json").read_text()))
+    assert learned["class_names"] == list("0123456789") and learned["image_shape"] == [8, 8, 1]
+    renamed = json.dumps(files.seal(learned | {"class_names": list("012345678x")}))
+    (copy / "data.json").write_text(renamed)
+    more = small.tiny(train__epochs=3)
+    for config, mode in ((small.tiny(), "eval"), (more, "train")):
+        with pytest.raises(UserError, match=r"other classes .*\(missing x; new 9\)"):
+            loop.run(config, str(copy), mode)
+    assert loop.run(more, str(copy), "train", force=True) == 0
+    assert (copy / "data.json").read_bytes() == (finished / "data.json").read_bytes()
+
+
+def test_a_run_that_is_older_than_its_memory_goes_on(copy, finished):
+    (copy / "data.json").unlink()
+    assert loop.run(small.tiny(), str(copy), "eval") == 0
+    assert not (copy / "data.json").exists()  # an evaluation writes nothing
+    assert loop.run(small.tiny(train__epochs=3), str(copy), "train") == 0
+    assert (copy / "data.json").read_bytes() == (finished / "data.json").read_bytes()

@@ -1,0 +1,67 @@
+"""Losses against closed forms, and a loss of one's own under its name."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from densejax.config import UserError
+from densejax.training import losses
+
+
+def generator(seed=0):
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_uniform_logits_cost_the_logarithm_of_the_classes(classes, smoothing):
+    logits, labels = jnp.full((3, classes), 7.0), jnp.asarray([0, 1, 1])
+    found = losses.cross_entropy(logits, labels, smoothing)
+    assert found.shape == (3,) and found.dtype == jnp.float32
+    np.testing.assert_allclose(found, np.log(classes), rtol=1e-6)
+
+
+def test_cross_entropy_of_two_classes():
+    # -log(1 / (1 + e^-2)) where right, 2 more where wrong.
+    found = losses.cross_entropy(jnp.asarray([[2.0, 0.0], [2.0, 0.0]]), jnp.asarray([0, 1]))
+    right = np.log1p(np.exp(-2.0))
+    np.testing.assert_allclose(found, [right, right + 2], rtol=1e-6)
+
+
+def test_smoothing_mixes_the_losses_of_all_classes():
+    logits = generator().normal(size=(4, 7)).astype(np.float32)
+    labels = np.asarray([0, 3, 6, 3], np.int32)
+    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    expected = -(0.9 * logs[np.arange(4), labels] + 0.1 * logs.mean(1))
+    found = losses.cross_entropy(jnp.asarray(logits), jnp.asarray(labels), 0.1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_loss_is_finite_for_large_logits():
+    found = losses.cross_entropy(jnp.asarray([[1e4, 0.0], [0.0, 1e4]]), jnp.asarray([0, 0]))
+    np.testing.assert_allclose(found, [0.0, 1e4])
+
+
+def test_probabilities_are_labels_too():
+    logits = jnp.asarray(generator().normal(size=(4, 7)), jnp.float32)
+    labels = np.asarray([0, 3, 6, 3], np.int32)
+    for loss in losses.LOSSES.values():
+        np.testing.assert_array_equal(loss(logits, np.eye(7)[labels]), loss(logits, labels))
+        half = (np.eye(7)[labels] + np.eye(7)[labels[::-1]]) / 2  # both are linear in the target
+        mean = (loss(logits, labels) + loss(logits, labels[::-1])) / 2
+        np.testing.assert_allclose(loss(logits, half), mean, rtol=1e-5)
+
+
+def test_binary_cross_entropy_sums_over_the_classes():
+    logits = generator().normal(size=(4, 7))
+    labels = np.asarray([0, 3, 6, 3], np.int32)
+    target = np.where(np.eye(7)[labels] > 0, 0.9 + 0.1 / 7, 0.1 / 7)
+    right = 1 / (1 + np.exp(-logits))
+    expected = -(target * np.log(right) + (1 - target) * np.log(1 - right)).sum(1)
+    found = losses.binary_cross_entropy(jnp.asarray(logits, jnp.float32), labels, 0.1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_an_unknown_loss_is_refused_by_name():
+    with pytest.raises(UserError, match="train.loss = 'hinge': allowed are cross_entropy, binary"):
+        losses.create("hinge")

@@ -1,0 +1,146 @@
+"""SGD against PyTorch's formula written in NumPy, and the schedules' exact values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from densejax import config as schema
+from densejax.config import UserError
+from densejax.training import optimizer
+
+
+def section(**changes):
+    config = schema.default().optimizer
+    config.update(changes)
+    return config
+
+
+def sgd(value, gradients, rates, momentum, nesterov, decay):
+    """torch.optim.SGD's documented update, dampening 0, in float64."""
+    value, velocity = np.float64(value), 0.0
+    for gradient, rate in zip(gradients, rates, strict=True):
+        gradient = np.float64(gradient) + decay * value
+        velocity = momentum * velocity + gradient
+        value = value - rate * (gradient + momentum * velocity if nesterov else velocity)
+    return value
+
+
+def trained(config, rates, value, gradients):
+    rates = jnp.asarray(rates, jnp.float32)
+    transformation = optimizer.create(config, lambda step: rates[step])
+    params = {"value": jnp.asarray(value, jnp.float32)}
+    state = transformation.init(params)
+    for gradient in gradients:
+        updates, state = transformation.update({"value": jnp.asarray(gradient)}, state, params)
+        params = optax.apply_updates(params, updates)
+    return params["value"]
+
+
+@pytest.mark.parametrize("momentum, nesterov", [(0.9, True), (0.9, False), (0.0, False)])
+def test_steps_equal_pytorch(momentum, nesterov):
+    gradients = np.float32([[[0.5]], [[-1.5]], [[0.25]], [[2.0]], [[-0.125]]])
+    rates = [0.1, 0.1, 0.05, 0.01, 0.01]
+    config = section(momentum=momentum, nesterov=nesterov, weight_decay=0.05)
+    found = trained(config, rates, [[1.5]], gradients)
+    expected = sgd([[1.5]], gradients, rates, momentum, nesterov, 0.05)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_nesterov_of_two_steps_by_hand():
+    # v = 1, p = 0 - 0.1 (1 + 0.5) = -0.15; v = 1.5, p = -0.15 - 0.1 (1 + 0.75) = -0.325.
+    config = section(momentum=0.5, weight_decay=0.0)
+    found = trained(config, [0.1, 0.1], [[0.0]], np.float32([[[1.0]], [[1.0]]]))
+    np.testing.assert_allclose(found, -0.325, rtol=1e-6)
+
+
+@pytest.mark.parametrize("decay_all", [True, False])
+def test_decay_reaches_all_or_kernels_alone(decay_all):
+    params = {
+        "conv": {"kernel": jnp.ones((3, 3, 2, 2)), "bias": jnp.ones(2)},
+        "norm": {"scale": jnp.ones(2), "bias": jnp.ones(2)},
+        "classifier": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    }
+    config = section(momentum=0.0, nesterov=False, weight_decay=0.5, decay_all=decay_all)
+    transformation = optimizer.create(config, lambda step: 0.1)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = transformation.update(zeros, transformation.init(params), params)
+    for layer, leaves in updates.items():
+        for name, update in leaves.items():
+            decays = decay_all or name == "kernel"
+            np.testing.assert_allclose(update, -0.05 if decays else 0.0, err_msg=f"{layer}/{name}")
+
+
+EPOCH = 50_000 // 64
+STEPS = 300 * EPOCH
+
+
+def rates(steps, *, total=STEPS, epoch=EPOCH, **changes):
+    rate = jax.jit(optimizer.schedule(section(**changes), total, epoch, 64))
+    return [float(rate(jnp.int32(step))) for step in steps]
+
+
+def test_step_drops_after_150_and_225_of_300_epochs():
+    first, second = 150 * EPOCH, 225 * EPOCH
+    found = rates([0, first - 1, first, first + 1, second - 1, second, STEPS - 1])
+    assert found == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.01, 0.001, 0.001], rel=1e-6)
+
+
+def test_step_takes_other_drops():
+    # ImageNet: 90 epochs, a tenth after 30 and 60.
+    changes = {"drop_at": (1 / 3, 2 / 3), "total": 900, "epoch": 10}
+    found = rates([299, 300, 599, 600], **changes)
+    assert found == pytest.approx([0.1, 0.01, 0.01, 0.001], rel=1e-6)
+    found = rates([299, 300, 600], drop_factor=0.5, **changes)
+    assert found == pytest.approx([0.1, 0.05, 0.025], rel=1e-6)
+
+
+def test_warmup_rises_linearly_and_reaches_the_peak_at_its_last_step():
+    changes = {"warmup_epochs": 2.0, "total": 100, "epoch": 5}
+    found = rates(range(12), schedule="constant", **changes)
+    assert found == pytest.approx([0.01 * n for n in range(1, 11)] + [0.1, 0.1], rel=1e-6)
+
+
+def test_drops_do_not_move_with_warmup():
+    found = rates([49, 50, 74, 75], warmup_epochs=2.0, total=100, epoch=5)
+    assert found == pytest.approx([0.1, 0.01, 0.01, 0.001], rel=1e-6)
+
+
+def test_cosine():
+    found = rates([0, 25, 50, 75, 100], schedule="cosine", total=100, epoch=5)
+    expected = [0.05 * (1 + np.cos(np.pi * x)) for x in (0, 0.25, 0.5, 0.75, 1)]
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    # After ten steps of warm-up the half cosine fits into the ninety that are left.
+    found = rates([9, 10, 55, 100], schedule="cosine", warmup_epochs=2.0, total=100, epoch=5)
+    assert found == pytest.approx([0.1, 0.1, 0.05, 0.0], rel=1e-5, abs=1e-9)
+
+
+def test_linear_and_constant():
+    found = rates([0, 25, 99, 100], schedule="linear", total=100, epoch=5)
+    assert found == pytest.approx([0.1, 0.075, 0.001, 0.0], rel=1e-5, abs=1e-8)
+    assert rates([0, 99], schedule="constant", learning_rate=0.3) == pytest.approx([0.3, 0.3])
+
+
+@pytest.mark.parametrize("name", optimizer.SCHEDULES)
+def test_the_peak_is_proportional_to_the_batch_where_a_reference_is_given(name):
+    found = []
+    for reference in (0, 64, 256, 16):
+        config = section(schedule=name, reference_batch_size=reference, warmup_epochs=1.0)
+        rate = optimizer.schedule(config, 100, 10, 64)
+        found.append([float(rate(step)) for step in range(100)])
+    plain, same, quarter, fourfold = np.array(found)
+    np.testing.assert_array_equal(plain, same)
+    np.testing.assert_allclose(quarter, plain / 4, rtol=1e-6)
+    np.testing.assert_allclose(fourfold, plain * 4, rtol=1e-6)
+
+
+def test_every_schedule_is_tested():
+    assert set(optimizer.SCHEDULES) == {"step", "cosine", "linear", "constant"}
+
+
+def test_errors_name_the_field():
+    with pytest.raises(UserError, match="optimizer.schedule = 'stairs': allowed are step, cosine"):
+        optimizer.schedule(section(schedule="stairs"), 100, 10, 64)
+    with pytest.raises(UserError, match="optimizer.warmup_epochs = 10.0: must be below"):
+        optimizer.schedule(section(warmup_epochs=10.0), 100, 10, 64)

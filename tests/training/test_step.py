@@ -1,0 +1,175 @@
+"""The step against a second, plain implementation, and as a function of seed and step alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from densejax.training import metrics
+from tests import small
+
+
+@functools.cache
+def experiment(batch_norm="global", seed=0, accumulate_steps=1):
+    changes = {"parallel__batch_norm_group_size": 2} if batch_norm == "groups" else {}
+    changes |= {"train__accumulate_steps": accumulate_steps}
+    return small.build(small.tiny(seed=seed, parallel__batch_norm=batch_norm, **changes))
+
+
+@functools.cache
+def mapped(*which):
+    return small.stepper(experiment(*which))
+
+
+@functools.cache
+def after(steps, *which):
+    """(state, metric sums) after some steps."""
+    if not steps:
+        return experiment(*which).init(), None
+    state, _ = after(steps - 1, *which)
+    return mapped(*which)(state, experiment(*which).data.train.batch(steps - 1))
+
+
+def by_hand(task, parts, state, batch, every=False):
+    """((loss, new statistics), gradient) of equal parts of the batch, or of every parts-th image.
+
+    Leaves have the parts as their first axis.
+    """
+    model = task.model.clone(batch_norm_axis=None)
+
+    def loss_of(params, part):
+        (logits, _), updates = model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            part["image"],
+            train=True,
+            keys=part["key"],
+            mutable=["batch_stats"],
+        )
+        log_p = jax.nn.log_softmax(logits)
+        hit = jnp.take_along_axis(log_p, part["label"][:, None], 1)[:, 0]
+        smooth = task.loss.keywords["smoothing"]
+        loss = -((1 - smooth) * hit + smooth * log_p.mean(-1)).mean()
+        return loss, updates["batch_stats"]
+
+    def cut(leaf):
+        if every:
+            return leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1)
+        return leaf.reshape(parts, -1, *leaf.shape[1:])
+
+    @jax.jit
+    def results(batch):
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        keys = jax.vmap(lambda place: jax.random.fold_in(step_key, place))(jnp.arange(256))
+        images = task.preparation.training(batch["image"], keys)
+        batch = {"image": images, "label": batch["label"], "key": jax.random.key_data(keys)}
+        value = jax.value_and_grad(loss_of, has_aux=True)
+        return jax.lax.map(lambda part: value(state.params, part), jax.tree.map(cut, batch))
+
+    return results(batch)
+
+
+@pytest.mark.parametrize(("batch_norm", "parts"), [("global", 1), ("replica", 4), ("groups", 2)])
+def test_a_step_on_four_devices_is_that_of_the_mean_loss(batch_norm, parts):
+    (state, sums), (new, new_sums) = jax.device_get((after(1, batch_norm), after(2, batch_norm)))
+    batch = jax.device_get(experiment(batch_norm).data.train.batch(1))
+    results = by_hand(experiment(batch_norm).task, parts, state, batch)
+    (loss, stats), gradient = jax.tree.map(lambda leaf: leaf.mean(0), results)
+    # Nesterov momentum 0.9, coupled decay 1e-4 of every parameter, and warm-up's second step.
+    trace = lambda state: optax.tree_utils.tree_get(state.opt_state, "trace")  # noqa: E731
+    decayed = jax.tree.map(lambda g, p: g + 1e-4 * p, gradient, state.params)
+    expected = jax.tree.map(lambda d, t: d + 0.9 * t, decayed, trace(state))
+    assert small.distance(trace(new), expected) < 1e-5
+    moved = jax.tree.map(lambda p, d, t: p - 0.1 * (d + 0.9 * t), state.params, decayed, expected)
+    assert small.distance(new.params, moved) < 1e-6
+    assert small.distance(new.batch_stats, stats) < 1e-6
+    assert new_sums["loss"] - sums["loss"] == pytest.approx(256 * float(loss), rel=1e-5)
+
+
+def test_micro_batches_are_every_nth_image_one_after_another():
+    which = ("global", 0, 4)
+    (state, sums), (new, new_sums) = jax.device_get((after(1, *which), after(2, *which)))
+    batch = jax.device_get(experiment(*which).data.train.batch(1))
+    (losses, stats), gradient = by_hand(experiment(*which).task, 4, state, batch, every=True)
+    decayed = jax.tree.map(lambda g, p: g.mean(0) + 1e-4 * p, gradient, state.params)
+    trace = lambda state: optax.tree_utils.tree_get(state.opt_state, "trace")  # noqa: E731
+    expected = jax.tree.map(lambda d, t: d + 0.9 * t, decayed, trace(state))
+    assert small.distance(trace(new), expected) < 1e-5
+    assert new_sums["loss"] - sums["loss"] == pytest.approx(256 * float(losses.mean()), rel=1e-5)
+    assert int(new_sums["count"] - sums["count"]) == 256
+
+    def in_turn(old, updated):  # each moves the running statistics by a tenth
+        result = old
+        for one in updated:
+            result = 0.9 * result + (one - 0.9 * old)
+        return result
+
+    assert small.distance(new.batch_stats, jax.tree.map(in_turn, state.batch_stats, stats)) < 1e-5
+
+
+def test_a_step_repeats_bitwise_and_does_not_change_its_arguments():
+    state, _ = after(1)
+    before = jax.device_get(state)
+    batch = experiment().data.train.batch(1)
+    first, second = (mapped()(state, batch) for _ in range(2))
+    small.assert_same_bits(first, second)
+    small.assert_same_bits(before, state)
+
+
+def test_the_seed_decides_parameters_order_and_draws():
+    assert small.distance(after(0, "global", 1)[0].params, after(0)[0].params) > 0.1
+    batches = [experiment("global", seed).data.train.batch(0)["label"] for seed in (0, 1)]
+    assert (np.asarray(batches[0]) != np.asarray(batches[1])).any()
+    state, batch = after(0)[0], experiment().data.train.batch(0)  # the same but for the key
+    keys = state.key, after(0, "global", 1)[0].key
+    losses = [float(mapped()(state.replace(key=key), batch)[1]["loss"]) for key in keys]
+    assert losses[0] != losses[1]
+
+
+def test_the_step_number_decides_the_draws():
+    state, batch = after(0)[0], experiment().data.train.batch(0)
+    later = state.replace(step=state.step + 1)
+    assert float(mapped()(state, batch)[1]["loss"]) != float(mapped()(later, batch)[1]["loss"])
+
+
+def test_training_metrics_start_anew_after_every_record():
+    counts = [int(after(steps)[1]["count"]) for steps in range(1, 8)]
+    assert counts == [256, 512, 768, 256, 512, 768, 256]  # log.every_steps = 3
+    assert [int(after(steps)[0].metrics["count"]) for steps in range(1, 8)] == counts
+
+
+def test_metrics_of_a_step_are_those_of_all_devices():
+    assert experiment().task.log_every == 3
+    means = metrics.means(after(3)[1])
+    assert 0 <= means["accuracy"] <= means["top5_accuracy"] <= 1
+    assert 0 < means["loss"] < 10
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_step():
+    state, batch = after(1)[0], experiment().data.train.batch(1)
+
+    def filled(value):
+        return state.replace(params=jax.tree.map(lambda p: jnp.full_like(p, value), state.params))
+
+    for huge in (filled(3e38), filled(jnp.nan), state.replace(skipped=state.skipped + 2)):
+        new, sums = mapped()(huge, batch)
+        skips = huge.skipped is state.skipped
+        if skips:
+            for part in ("params", "batch_stats", "opt_state", "metrics"):
+                small.assert_same_bits(getattr(new, part), getattr(huge, part))
+        assert int(new.step) == int(state.step) + 1
+        assert new.skipped.tolist() == ([1, 1] if skips else [2, 0])
+        assert sums["skipped"].tolist() == new.skipped.tolist()
+        done = 1 if skips else 1 - 2  # the schedule does not count what was skipped
+        assert float(sums["learning_rate"]) == pytest.approx(
+            float(experiment().task.learning_rate(done))
+        )
+
+
+def test_dropout_and_augmentation_are_on():
+    task = experiment().task
+    assert task.model.dropout_rate == 0.2
+    assert task.preparation.flip and task.preparation.shift == 1
+    assert task.loss.keywords == {"smoothing": 0.1}
