@@ -62,3 +62,35 @@ def create(name: str, num_classes: int = 1000, weights: str = "", channels: int 
     if shapes(variables) != shapes(expected):
         raise UserError(f"weights={weights}: not of a {name} with {num_classes} classes")
     return models.create(description["model"] | fields, num_classes), variables
+
+
+def train(config, workdir: str = "", callbacks=(), force: bool = False):
+    """Trains, or resumes, as `python -m densejax.main` does; from a script or a notebook.
+
+        config = configs.digits.get_config("depth=22")
+        result = densejax.train(config, "runs/mine", callbacks=[lambda step, values: ...])
+
+    Arrays in memory become a data set by `densejax.data.add`.
+
+    Args:
+      config: the whole configuration, as a card makes it.
+      workdir: the run directory; "": as for the command, by the configuration.
+      callbacks: each is called with (step, {name: value}) whenever metrics are logged.
+      force: go on in the directory of another configuration.
+
+    Returns:
+      What the run's summary.json holds, such as "test_accuracy"; None where a signal (Ctrl-C, or
+      the stop button of a notebook) has ended the run early: the same call goes on from there.
+
+    Raises:
+      densejax.config.UserError: a mistake in the configuration, data or directory, in one line.
+    """
+    from densejax.runs import files
+    from densejax.runs import workdir as run_directory
+    from densejax.training import loop, parallel, result
+
+    parallel.start()
+    directory = workdir or run_directory.default(config.name, config)
+    loop.run(config, directory, force=force, callbacks=callbacks)
+    found = result.read(files.path_of("workdir", directory))
+    return found if found and run_directory.same_run(found["config"], config) else None

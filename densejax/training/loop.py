@@ -2,10 +2,10 @@
 
 What a resume does: (1) a run directory belongs to one configuration; (2) a start in it restores
 the newest intact checkpoint; (3) the step number is the position in the data and in every random
-stream, so what follows is bitwise what would have followed; (4) records of metrics.jsonl behind
-that step are cut off and written again; (5) an evaluation that a signal cut short comes first;
+stream, so what follows is bitwise what would have followed; (4) records of metrics.jsonl after
+that step are removed and written again; (5) an evaluation that a signal interrupted comes first;
 (6) a finished run prints its result again, if code, data, weights and precision are still those
-that it is of.
+that it was measured with.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from absl import logging
@@ -29,13 +29,16 @@ from densejax.training import metrics, result
 from densejax.training.experiment import Experiment, build, open_checkpoints, select
 from densejax.training.step import TrainState, train_step
 
-
-def due(step: int, every: int, last: int) -> bool:
-    """Whether what happens every `every` steps (0: never) and at the last happens after `step`."""
-    return every > 0 and (step % every == 0 or step == last)
+Callback = Callable[[int, dict[str, float]], None]  # called with (step, what was logged by name)
 
 
-def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> int:
+def run(
+    config: ConfigDict,
+    directory: str,
+    mode: str = "train",
+    force: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> int:
     """Trains, or resumes, or evaluates; returns the process's exit code.
 
     Args:
@@ -43,6 +46,7 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
       directory: the run directory; nothing is written there before everything is known to fit.
       mode: "train" or "eval".
       force: resume in the directory of another configuration.
+      callbacks: each is called on process 0 with whatever metrics.jsonl gets.
     """
     experiment = build(config)
     path = files.path_of("--workdir", directory)
@@ -84,11 +88,15 @@ def run(config: ConfigDict, directory: str, mode: str, force: bool = False) -> i
     with workdir.open_run(path, config, force, versions) as guard:
         if jax.process_index() == 0 and (force or not (path / facts.FILE).exists()):
             facts.write(path, experiment.info, experiment.data.sample())
-        return train(experiment, path, versions, guard)
+        return train(experiment, path, versions, guard, callbacks)
 
 
 def train(
-    experiment: Experiment, path: epath.Path, versions: dict[str, str], guard: Callable[[], None]
+    experiment: Experiment,
+    path: epath.Path,
+    versions: dict[str, str],
+    guard: Callable[[], None],
+    callbacks: Sequence[Callback] = (),
 ) -> int:
     """Trains from where the run directory stands; returns the process's exit code.
 
@@ -97,6 +105,7 @@ def train(
       path: of the run directory, whose lock is held.
       versions: that the result depends on, which belong into it.
       guard: called before every write: LockError where another process has the directory by now.
+      callbacks: as for `run`.
     """
     config = experiment.config
     with contextlib.ExitStack() as stack:
@@ -125,29 +134,28 @@ def train(
         )
         stack.enter_context(contextlib.closing(log))
         state = experiment.start() if state is None else state
-        state, first_step, last_metrics = fit(
-            experiment, state, log, checkpoints, stop, clock, path / "profile"
-        )
+        loop = Loop(experiment, state, log, checkpoints, stop, clock, callbacks)
+        loop.run(path / "profile")
         with clock.spend("save"):
             checkpoints.wait()
         if not stop.signal:
-            chosen, passed_over = state, []
+            chosen, passed_over = loop.state, []
             if config.checkpoint.select == "best":
                 chosen = select(experiment, checkpoints)
                 passed_over = checkpoints.passed_over
             with log.pause(), clock.spend("evaluation"):
-                known = last_metrics if chosen is state else {}
+                known = loop.evaluated if chosen is loop.state else {}
                 outcome = result.measure(experiment, chosen, known, stop.after_step)
-        clock.mark(int(state.step), checkpoints.steps())
+        clock.mark(int(loop.state.step), checkpoints.steps())
         if stop.signal:
             result.say(
-                f"{stop.signal.name}: saved step {int(state.step)}; the same command goes on from "
-                f"it"
+                f"{stop.signal.name}: saved step {int(loop.state.step)}; the same command goes on "
+                f"from it"
             )
             return 128 + signal.SIGINT if stop.signal is signal.SIGINT else 0
     outcome |= described | {
         "damaged_checkpoints": passed_over,
-        "seconds_to_first_step": first_step,
+        "seconds_to_first_step": loop.seconds_to_first_step,
         "images_per_second": log.images_per_second,
         "versions": versions,
         "changes": workdir.changes(path),
@@ -166,135 +174,159 @@ def train(
     return 0
 
 
-def evaluates_first(
-    experiment: Experiment, checkpoints: checkpoint.Checkpoints, start: int
-) -> bool:
-    """Whether a signal cut the evaluation of the step that the run goes on from."""
-    evaluate = experiment.config.evaluate
-    every = evaluate.every_epochs * experiment.data.train.steps_per_epoch
-    error = checkpoints.metrics(start).get(f"{evaluate.split}_error", math.nan)
-    return start > 0 and due(start, every, experiment.steps) and math.isnan(error)
-
-
-def fit(
-    experiment: Experiment,
-    state: TrainState,
-    log: metric_log.MetricLog,
-    checkpoints: checkpoint.Checkpoints,
-    stop: hosts.Stop,
-    clock: goodput.Goodput,
-    traces: epath.Path,
-) -> tuple[TrainState, float | None, dict[str, dict[str, float]]]:
+class Loop:
     """Takes steps until the last, or until `stop` says that all processes stop.
 
-    Returns:
-      The state, seconds from the package's import to the end of its first step (None without
-      one), and the metrics of the last step's evaluation by split.
+    Attributes:
+      state: after the last step that was taken.
+      evaluated: the metrics of the last step's evaluation by split.
+      seconds_to_first_step: from the package's import to the end of this start's first step; None
+        without one.
     """
-    config, last = experiment.config, experiment.steps
-    epoch, split = experiment.data.train.steps_per_epoch, config.evaluate.split
-    evaluate_every, save_every = (
-        config.evaluate.every_epochs * epoch,
-        config.checkpoint.every_epochs * epoch,
-    )
-    best_is_kept = config.checkpoint.select == "best"
-    take_step = experiment.map(train_step, donate=True)
-    first_step, before, late, evaluated = None, None, [], {}
 
-    def log_late():
-        while late:
-            step, sums = late.pop()
-            values = metrics.means(sums) if int(sums["count"]) else {}  # 0: all were skipped
-            values = {f"train_{name}": value for name, value in values.items()}
-            values |= {"skipped_steps": int(sums["skipped"][0])}
-            log.train(step, values | {"learning_rate": float(sums["learning_rate"])})
+    def __init__(
+        self,
+        experiment: Experiment,
+        state: TrainState,
+        log: metric_log.MetricLog,
+        checkpoints: checkpoint.Checkpoints,
+        stop: hosts.Stop,
+        clock: goodput.Goodput,
+        callbacks: Sequence[Callback] = (),
+    ):
+        """Takes no step yet; `run` does."""
+        self.experiment, self.state, self.log = experiment, state, log
+        self.checkpoints, self.stop, self.clock = checkpoints, stop, clock
+        self.callbacks = callbacks if jax.process_index() == 0 else ()
+        self.evaluated: dict[str, dict[str, float]] = {}
+        self.seconds_to_first_step: float | None = None
+        self._under_way = None  # (step, its metrics), not looked at yet
 
-    def require_finite(step, sums):
-        _, in_a_row = jax.device_get(sums["skipped"])
+    def run(self, traces: epath.Path) -> None:
+        """Runs to the end; `traces` is where the profile of `profile.steps` goes."""
+        start = int(self.state.step)
+        if evaluates_first(self.experiment, self.checkpoints, start):
+            with self.log.pause():
+                error = self._evaluate(start)
+            if self.stop.signal:
+                return
+            split = self.experiment.config.evaluate.split
+            self.checkpoints.evaluated(start, {f"{split}_error": error})
+        try:
+            self._take_steps(start, traces)
+        except DataError as error:
+            self._save_after_failed_input(error)
+        self.clock.turn("step")
+
+    def _take_steps(self, start: int, traces: epath.Path) -> None:
+        config, last = self.experiment.config, self.experiment.steps
+        data, clock = self.experiment.data.train, self.clock
+        evaluate_every = config.evaluate.every_epochs * data.steps_per_epoch
+        save_every = config.checkpoint.every_epochs * data.steps_per_epoch
+        best_is_kept = config.checkpoint.select == "best"
+        # Steps before a resume were traced then.
+        first_traced, last_traced = config.profile.steps or (0, 0)
+        take_step = self.experiment.map(train_step, donate=True)
+        with contextlib.ExitStack() as profile:
+            for step in range(start + 1, last + 1):
+                if step == max(first_traced, start + 1) <= last_traced and not jax.process_index():
+                    profile.enter_context(metric_log.trace(traces))
+                with clock.spend("input_wait"):
+                    batch = data.batch(step - 1)
+                clock.turn("step" if self.seconds_to_first_step else "compile")
+                self.state, sums = take_step(self.state, batch)
+                if self.seconds_to_first_step is None:
+                    jax.block_until_ready(sums)
+                    self.seconds_to_first_step = time.monotonic() - densejax.STARTED
+                    clock.turn("step")
+                # While the devices are busy with this step, the one before is looked at. No more
+                # than one is queued, so that a signal need not wait long.
+                self._look_at_step_under_way()
+                self._under_way = step, sums
+                if step == last_traced:
+                    jax.block_until_ready(sums)
+                    profile.close()
+                stops = self.stop.after_step()  # a signal that comes later waits for a step
+                evaluates = due(step, evaluate_every, last) and not stops
+                saves = stops or due(step, save_every, last) or (evaluates and best_is_kept)
+                if evaluates or saves:
+                    self._look_at_step_under_way()
+                    with self.log.pause():
+                        error = self._evaluate(step) if evaluates else math.nan
+                        stops = stops or self.stop.signal is not None
+                        if saves or stops:
+                            self._save(step, error)
+                clock.write(now=saves)
+                if stops:
+                    return
+
+    def _look_at_step_under_way(self) -> None:
+        """Waits for it, requires that it was not one skipped step too many, and logs it."""
+        if self._under_way is None:
+            return
+        (step, sums), self._under_way = self._under_way, None
+        config = self.experiment.config
+        skipped, in_a_row = map(int, jax.device_get(sums["skipped"]))
         if in_a_row:
             logging.warning("Step %d is skipped: it is not finite (%d in a row).", step, in_a_row)
         if in_a_row >= config.train.max_skipped_steps:
             raise UserError(
                 f"train.max_skipped_steps = {in_a_row}: so many steps in a row, up to {step}, were "
-                f"not finite; the newest checkpoint is of step {checkpoints.latest_step()}; look "
-                f"at the data or lower optimizer.learning_rate"
+                f"not finite; the newest checkpoint is of step {self.checkpoints.latest_step()}; "
+                f"look at the data or lower optimizer.learning_rate"
             )
+        if due(step, config.log.every_steps, self.experiment.steps):
+            values = metrics.means(sums) if int(sums["count"]) else {}  # 0: all were skipped
+            values = {f"train_{name}": value for name, value in values.items()}
+            values |= {"skipped_steps": skipped, "learning_rate": float(sums["learning_rate"])}
+            self.log.train(step, values)
+            self._call_back(step, values)
 
-    def evaluate(step):
-        """The error; NaN where a signal cuts the evaluation short."""
-        with clock.spend("evaluation"):
-            values = experiment.evaluate(state, split, stop.after_step)
+    def _evaluate(self, step: int) -> float:
+        """The error; NaN where a signal interrupts the evaluation."""
+        split = self.experiment.config.evaluate.split
+        with self.clock.spend("evaluation"):
+            values = self.experiment.evaluate(self.state, split, self.stop.after_step)
         if values is None:
             return math.nan
-        evaluated.clear()
-        evaluated[split] = values
-        log.evaluation(step, split, values)
+        self.evaluated = {split: values}
+        self.log.evaluation(step, split, values)
+        self._call_back(step, {f"{split}_{name}": value for name, value in values.items()})
         return 1 - values["accuracy"]
 
-    def save(step, error):
-        with clock.spend("save"):
-            checkpoints.save(step, state, {f"{split}_error": error}, log.problem, log.digest)
-        clock.mark(step, checkpoints.steps())
+    def _save(self, step: int, error: float) -> None:
+        named = {f"{self.experiment.config.evaluate.split}_error": error}
+        with self.clock.spend("save"):
+            self.checkpoints.save(step, self.state, named, self.log.problem, self.log.digest)
+        self.clock.mark(step, self.checkpoints.steps())
 
-    start, profile = int(state.step), contextlib.ExitStack()
-    if evaluates_first(experiment, checkpoints, start):
-        with log.pause():
-            error = evaluate(start)
-        if stop.signal:
-            return state, first_step, evaluated
-        checkpoints.evaluated(start, {f"{split}_error": error})
-    # Steps that lie behind a resume have been traced before it.
-    first_traced, last_traced = config.profile.steps or (0, 0)
-    try:
-        for step in range(start + 1, last + 1):
-            if step == max(first_traced, start + 1) <= last_traced and jax.process_index() == 0:
-                profile.enter_context(metric_log.trace(traces))
-            with clock.spend("input_wait"):
-                batch = experiment.data.train.batch(step - 1)
-            clock.turn("step" if first_step else "compile")
-            state, sums = take_step(state, batch)
-            if first_step is None:
-                jax.block_until_ready(sums)
-                first_step = time.monotonic() - densejax.STARTED
-                clock.turn("step")
-            if before:  # one step is queued, no more: a signal need not wait long
-                require_finite(*before)
-            before = (step, sums)
-            if step == last_traced:
-                jax.block_until_ready(sums)
-                profile.close()
-            log_late()  # the metrics of the step before, while the device is busy with this one
-            if due(step, config.log.every_steps, last):
-                late.append((step, sums))
-            stops = stop.after_step()  # a signal that arrives below this line waits for a step
-            evaluates = due(step, evaluate_every, last) and not stops
-            saves = stops or due(step, save_every, last) or (evaluates and best_is_kept)
-            if evaluates or saves:
-                require_finite(*before)
-                before = None
-                log_late()
-                error = math.nan
-                with log.pause():
-                    if evaluates:
-                        error = evaluate(step)
-                        stops = stop.signal is not None
-                    if saves or stops:
-                        save(step, error)
-            clock.write(now=saves)
-            if stops:
-                break
-    except DataError as error:  # the input has failed, and the state is whole
-        step = int(state.step)
+    def _save_after_failed_input(self, error: DataError) -> None:
+        """Saves the state, which is whole; raises the error, unless a signal stops the run."""
+        step = int(self.state.step)
         if jax.process_count() > 1 or not step:  # a save needs all, and they wait in a step
-            raise
-        if before:
-            require_finite(*before)
-        log_late()
-        with log.pause():
-            save(step, math.nan)
-        checkpoints.wait()
-        if not stop.after_step():
+            raise error
+        self._look_at_step_under_way()
+        with self.log.pause():
+            self._save(step, math.nan)
+        self.checkpoints.wait()
+        if not self.stop.after_step():
             raise DataError(f"{error}; step {step} is saved") from error
-    profile.close()
-    clock.turn("step")
-    return state, first_step, evaluated
+
+    def _call_back(self, step: int, values: dict[str, float]) -> None:
+        for callback in self.callbacks:
+            callback(step, values)
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether what happens every `every` steps (0: never) and at the last happens after `step`."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def evaluates_first(
+    experiment: Experiment, checkpoints: checkpoint.Checkpoints, start: int
+) -> bool:
+    """Whether a signal interrupted the evaluation of the step that the run goes on from."""
+    evaluate = experiment.config.evaluate
+    every = evaluate.every_epochs * experiment.data.train.steps_per_epoch
+    error = checkpoints.metrics(start).get(f"{evaluate.split}_error", math.nan)
+    return start > 0 and due(start, every, experiment.steps) and math.isnan(error)
