@@ -17,7 +17,7 @@ train: $(READY) ## Train the digits example; more flags: make train ARGS="--conf
 test: $(READY) ## Run the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
-test-faults: $(READY) ## Hurt real runs some 900 times and count what survives (up to an hour)
+test-faults: $(READY) ## Hurt real runs some 900 times and count what survives (most of an hour)
 	$(BIN)/python experiments/faults.py --folder=$(FAULTS) $(ARGS)
 
 cuda tpu: $(READY) ## Add what JAX needs for NVIDIA GPUs (make cuda) or TPUs (make tpu)

@@ -1,8 +1,8 @@
-"""The configuration: one schema with every key, its default, its unit and its check."""
+"""The configuration: every key with its default, its meaning and the values that it takes."""
 
 import ast
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
@@ -20,157 +20,236 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def default() -> config_dict.ConfigDict:
-    """Every key with its default; `config.model` is filled by `densejax.models.fields(name)`."""
-    config = config_dict.ConfigDict()
-    config.name = ""  # the card's name; the default run directory is called after it
-    config.seed = 0  # of the parameters, the order of examples, augmentation and dropout
-    config.model = config_dict.ConfigDict()  # a network family and its fields
+class _Range(NamedTuple):
+    """Which values a key takes: a test, and the same in words."""
 
-    config.data = data = config_dict.ConfigDict()
-    data.name = ""  # a set in densejax.data.builders.SETS, or any set prepared by TFDS
-    data.storage = "memory"  # the whole set on every device; "stream": decoded as it is needed
-    data.directory = "~/.cache/densejax/data"  # where sets are prepared, once
-    data.manual_dir = ""  # folder with the original files, "" downloads them; "stream": a folder
-    # with train/class/image.jpg and val/class/image.jpg, "" reads what TFDS has prepared
-    data.workers = 0  # "stream": processes that decode on each host; 0: none, the run itself does
-    data.corrupt_images = "fail"  # "stream": or "skip": trains on the next one, never tests
-    data.train_split = "train"  # e.g. "train+extra" for SVHN
-    data.validation_size = 0  # training images held out, drawn once whatever the seed
-    data.train_size = 0  # images that train: the first of an order drawn once whatever the seed,
-    # classes as they fall, so that a larger set holds every smaller one; 0: all
-    data.normalization = "statistics"  # the set's mean and std; "scale": / 255;
-    # "weights": mean and std of the images that `train.weights` were trained on
-    data.image_size = 0  # pixels, height and width that images are resized to; 0: as stored
-
-    config.augmentation = augmentation = config_dict.ConfigDict()
-    augmentation.shift = 4  # pixels of zero padding before the random crop; 0: no shift
-    augmentation.flip = True  # mirror half of the images
-    augmentation.crop_area = 0.08  # "stream": the random crop's least share of the image's area
-    augmentation.jitter = 0.0  # brightness, contrast, saturation change by up to this factor
-    augmentation.lighting = 0.0  # standard deviation along the principal colours of ImageNet
-
-    config.train = train = config_dict.ConfigDict()
-    train.epochs = 300
-    train.batch_size = 64  # images per step over all devices; a multiple of their number
-    train.accumulate_steps = 1  # parts of each device's share that are computed one after another
-    train.max_skipped_steps = 10  # in a row, skipped as they were not finite, that end the run
-    train.loss = "cross_entropy"  # a name in densejax.training.losses.LOSSES
-    train.label_smoothing = 0.0  # probability mass spread evenly over all classes
-    train.weights = ""  # a directory of densejax.pretrained or of a run to start from; "": drawn
-    train.dtype = "float32"  # of the computation; parameters and statistics stay float32
-
-    config.optimizer = optimizer = config_dict.ConfigDict()
-    optimizer.name = "sgd"  # a name in densejax.training.optimizer.OPTIMIZERS
-    optimizer.learning_rate = 0.1  # the peak
-    optimizer.reference_batch_size = 0  # above 0: the peak is times train.batch_size / this
-    optimizer.momentum = 0.9
-    optimizer.nesterov = True  # without dampening
-    optimizer.weight_decay = 1e-4
-    optimizer.decay_all = True  # as the paper; False: kernels only, no biases and no norms
-    optimizer.schedule = "step"  # a name in densejax.training.optimizer.SCHEDULES
-    optimizer.drop_at = (0.5, 0.75)  # "step": fractions of training after which the rate drops
-    optimizer.drop_factor = 0.1  # "step": what each drop multiplies the rate by
-    optimizer.warmup_epochs = 0.0  # the rate rises linearly from zero
-
-    config.evaluate = evaluate = config_dict.ConfigDict()
-    evaluate.every_epochs = 1  # 0: only at the end
-    evaluate.split = "test"  # read during training; "validation" where images are held out
-    evaluate.final_split = "test"  # what the run's result is measured on; "validation" to tune
-    evaluate.train_images = 0  # training images, not augmented, that are measured at the end too
-    evaluate.resize_size = 0  # "stream": pixels, the shorter side before the middle is taken; 0:
-    # 256/224 of data.image_size, as is usual
-    evaluate.crop_size = 0  # pixels; above 0: the logits' mean over ten crops of this size
-    evaluate.batch_size = 512  # images per step over all devices; a multiple of their number
-
-    config.checkpoint = checkpoint = config_dict.ConfigDict()
-    checkpoint.every_epochs = 1  # and at the last step
-    checkpoint.keep_latest = 2
-    checkpoint.select = "last"  # the model of the result: "last", or "best" on held-out images
-
-    config.parallel = parallel = config_dict.ConfigDict()
-    parallel.mode = "shard_map"  # or "pmap"; the numbers are the same
-    parallel.batch_norm = "global"  # statistics over the whole batch; "replica": each device's
-    parallel.batch_norm_group_size = 0  # devices; "groups": each group of so many devices' own
-
-    config.log = log = config_dict.ConfigDict()
-    log.every_steps = 50  # between records in metrics.jsonl
-    log.seconds = 10.0  # between lines on the screen where it is no terminal
-
-    config.profile = profile = config_dict.ConfigDict()
-    profile.steps = ()  # (first, last) to trace on process 0, such as (10, 15); (): none
-    return config
+    contains: Callable[[Any], bool]
+    words: str
 
 
-# key: (test, what is allowed). A type that differs from the default's is reported before this.
-# Counts are int32 on the devices; no bound lets infinity or what is not a number through.
-_POSITIVE = (lambda value: 0 < value < 2**31, "a number above 0 and below 2**31")
-_NOT_NEGATIVE = (lambda value: 0 <= value < 2**31, "0 or more, and below 2**31")
-_FRACTION = (lambda value: 0 <= value < 1, "a number in [0, 1)")
+def _one_of(*names: str) -> _Range:
+    return _Range(lambda value: value in names, " or ".join(repr(name) for name in names))
 
 
-def _one_of(*names: str):
-    return lambda value: value in names, " or ".join(repr(name) for name in names)
-
-
-_CHECKS = {
-    "name": (
-        lambda value: 0 < len(value) <= 100 and value.isprintable() and "/" not in value,
-        "a name of at most 100 printable characters without '/'",
+# No bound lets infinity or what is not a number through; counts are int32 on the devices.
+_POSITIVE = _Range(lambda value: 0 < value < 2**31, "a number above 0 and below 2**31")
+_NOT_NEGATIVE = _Range(lambda value: 0 <= value < 2**31, "0 or more, and below 2**31")
+_FRACTION = _Range(lambda value: 0 <= value < 1, "a number in [0, 1)")
+_SHARE = _Range(lambda value: 0 < value <= 1, "a number in (0, 1]")
+_SPLIT = _one_of("test", "validation")
+_RISING_FRACTIONS = _Range(
+    lambda value: all(
+        type(x) is float and low < x < 1 for low, x in zip((0, *value), value, strict=False)
     ),
-    "seed": (lambda value: 0 <= value < 2**32, "an integer in [0, 2**32)"),
-    "data.name": (bool, "the name of a data set"),
-    "data.storage": _one_of("memory", "stream"),
-    "data.directory": (bool, "a folder"),
-    "data.workers": _NOT_NEGATIVE,
-    "data.corrupt_images": _one_of("fail", "skip"),
-    "data.validation_size": _NOT_NEGATIVE,
-    "data.train_size": _NOT_NEGATIVE,
-    "data.normalization": _one_of("statistics", "scale", "weights"),
-    "data.image_size": _NOT_NEGATIVE,
-    "augmentation.shift": _NOT_NEGATIVE,
-    "augmentation.crop_area": (lambda value: 0 < value <= 1, "a number in (0, 1]"),
-    "augmentation.jitter": _FRACTION,
-    "augmentation.lighting": _NOT_NEGATIVE,
-    "train.epochs": _POSITIVE,
-    "train.batch_size": _POSITIVE,
-    "train.accumulate_steps": _POSITIVE,
-    "train.max_skipped_steps": _POSITIVE,
-    "train.label_smoothing": _FRACTION,
-    "train.dtype": _one_of("float32", "bfloat16", "float64"),
-    "optimizer.learning_rate": (lambda value: 0 < value < float("inf"), "a finite number above 0"),
-    "optimizer.reference_batch_size": _NOT_NEGATIVE,
-    "optimizer.momentum": _FRACTION,
-    "optimizer.weight_decay": _NOT_NEGATIVE,
-    "optimizer.drop_at": (
-        lambda value: all(
-            type(x) is float and low < x < 1 for low, x in zip((0, *value), value, strict=False)
-        ),
-        "rising fractions in (0, 1)",
+    "rising fractions in (0, 1)",
+)
+_STEPS = _Range(
+    lambda value: value == ()
+    or ([type(step) for step in value] == [int, int] and 0 < value[0] <= value[1]),
+    "() or (first, last), steps from 1",
+)
+_NAME = _Range(
+    lambda value: 0 < len(value) <= 100 and value.isprintable() and "/" not in value,
+    "a name of at most 100 printable characters without '/'",
+)
+
+
+class Key(NamedTuple):
+    """One key of the configuration: its default, what it means, and which values it takes.
+
+    A value has the default's type; an integer is a float, too. Without `allowed` any value of that
+    type passes here: a table of names or the data set itself decides.
+    """
+
+    default: Any
+    meaning: str
+    allowed: _Range | None = None
+
+
+# Every key but those of `config.model`, which `densejax.models.fields(name)` fills in.
+KEYS = {
+    "name": Key("", "The card's name; the default run directory is named after it.", _NAME),
+    "seed": Key(
+        0,
+        "Of the parameters, the order of examples, augmentation and dropout.",
+        _Range(lambda value: 0 <= value < 2**32, "an integer in [0, 2**32)"),
     ),
-    "optimizer.drop_factor": (lambda value: 0 < value <= 1, "a number in (0, 1]"),
-    "optimizer.warmup_epochs": _NOT_NEGATIVE,
-    "evaluate.every_epochs": _NOT_NEGATIVE,
-    "evaluate.split": _one_of("test", "validation"),
-    "evaluate.final_split": _one_of("test", "validation"),
-    "evaluate.train_images": _NOT_NEGATIVE,
-    "evaluate.resize_size": _NOT_NEGATIVE,
-    "evaluate.crop_size": _NOT_NEGATIVE,
-    "evaluate.batch_size": _POSITIVE,
-    "checkpoint.every_epochs": _POSITIVE,
-    "checkpoint.keep_latest": _POSITIVE,
-    "checkpoint.select": _one_of("last", "best"),
-    "parallel.mode": _one_of("shard_map", "pmap"),
-    "parallel.batch_norm": _one_of("global", "replica", "groups"),
-    "parallel.batch_norm_group_size": _NOT_NEGATIVE,
-    "log.every_steps": _POSITIVE,
-    "log.seconds": _POSITIVE,
-    "profile.steps": (
-        lambda value: value == ()
-        or ([type(step) for step in value] == [int, int] and 0 < value[0] <= value[1]),
-        "() or (first, last), steps from 1",
+    "data.name": Key(
+        "",
+        "A set in densejax.data.builders.SETS, or any set that TFDS has prepared.",
+        _Range(bool, "the name of a data set"),
+    ),
+    "data.storage": Key(
+        "memory",
+        "Where images lie: 'memory', the whole set on every device; 'stream', on disk, and each is "
+        "decoded when it is needed.",
+        _one_of("memory", "stream"),
+    ),
+    "data.directory": Key(
+        "~/.cache/densejax/data", "Where sets are prepared, once.", _Range(bool, "a folder")
+    ),
+    "data.manual_dir": Key(
+        "",
+        "Folder with the original files; '' downloads them. With data.storage = 'stream': a folder "
+        "with train/class/image.jpg and val/class/image.jpg; '' reads what TFDS has prepared.",
+    ),
+    "data.workers": Key(
+        0, "'stream': processes that decode on each host; 0: the run itself does.", _NOT_NEGATIVE
+    ),
+    "data.corrupt_images": Key(
+        "fail",
+        "'stream': what an unreadable training image does: 'fail' ends the run, 'skip' trains on "
+        "the next one. An unreadable test image always ends the run.",
+        _one_of("fail", "skip"),
+    ),
+    "data.train_split": Key("train", "Splits that train, such as 'train+extra' for SVHN."),
+    "data.validation_size": Key(
+        0, "Training images that are held out; the same ones whatever the seed.", _NOT_NEGATIVE
+    ),
+    "data.train_size": Key(
+        0,
+        "Training images to use, 0 for all: the first of one fixed random order, so that a larger "
+        "set contains every smaller one. Classes are not balanced.",
+        _NOT_NEGATIVE,
+    ),
+    "data.normalization": Key(
+        "statistics",
+        "'statistics': by the set's mean and standard deviation; 'scale': divide by 255; "
+        "'weights': as the images that train.weights were trained on.",
+        _one_of("statistics", "scale", "weights"),
+    ),
+    "data.image_size": Key(
+        0, "Pixels, height and width that images are resized to; 0: as stored.", _NOT_NEGATIVE
+    ),
+    "augmentation.shift": Key(
+        4, "Pixels of zero padding before a random crop; 0: no crop.", _NOT_NEGATIVE
+    ),
+    "augmentation.flip": Key(True, "Mirror half of the images."),
+    "augmentation.crop_area": Key(
+        0.08, "'stream': the smallest share of an image's area that a crop has.", _SHARE
+    ),
+    "augmentation.jitter": Key(
+        0.0, "Brightness, contrast and saturation change by up to this factor.", _FRACTION
+    ),
+    "augmentation.lighting": Key(
+        0.0, "Standard deviation along the principal colours of ImageNet.", _NOT_NEGATIVE
+    ),
+    "train.epochs": Key(300, "Passes over the training images.", _POSITIVE),
+    "train.batch_size": Key(
+        64, "Images in a step over all devices; a multiple of their number.", _POSITIVE
+    ),
+    "train.accumulate_steps": Key(
+        1, "Parts of a device's batch that are computed one after another.", _POSITIVE
+    ),
+    "train.max_skipped_steps": Key(
+        10, "Abort after this many consecutive non-finite steps; fewer are skipped.", _POSITIVE
+    ),
+    "train.loss": Key("cross_entropy", "A name in densejax.training.losses.LOSSES."),
+    "train.label_smoothing": Key(
+        0.0, "Probability that is spread evenly over all classes.", _FRACTION
+    ),
+    "train.weights": Key(
+        "", "Directory to start from, of densejax.pretrained or of a run; '': random weights."
+    ),
+    "train.dtype": Key(
+        "float32",
+        "Precision of the computation; parameters and statistics are float32 at least.",
+        _one_of("float32", "bfloat16", "float64"),
+    ),
+    "optimizer.name": Key("sgd", "A name in densejax.training.optimizer.OPTIMIZERS."),
+    "optimizer.learning_rate": Key(
+        0.1,
+        "The highest rate of the schedule.",
+        _Range(lambda value: 0 < value < float("inf"), "a finite number above 0"),
+    ),
+    "optimizer.reference_batch_size": Key(
+        0,
+        "Above 0: the rate is multiplied by train.batch_size / optimizer.reference_batch_size.",
+        _NOT_NEGATIVE,
+    ),
+    "optimizer.momentum": Key(0.9, "Of SGD, without dampening.", _FRACTION),
+    "optimizer.nesterov": Key(True, "Whether momentum is Nesterov's."),
+    "optimizer.weight_decay": Key(
+        1e-4, "SGD adds this share of the weights to the gradient.", _NOT_NEGATIVE
+    ),
+    "optimizer.decay_all": Key(
+        True, "Every parameter decays, as in the paper; False: kernels alone, no bias or norm."
+    ),
+    "optimizer.schedule": Key("step", "A name in densejax.training.optimizer.SCHEDULES."),
+    "optimizer.drop_at": Key(
+        (0.5, 0.75),
+        "'step': fractions of training after which the rate drops.",
+        _RISING_FRACTIONS,
+    ),
+    "optimizer.drop_factor": Key(0.1, "'step': what each drop multiplies the rate by.", _SHARE),
+    "optimizer.warmup_epochs": Key(
+        0.0, "Epochs in which the rate rises linearly from zero.", _NOT_NEGATIVE
+    ),
+    "evaluate.every_epochs": Key(
+        1, "Epochs between two evaluations; 0: one at the end.", _NOT_NEGATIVE
+    ),
+    "evaluate.split": Key(
+        "test", "What is measured during training; 'validation' are images held out.", _SPLIT
+    ),
+    "evaluate.final_split": Key(
+        "test", "What the run's result is measured on; 'validation' to tune.", _SPLIT
+    ),
+    "evaluate.train_images": Key(
+        0, "Training images, not augmented, that are measured at the end, too.", _NOT_NEGATIVE
+    ),
+    "evaluate.resize_size": Key(
+        0,
+        "'stream': pixels of the shorter side before the middle is cropped; 0: 256/224 of "
+        "data.image_size, as is usual.",
+        _NOT_NEGATIVE,
+    ),
+    "evaluate.crop_size": Key(
+        0, "Pixels; above 0: logits are the mean over ten crops of this size.", _NOT_NEGATIVE
+    ),
+    "evaluate.batch_size": Key(
+        512, "Images in a step over all devices; a multiple of their number.", _POSITIVE
+    ),
+    "checkpoint.every_epochs": Key(
+        1, "Epochs between two checkpoints; the last step has one, too.", _POSITIVE
+    ),
+    "checkpoint.keep_latest": Key(2, "How many of the newest checkpoints are kept.", _POSITIVE),
+    "checkpoint.select": Key(
+        "last",
+        "Which network the result is of: the 'last', or the 'best' on held-out images.",
+        _one_of("last", "best"),
+    ),
+    "parallel.mode": Key(
+        "shard_map", "How a step is mapped over devices.", _one_of("shard_map", "pmap")
+    ),
+    "parallel.batch_norm": Key(
+        "global",
+        "Whose images BatchNorm's statistics are of: 'global' those of all devices, 'replica' of "
+        "each device, 'groups' of groups of devices.",
+        _one_of("global", "replica", "groups"),
+    ),
+    "parallel.batch_norm_group_size": Key(0, "'groups': devices in a group.", _NOT_NEGATIVE),
+    "log.every_steps": Key(50, "Steps between two records in metrics.jsonl.", _POSITIVE),
+    "log.seconds": Key(
+        10.0, "Seconds between two lines where the output is no terminal.", _POSITIVE
+    ),
+    "profile.steps": Key(
+        (), "(first, last) step to trace on process 0, such as (10, 15); (): none.", _STEPS
     ),
 }
+
+
+def default() -> config_dict.ConfigDict:
+    """Every key of `KEYS` with its default, and an empty section `model`."""
+    config = {}
+    for key, field in KEYS.items():
+        *sections, name = key.split(".")
+        section = config
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = field.default
+        if name == "seed":
+            config["model"] = {}
+    return config_dict.ConfigDict(config)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -190,25 +269,24 @@ def check(config: config_dict.ConfigDict) -> None:
     `evaluate.resize_size` of 0 is set to the pixels that it stands for. Keys of `config.model` are
     checked by `densejax.models.create`, which knows the families.
     """
-    schema, values = flatten(default()), flatten(config)
-    values = {key: value for key, value in values.items() if not key.startswith("model.")}
-    for key in sorted(set(schema) ^ set(values)):
-        what = "missing" if key in schema else "unknown"
-        section = [name for name in schema if name.startswith(key.rpartition(".")[0])]
+    values = {k: value for k, value in flatten(config).items() if not k.startswith("model.")}
+    for key in sorted(set(KEYS) ^ set(values)):
+        what = "missing" if key in KEYS else "unknown"
+        section = [name for name in KEYS if name.startswith(key.rpartition(".")[0])]
         raise UserError(f"{what} key {key}; allowed here are {', '.join(section)}")
     for key, value in values.items():
-        kind = type(schema[key])
+        kind, allowed = type(KEYS[key].default), KEYS[key].allowed
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise UserError(f"{key} = {value!r}: give a value of type {kind.__name__}")
-        test, allowed = _CHECKS.get(key, (None, None))
-        if test and not test(value):
-            raise UserError(f"{key} = {value!r}: allowed is {allowed}")
+        if allowed and not allowed.contains(value):
+            raise UserError(f"{key} = {value!r}: allowed is {allowed.words}")
     # Where nothing reads it, it is 256, which runs have always stored.
     size = config.data.image_size if config.data.storage == "stream" else 224
-    schema["evaluate.resize_size"] = round(size * 256 / 224)
-    config.evaluate.resize_size = config.evaluate.resize_size or schema["evaluate.resize_size"]
+    usual = {"evaluate.resize_size": round(size * 256 / 224)}
+    config.evaluate.resize_size = config.evaluate.resize_size or usual["evaluate.resize_size"]
     values["evaluate.resize_size"] = config.evaluate.resize_size
-    for key, conflicts, remedy in _conflicts(config, {k for k in values if values[k] != schema[k]}):
+    changed = {key for key in values if values[key] != usual.get(key, KEYS[key].default)}
+    for key, conflicts, remedy in _conflicts(config, changed):
         if conflicts:
             raise UserError(f"{key} = {values[key]!r}: {remedy}")
 

@@ -177,7 +177,7 @@ def test_an_unknown_key_lists_its_section():
     config = small.tiny()
     config.train.epoch = 3
     assert message(config).startswith(
-        "unknown key train.epoch; allowed here are train.accumulate_steps, "
+        "unknown key train.epoch; allowed here are train.epochs, train.batch_size, "
     )
     config = small.tiny()
     config.colour = 3
