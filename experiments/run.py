@@ -121,7 +121,7 @@ class Work:
         summary = result.read(self.path)
         if summary is None or not workdir.same_run(summary["config"], self.config):
             return None
-        others = workdir.other_versions(summary["versions"], self.versions)
+        others = workdir.version_changes(summary["versions"], self.versions)
         if others and not self.force:
             raise UserError(
                 f"{self.path}: its result is of other code, data or weights ({'; '.join(others)}). "
@@ -284,7 +284,7 @@ class Worker:
         try:
             work.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             claim.mkdir(exist_ok=True)
-            with lock.hold(claim, wait=False):
+            with lock.locked(claim, wait=False):
                 # Whoever held the claim may be dead and its run alive.
                 lock.require_free(work.path, wait=False)
                 if not work.result():
@@ -303,7 +303,7 @@ class Worker:
         facts = {"sweep": work.sweep, "run": work.run.name, "axes": work.run.axes}
         facts |= {"seed": work.run.axes["seed"], "mismatch": work.run.mismatch}
         facts["command"] = shlex.join(dataclasses.replace(work, force=False).command)
-        workdir.write_json(work.path / "sweep.json", facts)
+        files.write_json(work.path / "sweep.json", facts)
         output = work.path / "output.txt"
         with open(output, "a") as file:
             # A session of its own: Ctrl-C reaches it through this process alone, once.
@@ -436,7 +436,7 @@ def latency(all_works: list[Work]) -> None:
         found["seconds"][point][batch_size] = statistics.median(values[1:])
     folder = all_works[0].path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    workdir.write_json(folder / "latency.json", found)
+    files.write_json(folder / "latency.json", found)
     rows = [
         (point, *(f"{1000 * value:.3f}" for value in values.values()))
         for point, values in found["seconds"].items()

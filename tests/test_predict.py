@@ -19,7 +19,7 @@ from densejax import predict
 from densejax.config import UserError
 from densejax.data import builders, encoded, facts
 from densejax.inference import classifier, prediction
-from densejax.runs import files, workdir
+from densejax.runs import files
 from densejax.training import experiment, loop
 from tests import photos, small
 from tests.test_command_line import ROOT, command, one_line  # noqa: F401
@@ -130,7 +130,7 @@ def photo_run(folder, crop_size):
     )
     path = folder / "run"
     path.mkdir()
-    workdir.write_json(path / "config.json", config.to_dict())
+    files.write_json(path / "config.json", config.to_dict())
     facts.write(path, built.info, built.data.sample())
     with contextlib.closing(loop.open_checkpoints(config, path)) as store:
         store.save(1, state, {})

@@ -189,7 +189,7 @@ def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Da
     (images, labels), arrays = _arrays(config)
     size, sample = config.evaluate.batch_size, images[:: -(-len(images) // 1000)].copy()
     version = _version_of_arrays((images, labels), arrays)
-    hosts.agree({"digest of the data": version})  # before an array of all processes is made of it
+    hosts.require_same({"digest of the data": version})  # before they make one array of it
     return Data(
         MemorySet(images, labels, config.train.batch_size, config.seed, whole, split),
         {name: MemorySet(*pair, size, config.seed, whole, split) for name, pair in arrays.items()},
@@ -258,7 +258,7 @@ def _streams(config: ConfigDict, split: NamedSharding) -> Data:
     section, evaluate, batch_size = config.data, config.evaluate, config.train.batch_size
     facts, splits = encoded.open_splits(section.name, section.directory, section.manual_dir)
     version = _version_of_splits(splits)
-    hosts.agree({"digest of the data": version})
+    hosts.require_same({"digest of the data": version})
     trains, held_out = hold_out(len(splits["train"]), section.validation_size, section.train_size)
     train = stream.Pieces(
         splits["train"],

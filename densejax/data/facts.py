@@ -43,7 +43,7 @@ def write(path: epath.Path, info: SetInfo, images: np.ndarray) -> None:
         usual[name] = (low - margin, high + margin)
     kept = {key: getattr(info, key) for key in KEPT} | {"usual": usual}
     try:
-        files.write(path / FILE, json.dumps(files.seal(kept), indent=2) + "\n")
+        files.write_json(path / FILE, files.seal(kept))
     except OSError as error:
         raise UserError(f"{path / FILE}: cannot be written ({error})") from error
 

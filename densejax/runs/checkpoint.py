@@ -47,7 +47,7 @@ class Checkpoints:
     `guard` raises.
 
     Attributes:
-      passed_over: the damaged steps that the last `restore_latest` or `restore_best` passed over.
+      damaged_steps: the damaged steps that the last `restore_latest` or `restore_best` passed over.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Checkpoints:
         path = epath.Path(directory)
         self._directory = path if "://" in str(directory) else path.resolve()  # as orbax asks
         self._keep_latest, self._keep_best, self._guard = keep_latest, keep_best, guard
-        self.passed_over: list[int] = []
+        self.damaged_steps: list[int] = []
         self._damaged: set[int] = set()  # on disk, until the next save
         self._under_way: int | None = None
         self._problem = ""
@@ -147,7 +147,7 @@ class Checkpoints:
             if not self._failed(step, _problem_of(self._writer.save, path, args=args, force=True)):
                 self._under_way, self._saved[step] = step, facts
 
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+    def set_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Gives a step that exists, saved before it was evaluated, its metrics."""
         self._settle()
         if step not in self.steps():
@@ -159,7 +159,7 @@ class Checkpoints:
         problem = manifest.pop("problem")
         if not problem and jax.process_index() == 0:
             problem = _problem_of(_write_manifest, path, manifest)
-        if problem := hosts.exchange(problem)[0]:
+        if problem := hosts.gather(problem)[0]:
             logging.error("The metrics of step %d could not be saved: %s", step, problem)
         else:
             self._saved[step] |= {"metrics": metrics}
@@ -245,7 +245,7 @@ class Checkpoints:
             else:
                 self._damaged |= set(damage)
                 self._saved = {n: self._saved[n] for n in self._saved if n not in damage}
-                self.passed_over = sorted(damage)
+                self.damaged_steps = sorted(damage)
                 return state
         if damage:
             raise CheckpointError("\n  ".join(["No checkpoint is intact:", *damage.values()]))
@@ -344,7 +344,7 @@ def _is_news(record) -> bool:
 def _agreed(path: epath.Path) -> dict[int, dict]:
     # The steps, their metrics and records, as process 0 reads them: what each process reads by
     # itself could make it go on from another step than the others.
-    found = hosts.exchange(_found(path) if jax.process_index() == 0 else [])[0]
+    found = hosts.gather(_found(path) if jax.process_index() == 0 else [])[0]
     whole = [step for step, facts in found if not facts["problem"]]
     unseen = [step for step in whole if not files.appears(path / str(step) / MANIFEST)]
     if not multihost_utils.process_allgather(np.asarray(not unseen)).all():

@@ -95,6 +95,11 @@ def write(path: epath.Path, content: str | bytes) -> None:
         raise
 
 
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Writes JSON as `write` does."""
+    write(epath.Path(path), json.dumps(value, indent=2) + "\n")
+
+
 def remove_leftovers(directory: epath.Path) -> None:
     """Removes what a kill within `write` has left; for whoever alone writes in the directory."""
     for path in directory.iterdir() if directory.is_dir() else ():

@@ -62,24 +62,24 @@ class Goodput:
             logging.warning("%s cannot be read (%s): the clock starts anew.", path, error)
 
     @contextlib.contextmanager
-    def spend(self, kind: str) -> Iterator[None]:
+    def measure(self, kind: str) -> Iterator[None]:
         """What runs in its context is of a kind."""
-        before = self.turn(kind)
+        before = self.switch_to(kind)
         try:
             yield
         finally:
-            self.turn(before)
+            self.switch_to(before)
 
-    def turn(self, kind: str) -> str:
+    def switch_to(self, kind: str) -> str:
         """What follows is of a kind, until the next call; returns the kind up to now."""
         now = time.monotonic()
         self.seconds[self._kind] += now - self._since
         before, self._kind, self._since = self._kind, kind, now
         return before
 
-    def mark(self, step: int, kept: Iterable[int]) -> None:
+    def checkpoint_saved(self, step: int, kept: Iterable[int]) -> None:
         """What was spent so far is not lost to a start from `step`; `kept`: the checkpoints."""
-        self.turn(self._kind)
+        self.switch_to(self._kind)
         self._marks = {old: mark for old, mark in self._marks.items() if old in set(kept)}
         self._marks[step] = dict(self.seconds)
 
@@ -87,7 +87,7 @@ class Goodput:
         """Writes the file: now, or if the last time is long ago; process 0 alone does."""
         if not (now or time.monotonic() - self._written > self._every) or jax.process_index():
             return
-        self.turn(self._kind)
+        self.switch_to(self._kind)
         self._written = time.monotonic()
         total = sum(self.seconds.values())
         content = {

@@ -56,7 +56,7 @@ for line in sys.stdin.buffer:
         sys.exit()
 print(sys.argv[1], file=sys.stderr)
 """
-_turn = 0  # of `exchange`
+_turn = 0  # of `gather`
 
 
 @contextlib.contextmanager
@@ -97,9 +97,9 @@ def joined(
                 f"--num_processes and --process_id, or run alone with --num_processes=1"
             ) from error
         try:
-            agree({"--num_processes": num_processes})
+            require_same({"--num_processes": num_processes})
             yield
-            exchange("the end")
+            gather("the end")
             jax.distributed.shutdown()
         except BaseException as error:
             _leave(error)
@@ -158,7 +158,7 @@ def _leave(error: BaseException) -> None:
     os._exit(2 if refused else 1)
 
 
-def exchange(value: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
     """What every process says, by process; all call it in the same order, and wait for each other.
 
     Args:
@@ -187,9 +187,9 @@ def _say(message: dict) -> None:
     global_state.client.key_value_set(key, json.dumps(message))
 
 
-def agree(facts: Mapping[str, Any]) -> None:
+def require_same(facts: Mapping[str, Any]) -> None:
     """Raises UserError, on every process, where one has other facts than process 0; all call it."""
-    first, *others = exchange({key: json.dumps(value) for key, value in facts.items()})
+    first, *others = gather({key: json.dumps(value) for key, value in facts.items()})
     differences = [
         f"{key} is {first.get(key, 'absent')} in process 0 and {other.get(key, 'absent')} in "
         f"process {process}"

@@ -34,7 +34,7 @@ class LockError(UserError):
 
 
 @contextlib.contextmanager
-def hold(directory: epath.PathLike, wait: bool = True) -> Iterator[Callable[[], None]]:
+def locked(directory: epath.PathLike, wait: bool = True) -> Iterator[Callable[[], None]]:
     """Holds the lock of a directory that exists; LockError names the process that has it.
 
     Args:

@@ -43,7 +43,7 @@ UNMEASURED = (
     *("runs.interrupt", "runs.lock", "runs.metric_log"),
 )
 # What a run is made of: a directory that has one of them belongs to a run, or to somebody.
-KEPT = ("checkpoints", "goodput.json", "metrics.jsonl", "summary.json", "timings.jsonl")
+RUN_FILES = ("checkpoints", "goodput.json", "metrics.jsonl", "summary.json", "timings.jsonl")
 # Flags of XLA that change no number.
 XLA_FLAGS_WITHOUT_EFFECT = ("--xla_dump", "--xla_force_host_platform_device_count")
 
@@ -103,7 +103,7 @@ def same_run(old: dict, config: ml_collections.ConfigDict) -> bool:
     )
 
 
-def other_versions(before: dict[str, str], found: dict[str, str]) -> list[str]:
+def version_changes(before: dict[str, str], found: dict[str, str]) -> list[str]:
     """What differs between recorded versions and those `found`, as `difference` says it.
 
     A name that was not recorded yet, by an older version of this package, is not compared, but for
@@ -187,11 +187,6 @@ def unseal(record: dict) -> dict:
     return content
 
 
-def write_json(path: epath.PathLike, value) -> None:
-    """Writes JSON such that a reader, or a kill at any moment, finds the old or the new file."""
-    files.write(epath.Path(path), json.dumps(value, indent=2) + "\n")
-
-
 @contextlib.contextmanager
 def open_run(
     path: epath.PathLike,
@@ -220,7 +215,7 @@ def open_run(
                 if my_turn and is_writer:
                     is_remote = "://" in os.fspath(path)  # object stores have no modes
                     path.mkdir(parents=True, exist_ok=True, mode=None if is_remote else 0o700)
-                    require_held = stack.enter_context(lock.hold(path))
+                    require_held = stack.enter_context(lock.locked(path))
                     changes = _accepted_changes(path, config, found, force)
                     require_held()
                     _record_start(path, config, found, changes)
@@ -231,7 +226,7 @@ def open_run(
                 problem = str(error)
             except (OSError, ValueError) as error:
                 problem = f"workdir={path}: {error}. Choose a --workdir that can be written."
-            if any(problems := hosts.exchange(problem)):
+            if any(problems := hosts.gather(problem)):
                 raise WorkdirError(problem or max(problems))
         yield require_held if is_writer else (lambda: None)
 
@@ -266,7 +261,7 @@ def check(
 def _accepted_changes(path, config, found, force, accepted=RESUMABLE) -> list[str] | None:
     stored, starts = files.read_text(path / "config.json"), history(path)
     if stored is None:
-        left = [name for name in KEPT if (path / name).exists()]
+        left = [name for name in RUN_FILES if (path / name).exists()]
         if left and not force:
             raise WorkdirError(
                 f"workdir={path}: it has {' and '.join(left)} but no config.json, which says what "
@@ -288,7 +283,7 @@ def _accepted_changes(path, config, found, force, accepted=RESUMABLE) -> list[st
             f"workdir={path}: history.jsonl, which says what code the run is of, is missing; "
             f"restore it or choose another --workdir"
         )
-    changes += other_versions(starts[-1]["versions"], found) if found else []
+    changes += version_changes(starts[-1]["versions"], found) if found else []
     refused = [line for line in changes if not _is_below(accepted, line.partition(":")[0])]
     if refused and not force:
         advice = (
@@ -324,7 +319,7 @@ def _record_start(path, config, found, changes) -> None:
     }
     files.write(file, (files.read_text(file) or "") + json.dumps(files.seal(start)) + "\n")
     if changes != []:  # new, or changed
-        write_json(path / "config.json", config)
+        files.write_json(path / "config.json", config)
 
 
 def _flat(tree: dict) -> dict[str, str]:

@@ -61,7 +61,7 @@ class Experiment:
         _ = self.abstract_state  # a network that does not fit the images says so first
         if jax.process_index() == 0:  # a set that is missing is prepared once for shared disks
             data.prepare(self.config)
-        hosts.exchange("data is prepared")
+        hosts.gather("data is prepared")
         whole, split = parallel.replicated(self.mesh), parallel.split(self.mesh)
         return data.create(self.config, whole, split)
 
@@ -208,7 +208,7 @@ def open_checkpoints(
 def select(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
     """The state that the result is measured on: the newest, or the best on held-out images.
 
-    The damaged ones that were passed over for it are `checkpoints.passed_over`.
+    The damaged ones that were passed over for it are `checkpoints.damaged_steps`.
     """
     checkpoints.wait()  # the last save may still be under way
     if experiment.config.train.weights and checkpoints.latest_step() is None:

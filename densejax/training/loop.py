@@ -52,7 +52,7 @@ def run(
     path = files.path_of("--workdir", directory)
     versions, is_run, summary, changes = result.versions(config), False, None, []
     flags = {"--mode": mode, "--workdir": directory, "--resume": "force" if force else "same"}
-    hosts.agree(flatten(config) | versions | flags)
+    hosts.require_same(flatten(config) | versions | flags)
     if jax.process_index() == 0:  # it decides: another host may see the directory of a moment ago
         is_run = (path / "config.json").exists()
         if mode == "train":
@@ -62,7 +62,7 @@ def run(
                 workdir.check(path, config, versions)
         elif is_run or not config.train.weights:
             changes = workdir.check(path, config, versions, measures=True)
-    is_run, is_finished = hosts.exchange([is_run, summary is not None])[0]
+    is_run, is_finished = hosts.gather([is_run, summary is not None])[0]
     if is_finished:
         if summary:
             result.say(result.line(summary, path))
@@ -73,7 +73,7 @@ def run(
     with contextlib.closing(open_checkpoints(config, path)) as checkpoints:
         if mode == "eval":
             outcome = result.measure(experiment, select(experiment, checkpoints))
-            outcome["damaged_checkpoints"] = checkpoints.passed_over
+            outcome["damaged_checkpoints"] = checkpoints.damaged_steps
             result.say(json.dumps(outcome | {"versions": versions, "changes": changes}, indent=2))
             return 0
         start = checkpoints.latest_step() or 0
@@ -136,17 +136,17 @@ def train(
         state = experiment.start() if state is None else state
         loop = Loop(experiment, state, log, checkpoints, stop, clock, callbacks)
         loop.run(path / "profile")
-        with clock.spend("save"):
+        with clock.measure("save"):
             checkpoints.wait()
         if not stop.signal:
             chosen, passed_over = loop.state, []
             if config.checkpoint.select == "best":
                 chosen = select(experiment, checkpoints)
-                passed_over = checkpoints.passed_over
-            with log.pause(), clock.spend("evaluation"):
+                passed_over = checkpoints.damaged_steps
+            with log.pause(), clock.measure("evaluation"):
                 known = loop.evaluated if chosen is loop.state else {}
                 outcome = result.measure(experiment, chosen, known, stop.after_step)
-        clock.mark(int(loop.state.step), checkpoints.steps())
+        clock.checkpoint_saved(int(loop.state.step), checkpoints.steps())
         if stop.signal:
             result.say(
                 f"{stop.signal.name}: saved step {int(loop.state.step)}; the same command goes on "
@@ -211,12 +211,12 @@ class Loop:
             if self.stop.signal:
                 return
             split = self.experiment.config.evaluate.split
-            self.checkpoints.evaluated(start, {f"{split}_error": error})
+            self.checkpoints.set_metrics(start, {f"{split}_error": error})
         try:
             self._take_steps(start, traces)
         except DataError as error:
             self._save_after_failed_input(error)
-        self.clock.turn("step")
+        self.clock.switch_to("step")
 
     def _take_steps(self, start: int, traces: epath.Path) -> None:
         config, last = self.experiment.config, self.experiment.steps
@@ -231,14 +231,14 @@ class Loop:
             for step in range(start + 1, last + 1):
                 if step == max(first_traced, start + 1) <= last_traced and not jax.process_index():
                     profile.enter_context(metric_log.trace(traces))
-                with clock.spend("input_wait"):
+                with clock.measure("input_wait"):
                     batch = data.batch(step - 1)
-                clock.turn("step" if self.seconds_to_first_step else "compile")
+                clock.switch_to("step" if self.seconds_to_first_step else "compile")
                 self.state, sums = take_step(self.state, batch)
                 if self.seconds_to_first_step is None:
                     jax.block_until_ready(sums)
                     self.seconds_to_first_step = time.monotonic() - densejax.STARTED
-                    clock.turn("step")
+                    clock.switch_to("step")
                 # While the devices are busy with this step, the one before is looked at. No more
                 # than one is queued, so that a signal need not wait long.
                 self._look_at_step_under_way()
@@ -285,7 +285,7 @@ class Loop:
     def _evaluate(self, step: int) -> float:
         """The error; NaN where a signal interrupts the evaluation."""
         split = self.experiment.config.evaluate.split
-        with self.clock.spend("evaluation"):
+        with self.clock.measure("evaluation"):
             values = self.experiment.evaluate(self.state, split, self.stop.after_step)
         if values is None:
             return math.nan
@@ -296,9 +296,9 @@ class Loop:
 
     def _save(self, step: int, error: float) -> None:
         named = {f"{self.experiment.config.evaluate.split}_error": error}
-        with self.clock.spend("save"):
+        with self.clock.measure("save"):
             self.checkpoints.save(step, self.state, named, self.log.problem, self.log.digest)
-        self.clock.mark(step, self.checkpoints.steps())
+        self.clock.checkpoint_saved(step, self.checkpoints.steps())
 
     def _save_after_failed_input(self, error: DataError) -> None:
         """Saves the state, which is whole; raises the error, unless a signal stops the run."""

@@ -87,7 +87,7 @@ def versions(config: ConfigDict) -> dict[str, str]:
 
 def write(path: epath.Path, summary: dict[str, Any]) -> None:
     """Writes summary.json such that `read` sees damage."""
-    workdir.write_json(path / "summary.json", files.seal(summary))
+    files.write_json(path / "summary.json", files.seal(summary))
 
 
 def read(path: epath.Path) -> dict[str, Any] | None:
@@ -127,8 +127,8 @@ def finished(
     summary = read(path)
     if summary is None or not workdir.same_run(summary["config"], config):
         return None
-    others = workdir.other_versions(summary["versions"], found)
-    others = others or workdir.other_versions(summary["versions"], {"data": data.version(config)})
+    others = workdir.version_changes(summary["versions"], found)
+    others = others or workdir.version_changes(summary["versions"], {"data": data.version(config)})
     if others and not force:
         raise UserError(
             f"workdir={path}: its result is of other code, data, weights or precision "

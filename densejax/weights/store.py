@@ -48,7 +48,7 @@ def save(directory: str, description: Mapping[str, Any], variables: Mapping[str,
         path.mkdir(parents=True)
         (path / "weights.safetensors").write_bytes(data)
         # Last: a directory without it, or whose weights are not those it names, is refused.
-        files.write(path / "model.json", json.dumps({**description, **digest}, indent=2) + "\n")
+        files.write_json(path / "model.json", {**description, **digest})
     except OSError as error:
         raise UserError(f"--output={directory}: {error}") from error
 

@@ -18,7 +18,7 @@ import densejax
 from densejax import models
 from densejax.config import UserError
 from densejax.models import counts
-from densejax.runs import lock, workdir
+from densejax.runs import files, lock, workdir
 from densejax.training import experiment
 from tests import small
 
@@ -255,16 +255,16 @@ def test_damage_and_a_full_disk_cost_one_run(sweep, monkeypatch, capsys):
     (works[1].path / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.5}\n{"step": 2, "ep')
     works[2].path.rmdir()
     works[2].path.write_text("a file in its place")
-    write, full = workdir.write_json, works[3].path / "sweep.json"
+    write, full = files.write_json, works[3].path / "sweep.json"
 
     def refuse(path, value):
         if path == full:
             raise OSError(28, "No space left on device", str(path))
         write(path, value)
 
-    monkeypatch.setattr(workdir, "write_json", refuse)
+    monkeypatch.setattr(files, "write_json", refuse)
     (works[1].path / "claim").mkdir()
-    with lock.hold(works[1].path / "claim"):
+    with lock.locked(works[1].path / "claim"):
         assert works[1].state() == "running, 25%"  # of two epochs
     assert runner.Worker(works).work() == 1
     said = capsys.readouterr().err.splitlines()
@@ -289,7 +289,7 @@ def test_a_failure_is_its_own(sweep, capsys):
 def test_a_dead_workers_run_is_taken_over(sweep):
     works, log, _ = sweep
     program = (
-        "import os, sys; from densejax.runs import lock; held = lock.hold(sys.argv[1]); "
+        "import os, sys; from densejax.runs import lock; held = lock.locked(sys.argv[1]); "
         "held.__enter__(); os._exit(9)"
     )
     claim = works[0].path / "claim"
@@ -310,7 +310,7 @@ def test_what_lives_is_left_alone(sweep, held):
     works, log, _ = sweep
     (works[0].path / "claim").mkdir(parents=True)
     worker = runner.Worker(works[:1])
-    with lock.hold(works[0].path / held):
+    with lock.locked(works[0].path / held):
         assert not worker.attempt(works[0]) and not log.exists()
         assert (works[0].state() == "running, 0%") is (held == "claim")
     assert worker.attempt(works[0]) and log.exists()

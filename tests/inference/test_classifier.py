@@ -10,7 +10,7 @@ import pytest
 from densejax import models
 from densejax.config import UserError
 from densejax.inference import classifier
-from densejax.runs import workdir
+from densejax.runs import files
 from densejax.training import experiment, loop
 from tests import small
 
@@ -24,7 +24,7 @@ def first_state():
 def saved(path, config, *checkpoints):
     """Makes a run's directory of (step, state, metrics)."""
     path.mkdir()
-    workdir.write_json(path / "config.json", config.to_dict())
+    files.write_json(path / "config.json", config.to_dict())
     store = loop.open_checkpoints(config, path)
     for checkpoint in checkpoints:
         store.save(*checkpoint)

@@ -133,7 +133,7 @@ def test_every_process_takes_the_steps_that_process_0_sees(two_steps, monkeypatc
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(densejax.runs.files, "VISIBLE", 0.0)
     monkeypatch.setattr(checkpoint.ocp, "AsyncCheckpointer", lambda *_, **__: None)
-    monkeypatch.setattr(densejax.runs.hosts, "exchange", lambda mine: [told, mine])
+    monkeypatch.setattr(densejax.runs.hosts, "gather", lambda mine: [told, mine])
     multihost = checkpoint.multihost_utils
     monkeypatch.setattr(multihost, "process_allgather", lambda ok: np.asarray([True, ok]))
 
@@ -268,14 +268,14 @@ def test_what_replaces_a_damaged_step_is_known_and_may_be_the_best(tmp_path, mon
         (tmp_path / step / MANIFEST).write_text("")
     checkpoints = Checkpoints(tmp_path, keep_best="loss")
     assert_bitwise(checkpoints.restore_latest(abstract(make_state())), make_state(1))
-    assert checkpoints.passed_over == [2, 3]
+    assert checkpoints.damaged_steps == [2, 3]
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_write_manifest", lambda *_: (1 / 0))
         checkpoints.save(2, make_state(2), {"loss": 0.1})
         with pytest.raises(CheckpointError, match="Step 2 could not be saved in .*division by"):
             checkpoints.wait()
         assert checkpoints.steps() == [1] and checkpoints.metrics(2) == {}
-        checkpoints.evaluated(2, {"loss": 0.1})  # of a step that is not there
+        checkpoints.set_metrics(2, {"loss": 0.1})  # of a step that is not there
         assert checkpoints.metrics(2) == {}
     for step in 2, 3, 4, 5:
         checkpoints.save(step, make_state(step), {"loss": 0.1 * step / 2})
@@ -339,7 +339,7 @@ def test_who_may_no_longer_write_changes_nothing_and_ends(tmp_path, allowed):
     checkpoints.close()  # neither saves, deletes nor hides the reason
     assert (tmp_path / "2").exists() == (allowed == 2) and (tmp_path / "1").exists()
     with pytest.raises(Lost):
-        checkpoints.evaluated(checkpoints.latest_step(), {"loss": 0.5})
+        checkpoints.set_metrics(checkpoints.latest_step(), {"loss": 0.5})
     assert Checkpoints(tmp_path).metrics(1) == {"validation/loss": 1.0}
 
 
@@ -529,7 +529,7 @@ def test_the_best_may_be_evaluated_late_and_damaged(tmp_path, caplog):
     checkpoints = Checkpoints(tmp_path, keep_latest=3, keep_best="loss")
     checkpoints.save(1, make_state(1), {"loss": 0.5})
     checkpoints.save(2, make_state(2), {"loss": float("nan")})
-    checkpoints.evaluated(2, {"loss": 0.25})
+    checkpoints.set_metrics(2, {"loss": 0.25})
     checkpoints.close()
     checkpoints = Checkpoints(tmp_path, keep_best="loss")
     assert checkpoints.best_step() == 2

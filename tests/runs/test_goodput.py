@@ -23,19 +23,19 @@ def clock(monkeypatch):
 def test_a_killed_start_loses_what_lies_behind_its_last_save(tmp_path, clock, caplog):
     path = epath.Path(tmp_path / "goodput.json")
     first = Goodput(path, 0, began=990.0)  # ten seconds of imports
-    first.turn("step")
+    first.switch_to("step")
     clock[0] += 100
-    with first.spend("save"):
+    with first.measure("save"):
         clock[0] += 2
-    first.mark(50, [50])
+    first.checkpoint_saved(50, [50])
     clock[0] += 30
     first.write()
     clock[0] += 500  # killed at some moment; started again, with imports of 5 seconds
     second = Goodput(path, 50, began=clock[0] - 5, starts=3)  # another wrote nothing between
     assert second.seconds["lost"] == 30 and second.seconds["down"] == 495
-    second.turn("step")
+    second.switch_to("step")
     clock[0] += 40
-    second.mark(90, [50, 90])
+    second.checkpoint_saved(90, [50, 90])
     second.write()
     found = json.loads(path.read_text())
     expected = {"start_up": 15, "step": 140, "save": 2, "lost": 30, "down": 495}

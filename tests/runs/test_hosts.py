@@ -191,14 +191,14 @@ def test_a_number_or_a_port_that_is_taken_is_one_line():
 
 def test_processes_that_differ_are_named_with_key_and_values(monkeypatch):
     others = [{"a": "1", "b": "[2]"}, {"a": "1", "b": "[3]"}, {"b": "[2]"}]
-    monkeypatch.setattr(hosts, "exchange", lambda mine: [mine, *others])
+    monkeypatch.setattr(hosts, "gather", lambda mine: [mine, *others])
     with pytest.raises(UserError) as caught:
-        hosts.agree({"a": 1, "b": (2,)})
+        hosts.require_same({"a": 1, "b": (2,)})
     assert str(caught.value).startswith(
         "b is [2] in process 0 and [3] in process 2; a is 1 in process 0 and absent in process 3; "
     )
     del others[1:]
-    hosts.agree({"a": 1, "b": (2,)})
+    hosts.require_same({"a": 1, "b": (2,)})
 
 
 def test_a_process_that_waits_says_for_whom(monkeypatch):

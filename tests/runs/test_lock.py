@@ -42,7 +42,7 @@ def test_a_holder_that_cannot_be_asked_is_watched_for_a_minute(
     (tmp_path / "lock").write_text(holder)
     os.utime(tmp_path / "lock", (file_time, file_time))  # by whatever clock
     begin = clock.seconds
-    with lock.hold(tmp_path):
+    with lock.locked(tmp_path):
         assert clock.seconds - begin == lock.STALE == 60
         assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
     waited = [r.getMessage() for r in caplog.records if "sign of life" in r.getMessage()]
@@ -61,7 +61,7 @@ def test_a_change_while_it_is_watched_shows_that_the_holder_lives(tmp_path, cloc
 
     clock.at_a_look = beat
     with pytest.raises(LockError, match="in use on elsewhere by process 7"):
-        with lock.hold(tmp_path):
+        with lock.locked(tmp_path):
             pass
     assert json.loads((tmp_path / "lock").read_text())["beat"] == 2
 
@@ -75,21 +75,21 @@ def test_without_waiting_the_looks_of_a_process_add_up(tmp_path, clock):
     (tmp_path / "lock").write_text(json.dumps(ELSEWHERE | {"beat": 2}))
     for passed in (61, 120):
         clock.seconds = 1000.0 + passed
-        with pytest.raises(LockError, match="in use"), lock.hold(tmp_path, wait=False):
+        with pytest.raises(LockError, match="in use"), lock.locked(tmp_path, wait=False):
             pass
     clock.seconds = 1000.0 + 121
     lock.require_free(tmp_path, wait=False)
-    with lock.hold(tmp_path, wait=False):
+    with lock.locked(tmp_path, wait=False):
         pass
 
 
 def test_whoever_was_frozen_while_another_took_over_writes_nothing_more(tmp_path, clock):
-    with lock.hold(tmp_path) as frozen:
+    with lock.locked(tmp_path) as frozen:
         frozen()
         mine = json.loads((tmp_path / "lock").read_text())
         (tmp_path / "lock").write_text(json.dumps(mine | {"machine": "another"}))
         frozen()
-        with lock.hold(tmp_path) as other:
+        with lock.locked(tmp_path) as other:
             other()
             with pytest.raises(LockError, match=f"workdir={tmp_path}: another process took it"):
                 frozen()
@@ -101,7 +101,7 @@ def test_whoever_was_frozen_while_another_took_over_writes_nothing_more(tmp_path
 
 
 def test_a_lock_that_cannot_be_read_for_a_moment_is_not_lost(tmp_path):
-    with lock.hold(tmp_path) as require_held:
+    with lock.locked(tmp_path) as require_held:
         (tmp_path / "lock").rename(tmp_path / "kept")
         (tmp_path / "lock").mkdir()
         require_held()
@@ -114,8 +114,8 @@ def test_a_reused_process_number_does_not_keep_the_lock(tmp_path, clock):
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": "1"}
     holder["machine"] = lock._machine()
     (tmp_path / "lock").write_text(json.dumps(holder))
-    with lock.hold(tmp_path):
-        with pytest.raises(LockError, match="in use"), lock.hold(tmp_path):
+    with lock.locked(tmp_path):
+        with pytest.raises(LockError, match="in use"), lock.locked(tmp_path):
             pass  # not even by this process
     assert clock.seconds == 1000
 
@@ -123,7 +123,7 @@ def test_a_reused_process_number_does_not_keep_the_lock(tmp_path, clock):
 def test_a_directory_is_asked_for_without_taking_its_lock(tmp_path):
     for free in (tmp_path, tmp_path / "nowhere"):
         lock.require_free(free)
-    with lock.hold(tmp_path), pytest.raises(LockError, match="in use"):
+    with lock.locked(tmp_path), pytest.raises(LockError, match="in use"):
         lock.require_free(tmp_path)
     lock.require_free(tmp_path)
     assert not (tmp_path / "lock").exists()
@@ -132,7 +132,7 @@ def test_a_directory_is_asked_for_without_taking_its_lock(tmp_path):
 @pytest.mark.parametrize("leave", [os.mkdir, os.mkfifo, lambda path: os.symlink("nowhere", path)])
 def test_what_is_no_file_in_the_place_of_a_lock_is_named(tmp_path, leave):
     leave(tmp_path / "lock")
-    with pytest.raises(UserError, match="lock cannot be read"), lock.hold(tmp_path):
+    with pytest.raises(UserError, match="lock cannot be read"), lock.locked(tmp_path):
         pass
     with pytest.raises(UserError, match="lock cannot be read"):
         lock.require_free(tmp_path)
@@ -141,7 +141,7 @@ def test_what_is_no_file_in_the_place_of_a_lock_is_named(tmp_path, leave):
 def test_the_heart_beats_until_the_lock_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
     path = tmp_path / "lock"
-    with lock.hold(tmp_path):
+    with lock.locked(tmp_path):
         seen = {path.read_text()}
         deadline = time.monotonic() + 60
         while len(seen) < 4 and time.monotonic() < deadline:  # each change is a sign of life

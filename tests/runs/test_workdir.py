@@ -18,7 +18,8 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from densejax.runs import files, workdir
-from densejax.runs.workdir import WorkdirError, difference, digest, open_run, write_json
+from densejax.runs.files import write_json
+from densejax.runs.workdir import WorkdirError, difference, digest, open_run
 
 
 def make_config(**changes):
@@ -260,9 +261,9 @@ def test_the_code_version_is_of_what_can_change_a_number(tmp_path, file, old, ne
 
 def test_what_was_not_recorded_yet_is_not_compared_but_for_the_code():
     found = {"code": "1", "x64": "False"}
-    assert workdir.other_versions({"code": "1"}, found) == []
-    assert workdir.other_versions({"x64": "False"}, found) == ['versions.code: (absent) -> "1"']
-    assert workdir.other_versions({"code": "1"}, {"data": "2"}) == []
+    assert workdir.version_changes({"code": "1"}, found) == []
+    assert workdir.version_changes({"x64": "False"}, found) == ['versions.code: (absent) -> "1"']
+    assert workdir.version_changes({"code": "1"}, {"data": "2"}) == []
 
 
 def test_precision_is_part_of_the_versions(monkeypatch):

@@ -341,8 +341,8 @@ def test_an_input_that_fails_costs_no_step(
 def test_process_0_decides_whether_a_run_is_finished(tmp_path, monkeypatch):
     """The disk of another host shows what was there a moment ago, such as nothing."""
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(hosts, "agree", lambda facts: None)
-    monkeypatch.setattr(hosts, "exchange", lambda value: [[True, True], value])
+    monkeypatch.setattr(hosts, "require_same", lambda facts: None)
+    monkeypatch.setattr(hosts, "gather", lambda value: [[True, True], value])
     monkeypatch.setattr(builders, "read", None)
     assert loop.run(small.tiny(), str(tmp_path / "run"), "train") == 0
 
