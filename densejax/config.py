@@ -43,6 +43,15 @@ _RISING_FRACTIONS = _Range(
     ),
     "rising fractions in (0, 1)",
 )
+_RATES = _Range(
+    lambda value: all(
+        type(pair) is tuple
+        and [type(part) for part in pair] in ([str, float], [str, int])
+        and 0 <= pair[1] < 2**31
+        for pair in value
+    ),
+    "pairs of a part's name and a number that is 0 or more",
+)
 _STEPS = _Range(
     lambda value: value == ()
     or ([type(step) for step in value] == [int, int] and 0 < value[0] <= value[1]),
@@ -167,13 +176,28 @@ KEYS = {
         "Above 0: the rate is multiplied by train.batch_size / optimizer.reference_batch_size.",
         _NOT_NEGATIVE,
     ),
-    "optimizer.momentum": Key(0.9, "Of SGD, without dampening.", _FRACTION),
+    "optimizer.momentum": Key(0.9, "Of SGD, without dampening; beta 1 of AdamW.", _FRACTION),
     "optimizer.nesterov": Key(True, "Whether momentum is Nesterov's."),
+    "optimizer.beta2": Key(0.999, "'adamw': decay of the mean squared gradient.", _FRACTION),
+    "optimizer.epsilon": Key(1e-8, "'adamw': added to the root of that mean.", _POSITIVE),
     "optimizer.weight_decay": Key(
-        1e-4, "SGD adds this share of the weights to the gradient.", _NOT_NEGATIVE
+        1e-4,
+        "'sgd' adds this share of the weights to the gradient, 'adamw' to the update.",
+        _NOT_NEGATIVE,
     ),
     "optimizer.decay_all": Key(
         True, "Every parameter decays, as in the paper; False: kernels alone, no bias or norm."
+    ),
+    "optimizer.clip_norm": Key(
+        0.0,
+        "The gradient's largest Euclidean norm, of all parameters together; 0: any.",
+        _NOT_NEGATIVE,
+    ),
+    "optimizer.rates": Key(
+        (),
+        "What multiplies the rate of some parts, such as (('stem', 0.0), ('block1', 0.1)); 0.0 "
+        "freezes the parameters of a part.",
+        _RATES,
     ),
     "optimizer.schedule": Key("step", "A name in densejax.training.optimizer.SCHEDULES."),
     "optimizer.drop_at": Key(
@@ -300,7 +324,10 @@ def _conflicts(
     """
     data, evaluate, parallel = config.data, config.evaluate, config.parallel
     streams, steps = data.storage == "stream", config.optimizer.schedule == "step"
+    adamw = config.optimizer.name == "adamw"
     for key, is_read, reader in (
+        ("optimizer.beta2", adamw, "optimizer.name = 'adamw'"),
+        ("optimizer.epsilon", adamw, "optimizer.name = 'adamw'"),
         ("optimizer.drop_at", steps, "optimizer.schedule = 'step'"),
         ("optimizer.drop_factor", steps, "optimizer.schedule = 'step'"),
         ("data.workers", streams, "data.storage = 'stream'"),

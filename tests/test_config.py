@@ -17,7 +17,7 @@ import densejax
 from densejax import command_line, data, main, models
 from densejax import config as schema
 from densejax.config import UserError, parse_arg
-from densejax.training import experiment, parallel
+from densejax.training import experiment, optimizer, parallel
 from tests import photos, small
 
 KEYS = schema.flatten(schema.default())
@@ -48,6 +48,10 @@ OUT_OF_RANGE = {
     "optimizer.momentum": [-0.1, 1.0],
     "optimizer.weight_decay": [-1e-4, float("nan")],
     "optimizer.drop_at": [(0.0, 0.5), (0.5, 1.0), (0.75, 0.5)],
+    "optimizer.beta2": [-0.1, 1.0],
+    "optimizer.epsilon": [0.0, -1e-8],
+    "optimizer.clip_norm": [-1.0],
+    "optimizer.rates": [("stem",), (("stem",),), (("stem", -1.0),), ((1, 0.1),)],
     "optimizer.drop_factor": [0.0, 1.1],
     "optimizer.warmup_epochs": [-1.0, float("nan")],
     "evaluate.every_epochs": [-1],
@@ -151,9 +155,11 @@ def test_a_value_out_of_range_is_refused(key, value):
 
 @pytest.mark.parametrize("key", [key for key in KEYS if isinstance(KEYS[key], float)])
 def test_an_integer_is_a_number_too(key):
-    is_fraction = key in ("train.label_smoothing", "optimizer.momentum", "augmentation.jitter")
-    config = with_value(key, 0 if is_fraction else 1)
+    fractions = ("train.label_smoothing", "optimizer.momentum", "optimizer.beta2")
+    config = with_value(key, 0 if key in (*fractions, "augmentation.jitter") else 1)
     config.optimizer.nesterov = False
+    if key in ("optimizer.beta2", "optimizer.epsilon"):
+        config.optimizer.name = "adamw"
     if key == "augmentation.crop_area":
         config.data.storage, config.data.image_size, config.augmentation.shift = "stream", 224, 0
     schema.check(config)
@@ -271,6 +277,16 @@ CONFLICTS = [  # changes, the line, and a further change that settles it
         "parallel.mode = 'pmap': has no groups of devices; with parallel.batch_norm = 'groups' "
         "set 'shard_map'",
         {"parallel__mode": "shard_map"},
+    ),
+    (
+        {"optimizer__beta2": 0.95},
+        "optimizer.beta2 = 0.95: only optimizer.name = 'adamw' reads it",
+        {"optimizer__name": "adamw"},
+    ),
+    (
+        {"optimizer__epsilon": 1e-6},
+        "optimizer.epsilon = 1e-06: only optimizer.name = 'adamw' reads it",
+        {"optimizer__name": "adamw"},
     ),
     (
         {"evaluate__split": "validation"},
@@ -463,6 +479,7 @@ def test_every_key_is_read(monkeypatch, tmp_path):
     assert sorted(path.name[:5] for path in (tmp_path / "runs").iterdir()) == ["tiny-"]
     streamed = {"augmentation.crop_area", "evaluate.resize_size"}
     streamed |= {"data.corrupt_images", "data.workers"}
+    optimizer.create(small.tiny(optimizer__name="adamw").optimizer, 0.1)
     assert set(KEYS) - reads == streamed
     photos.make(tmp_path / "photos")
     config = small.tiny(**STREAM, data__manual_dir="photos", train__batch_size=4)

@@ -86,18 +86,31 @@ def _sgd(config: ConfigDict, learning_rate: Schedule, decayed) -> optax.Gradient
     )
 
 
+def _adamw(config: ConfigDict, learning_rate: Schedule, decayed) -> optax.GradientTransformation:
+    """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101)."""
+    return optax.adamw(
+        learning_rate,
+        b1=config.momentum,
+        b2=config.beta2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+        nesterov=config.nesterov,
+    )
+
+
 # Each makes an optimizer of config.optimizer, a schedule, and what tells which parameters decay.
-OPTIMIZERS = {"sgd": _sgd}
+OPTIMIZERS = {"sgd": _sgd, "adamw": _adamw}
 
 
 def create(config: ConfigDict, learning_rate: Schedule) -> optax.GradientTransformation:
-    """The optimizer that `config.optimizer` names.
+    """The optimizer that `config.optimizer` names, with its clipping and its rates of parts.
 
     With `decay_all` weight decay reaches every parameter, as DenseNet's authors have it; otherwise
     kernels alone.
 
     Raises:
-      UserError: an unknown name.
+      UserError: an unknown name; at `init`, a part in `config.rates` that the network has not.
     """
     if config.name not in OPTIMIZERS:
         raise UserError(f"optimizer.name = {config.name!r}: allowed are {', '.join(OPTIMIZERS)}")
@@ -105,4 +118,33 @@ def create(config: ConfigDict, learning_rate: Schedule) -> optax.GradientTransfo
     def decayed(params):
         return jax.tree.map(lambda leaf: config.decay_all or leaf.ndim > 1, params)
 
-    return OPTIMIZERS[config.name](config, learning_rate, decayed)
+    optimizer = OPTIMIZERS[config.name](config, learning_rate, decayed)
+    if config.clip_norm:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    if config.rates:
+        optimizer = optax.chain(optimizer, _scale_parts(config.rates))
+    return optimizer
+
+
+def _scale_parts(rates: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
+    """Multiplies the updates of each named part; the first name that a path begins with counts."""
+
+    def is_below(path, part):
+        return f"{jax.tree_util.keystr(path, simple=True, separator='/')}/".startswith(f"{part}/")
+
+    def init(params):
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        for part, _ in rates:
+            if not any(is_below(path, part) for path in paths):
+                raise UserError(
+                    f"optimizer.rates: the network has no part {part!r}; it has {', '.join(params)}"
+                )
+        return optax.EmptyState()
+
+    def update(updates, state, params=None):
+        def scale(path, leaf):
+            return leaf * next((rate for part, rate in rates if is_below(path, part)), 1.0)
+
+        return jax.tree_util.tree_map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(init, update)

@@ -161,7 +161,7 @@ def train_step(
     seen = jax.lax.psum(seen, axis)
     old = (state.params, state.batch_stats, state.opt_state, jax.tree.map(jnp.zeros_like, seen))
     new = (optax.apply_updates(state.params, updates), batch_stats, opt_state, seen)
-    # One pass over all. What SGD makes of a gradient whose square is finite is finite, too.
+    # One pass over all. What optimizers make of a gradient whose square is finite is finite, too.
     flat, _ = jax.flatten_util.ravel_pytree((gradient, batch_stats, seen["loss"]))
     good = jnp.isfinite(jnp.vdot(flat, flat))
     params, batch_stats, opt_state, seen = jax.tree.map(

@@ -48,6 +48,44 @@ def test_steps_equal_pytorch(momentum, nesterov):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_adamw_equals_pytorch(clip):
+    gradients = np.float32([[[0.5]], [[-1.5]], [[0.25]], [[2.0]], [[-0.125]]])
+    rates = [0.1, 0.1, 0.05, 0.01, 0.01]
+    config = section(name="adamw", nesterov=False, weight_decay=0.05, beta2=0.99, clip_norm=clip)
+    with jax.numpy_dtype_promotion("standard"):  # optax itself promotes
+        found = trained(config, rates, [[1.5]], gradients)
+    # torch.optim.AdamW's documented update, after clip_grad_norm_, in float64.
+    value, mean, square = 1.5, 0.0, 0.0
+    for step, (gradient, rate) in enumerate(zip(gradients.ravel(), rates, strict=True), 1):
+        gradient = float(gradient) * (min(1.0, clip / abs(gradient)) if clip else 1.0)
+        value -= rate * 0.05 * value
+        mean = 0.9 * mean + 0.1 * gradient
+        square = 0.99 * square + 0.01 * gradient**2
+        root = np.sqrt(square / (1 - 0.99**step)) + 1e-8
+        value -= rate * mean / (1 - 0.9**step) / root
+    np.testing.assert_allclose(found, [[value]], rtol=1e-5)
+
+
+def test_parts_have_their_own_rates():
+    params = {"stem": {"kernel": jnp.ones((2, 2))}, "stem2": {"kernel": jnp.ones((2, 2))}}
+    params |= {"block1": {"layer1": {"kernel": jnp.ones(2)}, "layer2": {"kernel": jnp.ones(2)}}}
+    config = section(momentum=0.0, nesterov=False, weight_decay=0.0)
+    with config.ignore_type():
+        config.rates = (("stem", 0.0), ("block1/layer2", 0.5), ("block1", 2))
+    transformation = optimizer.create(config, lambda step: 0.1)
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, _ = transformation.update(ones, transformation.init(params), params)
+    found = {"/".join(k.key for k in path): float(u.ravel()[0])
+             for path, u in jax.tree_util.tree_leaves_with_path(updates)}  # fmt: skip
+    assert found == pytest.approx({
+        "stem/kernel": 0.0, "stem2/kernel": -0.1, "block1/layer1/kernel": -0.2,
+        "block1/layer2/kernel": -0.05})  # fmt: skip
+    config.rates = (("stage9", 0.1),)
+    with pytest.raises(UserError, match="no part 'stage9'; it has stem, stem2, block1"):
+        optimizer.create(config, lambda step: 0.1).init(params)
+
+
 def test_nesterov_of_two_steps_by_hand():
     # v = 1, p = 0 - 0.1 (1 + 0.5) = -0.15; v = 1.5, p = -0.15 - 0.1 (1 + 0.75) = -0.325.
     config = section(momentum=0.5, weight_decay=0.0)
