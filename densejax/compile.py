@@ -1,4 +1,7 @@
-"""What a run's steps take on devices that need not be there: python -m densejax.compile."""
+"""Says what a run's steps take on devices that need not be there.
+
+python -m densejax.compile --config=configs/cifar10.py --topology=h100:8
+"""
 
 import json
 
@@ -7,8 +10,10 @@ from absl import flags
 from densejax import command_line
 from densejax.topology import compiled
 
-TOPOLOGY = flags.DEFINE_string("topology", "", "Such as cpu:8, h100:8 or v5e:16x16.")
-LARGEST = flags.DEFINE_bool("largest_batch", False, "Find it, by two more compilations.")
+TOPOLOGY = flags.DEFINE_string("topology", "", "Devices, such as cpu:8, h100:8 or v5e:16x16.")
+LARGEST = flags.DEFINE_bool(
+    "largest_batch", False, "Find the largest batch, by two more compilations."
+)
 FORMAT = flags.DEFINE_enum(
     "format", "table", ["table", "json"], "How to print.", allow_override=True
 )

@@ -9,7 +9,7 @@ Each cell is kept in a JSON file of its own and not compiled again while the pac
 models, data and training is the same; table.md has all that are there.
 Efficiency is t / (t + c) at weak scaling: t is the roofline of the program's bytes and FLOPs on one
 device (its main memory alone: a TPU's own counts as free), c what its all-reduces take one after
-another, by `densejax.analysis.roofline.communication` and the bandwidths and latencies in
+another, by `densejax.topology.roofline.communication` and the bandwidths and latencies in
 densejax/targets; nothing is taken to overlap. Both are the least that it can be: a slower step, or
 one that overlaps, scales better.
 """

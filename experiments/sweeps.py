@@ -2,7 +2,7 @@
 
 A run is a name, its place on the sweep's axes and the overrides of the card that make it. The
 card's own network is the dense one of every comparison; what must be equal to it is found by a
-search over widths with `densejax.analysis.counts`, at the same number of convolutions: two basic
+search over widths with `densejax.models.counts`, at the same number of convolutions: two basic
 3x3 in a residual block for the 1x1 and the 3x3 of a bottleneck layer. `seed` is an axis of all.
 """
 

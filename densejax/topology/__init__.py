@@ -1,1 +1,1 @@
-"""What a compiled step takes on devices that need not be there: FLOPs, bytes, memory, time."""
+"""What compiled steps take on devices that need not be there: FLOPs, bytes, memory, time."""

@@ -1,8 +1,8 @@
-"""A configuration's steps, compiled for devices that need not be there, and what they take.
+"""Compiles a configuration's steps for devices that need not be there, and says what they take.
 
 The steps are those that training maps (the same functions, shardings and donation), compiled by the
-topology's own compiler. No data is read. All figures are of one device; a set that is kept in
-memory lies there, too.
+topology's own compiler. No data is read. All figures are of one device, without the data set, which
+lies there too if it is kept in memory.
 """
 
 import math
@@ -21,11 +21,11 @@ from densejax.training import experiment
 from densejax.training.experiment import Experiment
 from densejax.training.step import eval_step, train_step
 
-TOLERANCE = 0.1  # share by which a program's FLOPs may differ from its network's
+TOLERANCE = 0.1  # relative difference that a program's FLOPs may have from the network's
 
 
 def compile_step(built: Experiment, trains: bool, batch_size: int) -> Any:
-    """The compiled step for a batch of so many images over all devices; None: it does not fit."""
+    """The compiled step for a batch over all devices; None if it does not fit into memory."""
     shape, config = built.task.image_shape, built.config
     if not trains and config.data.storage == "stream" and config.evaluate.crop_size:
         shape = (config.evaluate.resize_size, config.evaluate.resize_size, shape[-1])
@@ -42,80 +42,93 @@ def compile_step(built: Experiment, trains: bool, batch_size: int) -> Any:
 
 
 def multiply_adds(built: Experiment, trains: bool) -> int:
-    """What an implementation needs for one image: forward, and backward with what is recomputed."""
+    """Multiply-adds that a step needs for one image, with those that `recompute` does again."""
     model, preparation, shape = built.task.model, built.task.preparation, built.task.image_shape
     crop = 0 if trains else preparation.crop_size
     if size := crop or preparation.image_size:
         shape = (size, size, shape[-1])
-    once = counts.of_network(model, shape)[1] - counts.pooled_first(model, shape, trains)
-    return 3 * once + counts.recomputed(model, shape) if trains else once * (10 if crop else 1)
+    forward = counts.of_network(model, shape)[1] - counts.pooled_first(model, shape, trains)
+    if trains:
+        return 3 * forward + counts.recomputed(model, shape)
+    return forward * (10 if crop else 1)
 
 
 def total_bytes(program: Any) -> float:
-    """What a compiled step takes, results included; of none, which does not fit, infinite.
+    """Memory that a compiled step takes, with its results; infinite for None.
 
-    An evaluation reads no momentum: a run keeps it beside, and batches that are read ahead, too.
+    A run needs more: the batches that it reads ahead, and the momentum during an evaluation.
     """
     if program is None:
         return math.inf
     memory = program.memory_analysis()
-    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
     return used + memory.generated_code_size_in_bytes
 
 
 def analyse(
     built: Experiment, trains: bool, target: targets.Target | None, shape: tuple[int, ...]
 ) -> dict[str, Any]:
-    """All figures of a step; of one that does not fit, that alone."""
-    start, size = time.monotonic(), (built.config.train if trains else built.config.evaluate)
-    size = size.batch_size
-    program = compile_step(built, trains, size)
-    used, images = total_bytes(program), size // built.mesh.size
-    row = {"global_batch": size, "images": images, "compile_seconds": time.monotonic() - start}
-    row["fits"] = used < math.inf and (target is None or used <= target.memory_bytes)
+    """All figures of a step; only the first few for one that the compiler cannot fit."""
+    batch_size = (built.config.train if trains else built.config.evaluate).batch_size
+    images, start = batch_size // built.mesh.size, time.monotonic()
+    program = compile_step(built, trains, batch_size)
+    used = total_bytes(program)
+    row = {
+        "global_batch": batch_size,
+        "images": images,
+        "compile_seconds": time.monotonic() - start,
+        "fits": used < math.inf and (target is None or used <= target.memory_bytes),
+    }
     if program is None:
         return row
     found, memory = hlo.read(program.as_text()), program.memory_analysis()
     expected = 2 * images * multiply_adds(built, trains)
-    is_void = not abs(found["flops"] / expected - 1) < TOLERANCE
-    work = roofline.Work(found["bytes"], expected if is_void else found["flops"])
+    is_wrong = not abs(found["flops"] / expected - 1) < TOLERANCE
+    cost = roofline.Cost(found["bytes"], expected if is_wrong else found["flops"])
     row |= {
         "hbm_bytes": used,
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
-        "flops": work.flops,
+        "flops": cost.flops,
         "network_flops": expected,
         "program_flops": found["flops"],
-        "program_flops_are_void": is_void,
-        "bytes_accessed": work.bytes,
+        "program_flops_are_void": is_wrong,
+        "bytes_accessed": cost.bytes,
         "on_chip_bytes": found["on_chip_bytes"],
         "collective_bytes": {kind: found[kind] for kind in hlo.COLLECTIVES if found[kind]},
         **{name: found[name] for name in ("collectives", "convolutions", "unknown_loops")},
     }
-    if target and not found["unknown_loops"]:  # whose turns count once: no time follows from it
-        row["step_seconds"], row["step_limit"] = work.bound(target)
-        if built.config.parallel.batch_norm != "groups":  # priced as if over the whole slice
-            sent = sum(row["collective_bytes"].values())
-            cost = row["step_seconds"], sent, found["collectives"]
-            row |= roofline.weak_scaling(target, shape, *cost)
+    if target and not found["unknown_loops"]:  # such a loop counts once: the time would be wrong
+        row["step_seconds"], row["step_limit"] = cost.bound(target)
+        if built.config.parallel.batch_norm != "groups":  # `communication` is over the whole slice
+            row |= roofline.weak_scaling(
+                target,
+                shape,
+                row["step_seconds"],
+                sum(row["collective_bytes"].values()),
+                found["collectives"],
+            )
     return row
 
 
 def largest_batch(built: Experiment, room: float, images: int, used: float) -> tuple[int, bool]:
-    """(images of a device that fit by a line through two sizes, whether that compiles and fits).
+    """Estimates how many images fit on a device, by a line through the memory of two batch sizes.
 
     Args:
       built: for the devices that compile.
       room: bytes of a device.
-      images: of a device in the step that is known.
-      used: bytes that it takes; infinite where it does not fit, and less must do.
+      images: a number of images for each device, whose step has been compiled.
+      used: bytes that this step takes; infinite where it does not fit.
+
+    Returns:
+      The number of images of a device, and whether a step of so many compiles and fits.
     """
 
     def memory(images):
         return total_bytes(compile_step(built, True, images * built.mesh.size))
 
-    # Multiples of what the known size is one of: 128 images lie in a TPU's lanes, 127 do not.
+    # Sizes keep the known one's factors: a TPU computes 128 images at once and pads 127.
     unit = math.lcm(built.config.train.accumulate_steps, math.gcd(images, 128))
     points = {images: used} if used < math.inf else {}
     while len(points) < 2:
@@ -125,7 +138,7 @@ def largest_batch(built: Experiment, room: float, images: int, used: float) -> t
         points |= {images: size} if size < math.inf else {}
     less, more = sorted(points)
     slope = (points[more] - points[less]) / (more - less)
-    if slope <= 0:  # so small that padding hides the images
+    if slope <= 0:  # the images are so small that padding hides them
         return more, points[more] <= room
     largest = int(less + (room - points[less]) / slope) // unit * unit
     if largest not in points:
@@ -142,9 +155,9 @@ def report(config: ConfigDict, topology: str, largest: bool = False) -> dict[str
       largest: whether to look for the largest batch, by two more compilations.
 
     Raises:
-      UserError: the configuration, or a topology that is not known or cannot be compiled for.
+      UserError: the configuration is wrong, or the topology is unknown or has no compiler here.
     """
-    experiment.build(config)  # a mistake is said before a compiler starts
+    experiment.build(config)  # refuses a wrong configuration before a compiler starts
     if config.parallel.mode != "shard_map":
         raise UserError("parallel.mode = 'pmap': only 'shard_map' can be compiled ahead; set it")
     target, devices, shape = targets.topology(topology)
@@ -152,10 +165,6 @@ def report(config: ConfigDict, topology: str, largest: bool = False) -> dict[str
         raise UserError("--largest_batch: no memory is known of a cpu; name another topology")
     built = experiment.build(config, devices)
     row, state = analyse(built, True, target, shape), built.abstract_state
-    size = {
-        name: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-        for name, tree in (("parameter", state.params), ("statistics", state.batch_stats))
-    }
     result = {
         "config": config.name,
         "topology": topology,
@@ -164,7 +173,8 @@ def report(config: ConfigDict, topology: str, largest: bool = False) -> dict[str
         "memory_bytes": target.memory_bytes if target else None,
         "dtype": config.train.dtype,
         "jax": jax.__version__,
-        **{f"{name}_bytes": number for name, number in size.items()},
+        "parameter_bytes": _size(state.params),
+        "statistics_bytes": _size(state.batch_stats),
         **row,
     }
     if largest:
@@ -177,41 +187,49 @@ def report(config: ConfigDict, topology: str, largest: bool = False) -> dict[str
 
 def table(result: dict[str, Any]) -> str:
     """The figures for people."""
-
-    def size(number):
-        return f"{formats.si(number)}B"
-
-    def cells(step):
-        yield formats.count(step["images"]) + ("" if step["fits"] else " DO NOT FIT")
-        if "flops" not in step:
-            return
-        yield from (size(step[key]) for key in ("argument_bytes", "temp_bytes", "hbm_bytes"))
-        void = " (the program's are VOID)" if step["program_flops_are_void"] else ""
-        yield formats.si(step["flops"]) + void
-        yield size(step["bytes_accessed"]) + (" at least" if step["unknown_loops"] else "")
-        sent = (f"{kind} {size(number)}" for kind, number in step["collective_bytes"].items())
-        yield f"{step['collectives']:,}: {', '.join(sent) or '-'}"
-        if "step_seconds" in step:
-            yield f"{1e3 * step['step_seconds']:.3g} ms by {step['step_limit']}"
-        if "efficiency" in step:
-            yield f"{1e3 * step['communication_seconds']:.3g} ms"
-            yield formats.percent(step["efficiency"])
-
-    names = ["images", "arguments", "temporaries", "memory in all", "FLOPs", "bytes moved"]
-    names += ["collectives", "roofline", "collectives take", "t / (t + collectives)"]
-    steps = [[*cells(step)] for step in (result, result["evaluation"])]
-    longest = max(map(len, steps))
-    columns = [names[:longest], *(step + ["-"] * (longest - len(step)) for step in steps)]
-    rows = [("of each device", "train", "evaluate"), *zip(*columns, strict=True)]
-    room = f" of {size(result['memory_bytes'])}" if result["memory_bytes"] else ""
+    train, evaluate = _figures(result), _figures(result["evaluation"])
+    rows = [(name, train.get(name, "-"), evaluate.get(name, "-")) for name in train | evaluate]
+    room = f" of {_bytes(result['memory_bytes'])}" if result["memory_bytes"] else ""
     lines = [
         f"{result['config']}, {result['dtype']}, {result['topology']}: {result['devices']:,} x "
         f"{result['device']}{room}, jax {result['jax']}",
-        f"global batch {result['global_batch']:,}; parameters {size(result['parameter_bytes'])}, "
-        f"BatchNorm's statistics {size(result['statistics_bytes'])}",
-        formats.table(rows, right=2),
+        f"global batch {result['global_batch']:,}; parameters {_bytes(result['parameter_bytes'])}, "
+        f"BatchNorm's statistics {_bytes(result['statistics_bytes'])}",
+        formats.table([("of each device", "train", "evaluate"), *rows], right=2),
     ]
     if "largest_batch" in result:
         fits = "compiled, and fits" if result["largest_batch_fits"] else "does not fit"
         lines.append(f"largest batch by a line: {result['largest_batch']:,} images: {fits}")
     return "\n".join(lines)
+
+
+def _figures(step: dict[str, Any]) -> dict[str, str]:
+    """What the table shows of a step, by the names of its rows."""
+    figures = {"images": formats.count(step["images"]) + ("" if step["fits"] else " DO NOT FIT")}
+    if "flops" not in step:
+        return figures
+    source = " (the network's: the program's are wrong)" if step["program_flops_are_void"] else ""
+    sent = (f"{kind} {_bytes(number)}" for kind, number in step["collective_bytes"].items())
+    figures |= {
+        "arguments": _bytes(step["argument_bytes"]),
+        "temporaries": _bytes(step["temp_bytes"]),
+        "memory in all": _bytes(step["hbm_bytes"]),
+        "FLOPs": formats.si(step["flops"]) + source,
+        "bytes moved": _bytes(step["bytes_accessed"])
+        + (" at least" if step["unknown_loops"] else ""),
+        "collectives": f"{step['collectives']:,}: {', '.join(sent) or '-'}",
+    }
+    if "step_seconds" in step:
+        figures["roofline"] = f"{1e3 * step['step_seconds']:.3g} ms by {step['step_limit']}"
+    if "efficiency" in step:
+        figures["collectives take"] = f"{1e3 * step['communication_seconds']:.3g} ms"
+        figures["t / (t + collectives)"] = formats.percent(step["efficiency"])
+    return figures
+
+
+def _bytes(number: float) -> str:
+    return f"{formats.si(number)}B"
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,13 +1,13 @@
 """Reads an optimised HLO program: what it moves, computes and sends, with every turn of its loops.
 
-`compiled.cost_analysis()` counts a loop's body once and says nothing for some devices.
+`compiled.cost_analysis()` counts the body of a loop once and has no answer for some devices.
 """
 
 import collections
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
@@ -26,14 +26,14 @@ Counts = collections.Counter
 class _Array(NamedTuple):
     shape: tuple[int, ...]
     bytes: float
-    place: str
+    memory: str  # the count that its bytes belong to
 
 
 class _Instruction(NamedTuple):
     name: str
     arrays: list[_Array]  # of its result
     opcode: str
-    operands: list[str]
+    operands: list[str]  # names, or what stands in the parentheses of a parameter or constant
     attributes: str
 
     def called(self) -> list[str]:
@@ -41,56 +41,66 @@ class _Instruction(NamedTuple):
         return re.findall(r"[\w.\-]+", names)
 
 
+_Computation = Mapping[str, _Instruction]  # by name; the last one also as "ROOT"
+_Program = Mapping[str, _Computation]
+
+
 def read(text: str) -> Counts:
     """Counts of one execution on one device, from `compiled.as_text()`.
 
     Returns:
-      bytes: of every kernel's operands and results in the main memory. Of what it only slices the
-        slice counts, of what it updates in place the update.
+      bytes: of the operands and results of all kernels in the main memory. Where a kernel only
+        reads a slice of an operand, or updates a part of it in place, only that part counts.
       on_chip_bytes: the same in a TPU's own memories.
-      flops: of matrix products and convolutions, two for a multiply-add. Padding counts as if it
-        was multiplied, but for what makes an input as wide as its kernel; the holes of a strided
-        convolution's gradient do not.
+      flops: of matrix products and convolutions, two for a multiply-add. Products with padding
+        count, except where padding is what makes the image as wide as the kernel. Products with the
+        zeros that the gradient of a strided convolution puts between its inputs do not count.
       kernels, convolutions, custom_calls: how often one runs.
-      unknown_loops: loops whose number of turns is not known; they count once.
+      unknown_loops: loops whose number of turns is not known; their bodies count once.
       all-reduce, ...: bytes of the collectives' operands.
       collectives: how often one runs.
     """
-    program, entry = {}, None
-    for line in text.splitlines():
-        if match := _COMPUTATION.match(line):
-            entry = match[2] if match[1] else entry
-            lines = program[match[2]] = {}
-        elif match := _INSTRUCTION.match(line):
-            lines[match[2]] = lines["ROOT"] = _instruction(match[2], match[3])
-            if not match[1]:
-                del lines["ROOT"]
+    program, entry = _parse(text)
 
     @functools.cache
-    def run(name: str) -> Counts:
-        total, lines = Counts(), program[name]
-        for key, line in lines.items():
+    def count(name: str) -> Counts:
+        total, computation = Counts(), program[name]
+        for key, line in computation.items():
             kind = line.opcode.removesuffix("-start")
             if key == "ROOT" or kind in _FREE or kind.endswith("-done"):
                 continue
             if kind in _CALLS:
-                turns = _turns(program, line, lines) if kind == "while" else 1
+                turns = _turns(program, line, computation) if kind == "while" else 1
                 total["unknown_loops"] += turns is None
                 for called in line.called():
-                    total.update({what: (turns or 1) * n for what, n in run(called).items()})
+                    total.update({what: (turns or 1) * n for what, n in count(called).items()})
                 continue
-            total.update(_arithmetic(program, line, lines) | {"kernels": 1})
-            total.update(_traffic(program, line, lines))
+            total.update(_arithmetic(program, line, computation) | {"kernels": 1})
+            total.update(_traffic(program, line, computation))
             if kind in COLLECTIVES:
-                total[kind] += sum(a.bytes for name in line.operands for a in lines[name].arrays)
-                total["collectives"] += 1
+                operands = [a for name in line.operands for a in computation[name].arrays]
+                total.update({kind: sum(a.bytes for a in operands), "collectives": 1})
         return total
 
-    return +run(entry)
+    return +count(entry)
+
+
+def _parse(text: str) -> tuple[_Program, str]:
+    """The program, and the name of the computation where it starts."""
+    program, entry = {}, ""
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            entry = match[2] if match[1] else entry
+            computation = program[match[2]] = {}
+        elif match := _INSTRUCTION.match(line):
+            computation[match[2]] = _instruction(match[2], match[3])
+            if match[1]:
+                computation["ROOT"] = computation[match[2]]
+    return program, entry
 
 
 def _instruction(name: str, text: str) -> _Instruction:
-    def end(start):  # where the parenthesis that opens there closes
+    def closing(start):  # the place of the parenthesis that closes the one at `start`
         depth = 0
         for place in range(start, len(text)):
             depth += (text[place] == "(") - (text[place] == ")")
@@ -98,21 +108,22 @@ def _instruction(name: str, text: str) -> _Instruction:
                 return place
         raise ValueError(f"no instruction: {text[:200]}")
 
-    split = end(0) + 1 if text.startswith("(") else text.index(" ")
+    split = closing(0) + 1 if text.startswith("(") else text.index(" ")
     start = text.index("(", split)
-    opcode, inside = text[split:start].strip(), text[start + 1 : end(start)]
-    is_leaf = opcode in ("parameter", "constant")  # inside are a place and a value
+    end = closing(start)
+    opcode, inside = text[split:start].strip(), text[start + 1 : end]
+    is_leaf = opcode in ("parameter", "constant")
     operands = [inside] if is_leaf else re.findall(r"%([\w.\-]+)", inside)
     arrays = []
     for kind, bits, sizes, layout in _ARRAY.findall(text[:split]):
         shape = tuple(int(size.strip("<=")) for size in sizes.split(",") if size)
         size = math.prod(shape) * (1 if kind == "pred" else int(bits) / 8)
         arrays.append(_Array(shape, size, "on_chip_bytes" if "S(" in layout else "bytes"))
-    return _Instruction(name, arrays, opcode, operands, text[end(start) + 1 :])
+    return _Instruction(name, arrays, opcode, operands, text[end + 1 :])
 
 
-def _turns(program, line: _Instruction, lines) -> int | None:
-    """How often a loop's body runs, from what the compiler says or `counter < constant`."""
+def _turns(program: _Program, line: _Instruction, computation: _Computation) -> int | None:
+    """How often a loop runs: the compiler says it, or the loop tests `counter < constant`."""
     if match := re.search(r'known_trip_count":\{"n":"(\d+)"', line.attributes):
         return int(match[1])
     condition = program[re.search(r"condition=%?([\w.\-]+)", line.attributes)[1]]
@@ -120,17 +131,18 @@ def _turns(program, line: _Instruction, lines) -> int | None:
     if test.opcode != "compare" or "direction=LT" not in test.attributes:
         return None
     counter, limit = (condition[name] for name in test.operands)
-    place = re.search(r"index=(\d+)", counter.attributes)
-    first = lines[line.operands[0]]
-    while place and first.opcode in ("tuple", "copy"):
-        first = lines[first.operands[int(place[1]) if first.opcode == "tuple" else 0]]
-    if not place or {first.opcode, limit.opcode} != {"constant"}:
+    index = re.search(r"index=(\d+)", counter.attributes)
+    first = computation[line.operands[0]]
+    while index and first.opcode in ("tuple", "copy"):
+        operand = int(index[1]) if first.opcode == "tuple" else 0
+        first = computation[first.operands[operand]]
+    if not index or {first.opcode, limit.opcode} != {"constant"}:
         return None
     return int(limit.operands[0]) - int(first.operands[0])
 
 
-def _arithmetic(program, line: _Instruction, lines) -> Counts:
-    """FLOPs, convolutions and custom calls of a kernel, whatever is fused into it."""
+def _arithmetic(program: _Program, line: _Instruction, computation: _Computation) -> Counts:
+    """FLOPs, convolutions and custom calls of a kernel, with everything that is fused into it."""
     total, attributes, target = Counts(), line.attributes, ""
     if line.opcode == "fusion":
         inner = program[line.called()[0]]
@@ -139,106 +151,113 @@ def _arithmetic(program, line: _Instruction, lines) -> Counts:
     elif line.opcode == "custom-call":
         target = re.search(r'custom_call_target="([^"]*)"', attributes)[1]
         total["custom_calls"] = 1
-    if line.opcode == "convolution" or target.startswith("__cudnn$conv"):
-        output, kernel = line.arrays[0].shape, lines[line.operands[1]].arrays[0].shape
-        if target.endswith("BackwardInput"):  # its labels stay those of the forward pass
-            output = lines[line.operands[0]].arrays[0].shape
-        elif target.endswith("BackwardFilter"):
-            output, kernel = kernel, output
-        left, right = re.search(r"dim_labels=(\w+)_(\w+)->", attributes).groups()
-        image, taps = lines[line.operands[0]].arrays[0].shape, kernel[right.index("i")]
-        pads = re.search(r"pad=([\d_x-]+)", attributes)
-        pads = pads[1].split("x") if pads else []
-        for axis in filter(str.isdigit, right):
-            size = kernel[right.index(axis)]
-            pad = int(pads[int(axis)].split("_")[0]) if pads else 0
-            # A TPU's compiler may swap image and kernel; what slides then is mostly on padding.
-            taps *= min(size, image[left.index(axis)]) if pad > size // 2 else size
-        holes = re.search(r"lhs_dilate=([\dx]+)", attributes)
-        holes = math.prod(map(int, holes[1].split("x"))) if holes else 1
-        total["flops"] = 2 * math.prod(output) * taps // holes
+    is_convolution = line.opcode == "convolution" or target.startswith("__cudnn$conv")
+    if not is_convolution and line.opcode != "dot" and not target.startswith("__cublas$"):
+        return total
+    shapes = [computation[name].arrays[0].shape for name in line.operands[:2]]
+    if is_convolution:
+        total["flops"] = 2 * _products_of_convolution(line, shapes, target)
         total["convolutions"] = int("window={size" in attributes)
-    elif line.opcode == "dot" or target.startswith("__cublas$"):
+    else:
         axes = re.findall(r"\d+", "".join(_CONTRACTED.search(attributes).groups("")))
-        shape = lines[line.operands[0]].arrays[0].shape
-        contracted = math.prod(shape[int(axis)] for axis in axes)
+        contracted = math.prod(shapes[0][int(axis)] for axis in axes)
         total["flops"] = 2 * math.prod(line.arrays[0].shape) * contracted
     return total
+
+
+def _products_of_convolution(line: _Instruction, shapes: list[tuple[int, ...]], target: str) -> int:
+    image, kernel, output = shapes[0], shapes[1], line.arrays[0].shape
+    if target.endswith("BackwardInput"):  # it has the axis labels of the forward pass
+        output = image
+    elif target.endswith("BackwardFilter"):
+        output, kernel = kernel, output
+    attributes = line.attributes
+    left, right = re.search(r"dim_labels=(\w+)_(\w+)->", attributes).groups()
+    pads = re.search(r"pad=([\d_x-]+)", attributes)
+    pads = pads[1].split("x") if pads else []
+    products = kernel[right.index("i")]  # of each output
+    for axis in filter(str.isdigit, right):
+        size = kernel[right.index(axis)]
+        pad = int(pads[int(axis)].split("_")[0]) if pads else 0
+        # A TPU's compiler may swap image and kernel. What moves then is mostly over padding.
+        products *= min(size, image[left.index(axis)]) if pad > size // 2 else size
+    zeros = re.search(r"lhs_dilate=([\dx]+)", attributes)
+    zeros = math.prod(map(int, zeros[1].split("x"))) if zeros else 1
+    return math.prod(output) * products // zeros
 
 
 def _size(arrays: list[_Array]) -> Counts:
     total = Counts()
     for array in arrays:
-        total[array.place] += array.bytes
+        total[array.memory] += array.bytes
     return total
 
 
-def _traffic(program, line: _Instruction, lines) -> Counts:
+def _traffic(program: _Program, line: _Instruction, computation: _Computation) -> Counts:
     """Bytes that a kernel reads and writes."""
-    kind, operands = line.opcode, [lines[name].arrays for name in line.operands]
-    if kind == "slice-start":  # it names the operand, too
+    kind, operands = line.opcode, [computation[name].arrays for name in line.operands]
+    if kind == "slice-start":  # its result names the operand, too
         operand, part = line.arrays[:2]
-        return _size([part, part._replace(place=operand.place)])
+        return _size([part, *_in_memory_of(operand, [part])])
     if kind in _SLICES:
-        return _size(line.arrays + _there(line.arrays, operands[0]))
+        return _size(line.arrays + _in_memory_of(operands[0][0], line.arrays))
     if kind == "dynamic-update-slice":
-        return _size(operands[1] + _there(operands[1], line.arrays))
+        return _size(operands[1] + _in_memory_of(line.arrays[0], operands[1]))
     if kind in ("copy-start", "all-gather-start", "collective-permute-start"):
-        return _size(line.arrays)  # it names the operand, too
+        return _size(line.arrays)  # its result names the operand, too
     if kind != "fusion":
         return _size(line.arrays + sum(operands, []))
     inner, total = program[line.called()[0]], Counts()
-    for key, each in inner.items():  # what is read
-        if each.opcode != "parameter" or key == "ROOT":
-            continue
-        parts, operand = _parts(program, key, inner), operands[int(each.operands[0])]
-        total.update(_size(operand if parts is None else _there(parts, operand)))
+    for key, each in inner.items():
+        if each.opcode == "parameter" and key != "ROOT":
+            operand, slices = operands[int(each.operands[0])], _slices_read(program, key, inner)
+            total.update(_size(operand if slices is None else _in_memory_of(operand[0], slices)))
     root = inner["ROOT"]
-    written = [root] * len(line.arrays)  # more than one of a reduction of several arrays
+    results = [root] * len(line.arrays)  # one instruction may reduce several arrays
     if root.opcode == "tuple":
-        written = [inner[name] for name in root.operands]
-    for each, array in zip(written, line.arrays, strict=True):
-        while each.opcode == "bitcast":
-            each = inner[each.operands[0]]
-        is_update = each.opcode == "dynamic-update-slice"
-        update = [array] if not is_update else _there(inner[each.operands[1]].arrays, [array])
-        total.update(_size(update))
+        results = [inner[name] for name in root.operands]
+    for result, array in zip(results, line.arrays, strict=True):
+        while result.opcode == "bitcast":
+            result = inner[result.operands[0]]
+        written = [array]
+        if result.opcode == "dynamic-update-slice":
+            written = _in_memory_of(array, inner[result.operands[1]].arrays)
+        total.update(_size(written))
     return total
 
 
-def _there(parts: list[_Array], whole: list[_Array]) -> list[_Array]:
-    """Parts of an array, which lie where it lies."""
-    return [part._replace(place=whole[0].place) for part in parts]
+def _in_memory_of(whole: _Array, parts: list[_Array]) -> list[_Array]:
+    return [part._replace(memory=whole.memory) for part in parts]
 
 
-def _parts(program, name: str, lines) -> list[_Array] | None:
-    """The slices that are read of a value, also by fusions inside of fusions; None: all of it."""
-    parts = []
-    for called, use in _uses(name, lines):
+def _slices_read(program: _Program, name: str, computation: _Computation) -> list[_Array] | None:
+    """The slices of a value that are read, also by fusions within fusions; None: all of it."""
+    slices = []
+    for called, use in _uses(name, computation):
         if use.opcode in _SLICES:
-            parts += use.arrays
+            slices += use.arrays
         elif use.opcode == "fusion":
             inner = program[use.called()[0]]
-            places = [str(place) for place, of in enumerate(use.operands) if of == called]
+            numbers = [str(number) for number, of in enumerate(use.operands) if of == called]
             for key, each in inner.items():
-                if each.opcode == "parameter" and key != "ROOT" and each.operands[0] in places:
-                    more = _parts(program, key, inner)
+                if each.opcode == "parameter" and key != "ROOT" and each.operands[0] in numbers:
+                    more = _slices_read(program, key, inner)
                     if more is None:
                         return None
-                    parts += more
-        elif not _updates(use, called):
+                    slices += more
+        elif not _only_updates(use, called):
             return None
-    return parts
+    return slices
 
 
-def _uses(name: str, lines) -> Iterator[tuple[str, _Instruction]]:
-    """(what it is called there, instruction) for all that read a value, through its bitcasts."""
-    for key, use in lines.items():
+def _uses(name: str, computation: _Computation) -> Iterator[tuple[str, _Instruction]]:
+    """(name of the value there, instruction) of all that read a value, also through bitcasts."""
+    for key, use in computation.items():
         if key != "ROOT" and name in use.operands:
-            yield from _uses(key, lines) if use.opcode == "bitcast" else [(name, use)]
+            yield from _uses(key, computation) if use.opcode == "bitcast" else [(name, use)]
 
 
-def _updates(line: _Instruction, name: str) -> bool:
-    """Whether an instruction changes a part of the value of that name and keeps the rest."""
-    kept = line.opcode == "dynamic-update-slice" and line.operands[0] == name
-    return kept and name not in line.operands[1:]
+def _only_updates(line: _Instruction, name: str) -> bool:
+    """Whether an instruction replaces a part of the value in place and keeps the rest."""
+    is_target = line.opcode == "dynamic-update-slice" and line.operands[0] == name
+    return is_target and name not in line.operands[1:]

@@ -1,6 +1,6 @@
-"""Devices that need not be there: what their makers publish, and their compilers' topologies.
+"""Devices to compile for: what their makers publish. They need not be there.
 
-Each is described by `densejax/targets/*.json`; another one is another file.
+A file of `densejax/targets` describes each of them.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from jax.experimental import topologies
 
 from densejax.config import UserError
 
-COMPILERS = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}  # extra: the package that compiles
+COMPILERS = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}  # package of the compiler, by extra
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A device, as its maker publishes it.
+    """A device, by what its maker publishes.
 
     Attributes:
       device: its name.
@@ -31,16 +31,16 @@ class Target:
       memory_bytes_per_second: to and from the main memory.
       memory_bytes: size of the main memory.
       interconnect_bytes_per_second: over all its links, both directions together.
-      source: where that is published.
-      smallest: shape of the smallest slice that there is to compile for, such as "2x2".
-      largest: number of devices that its links join; 0: a slice may have any shape.
-      ring_size: devices along an axis of a slice that close a ring; fewer are a line.
-      both_ways: whether a ring's messages go round both ways at once.
-      collective_seconds: what every collective takes however little it sends.
-      hop_seconds: what each of its hops to a neighbour adds.
-      latency_source: where these two are from: they are assumed, not published.
-      compiler: arguments of `jax.experimental.topologies.get_topology_desc`, "{shape}" where a
-        slice's shape comes; "target_config" is the text of an XLA GpuTargetConfig.
+      source: where these are published.
+      smallest: shape of the smallest slice that the compiler knows, such as "2x2".
+      largest: how many devices the links join; 0: a slice may have any shape.
+      ring_size: how many devices along an axis of a slice close a ring; fewer form a line.
+      both_ways: whether a ring sends in both directions at once.
+      collective_seconds: what every collective takes, even if it sends little.
+      hop_seconds: what each hop to a neighbour adds.
+      latency_source: where these two come from; they are assumed, not published.
+      compiler: arguments of `jax.experimental.topologies.get_topology_desc`; "{shape}" stands for
+        the slice's shape, and "target_config" is the text of an XLA GpuTargetConfig.
     """
 
     device: str
@@ -61,21 +61,21 @@ class Target:
     def devices(self, shape: str = "") -> list[jax.Device]:
         """The devices of a slice, "16x16", or of a box, "8", to compile for.
 
-        They need not be there, and what is there is left alone: call it before JAX has started.
+        Call this before JAX has started; devices that are there are not used.
 
         Raises:
           UserError: the compiler is not installed, or knows no such slice.
         """
         shape = shape or self.smallest
-        jax.config.update("jax_platforms", "cpu")  # a target's own devices are not wanted
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor is the machine that a TPU stands in
+        jax.config.update("jax_platforms", "cpu")  # use no real device of this kind
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # and ask for no real TPU machine
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing here locks a TPU
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU gets locked
         compiler = {key: text.replace("{shape}", shape) for key, text in self.compiler.items()}
         extra = compiler["platform"]
         try:
             return list(topologies.get_topology_desc(**compiler).devices)
-        except Exception as error:  # as many kinds as there are plugins
+        except Exception as error:  # each plugin has errors of its own
             if importlib.util.find_spec(COMPILERS[extra]) is None:
                 raise UserError(
                     f"{self.device}: its compiler is missing; pip install 'densejax[{extra}]'"
@@ -86,7 +86,7 @@ class Target:
 
 @functools.cache
 def targets() -> dict[str, Target]:
-    """All devices that are described, by the name of their file."""
+    """All described devices, by the name of their file."""
     folder, found = epath.resource_path("densejax") / "targets", {}
     for path in sorted(folder.glob("*.json")):
         described = json.loads(path.read_text())
@@ -104,10 +104,10 @@ def target(name: str) -> Target:
 
 
 def topology(text: str) -> tuple[Target | None, list[jax.Device], tuple[int, ...]]:
-    """(target, devices, their shape) of "v5e:16x16"; "cpu:8" are forced devices and no target.
+    """(target, devices, their shape) of "v5e:16x16"; "cpu:8" simulates devices and has no target.
 
     Raises:
-      UserError: no such topology, or its compiler is not installed.
+      UserError: the topology is unknown, or its compiler is not installed.
     """
     name, _, shape = text.partition(":")
     wanted = r"[1-9]\d*" if name == "cpu" else r"[1-9]\d*(x[1-9]\d*)*"
@@ -120,11 +120,11 @@ def topology(text: str) -> tuple[Target | None, list[jax.Device], tuple[int, ...
         if found.largest and math.prod(sides) > found.largest:
             raise UserError(
                 f"topology {text!r}: {found.largest} devices are joined by the links that are "
-                f"described; what lies between such boxes is not"
+                f"described; links between such boxes are not described"
             )
         return found, found.devices(shape), sides
     jax.config.update("jax_platforms", "cpu")
-    with contextlib.suppress(RuntimeError):  # JAX has started, with the devices that it has
+    with contextlib.suppress(RuntimeError):  # JAX has already started
         jax.config.update("jax_num_cpu_devices", sides[0])
     if (count := len(jax.devices())) < sides[0]:
         raise UserError(f"topology {text!r}: JAX has started with {count} devices")

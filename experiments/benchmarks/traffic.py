@@ -6,7 +6,7 @@ Command: python experiments/benchmarks/traffic.py --target=v5e [--model=densenet
 
 The target is a device of densejax/targets, which need not be there: a TPU's compiler is in libtpu
 (minutes for each step), an NVIDIA GPU's in jax[cuda13]; or `cpu`. Beside the figures stands the
-floor of densejax.analysis.roofline. A row whose FLOPs are not within 10 % of six per multiply-add
+floor of densejax.topology.roofline. A row whose FLOPs are not within 10 % of six per multiply-add
 and image, plus what its recompute level says and less what transitions that pool first leave out,
 is void.
 """
@@ -69,7 +69,7 @@ def analyse(work: Work, name: str, target: str) -> dict[str, Any]:
     return row
 
 
-def floor_of(work: Work) -> roofline.Work:
+def floor_of(work: Work) -> roofline.Cost:
     """What the step cannot do without."""
     return roofline.training(work.network(), work.image_shape, work.batch_size, work.dtype)
 

@@ -37,7 +37,7 @@ def test_a_densenet_is_bound_by_bytes_on_every_device():
 
 
 def test_a_matrix_product_is_bound_by_flops():
-    seconds, limit = roofline.Work(bytes=3 * 2 * 8192**2, flops=2 * 8192**3).bound(
+    seconds, limit = roofline.Cost(bytes=3 * 2 * 8192**2, flops=2 * 8192**3).bound(
         targets.target("v5e")
     )
     assert limit == "flops" and seconds == pytest.approx(2 * 8192**3 / 197e12)
