@@ -56,6 +56,13 @@ def run(main: Callable[..., int], config: str = "required", arguments: bool = Fa
     app.run(guarded, flags_parser=lambda argv: _parse(argv, config, arguments))
 
 
+def require(*holders: flags.FlagHolder) -> None:
+    """Raises UserError for the first of these flags that has no value."""
+    for holder in holders:
+        if not holder.value:
+            raise UserError(f"--{holder.name}: give a value; --help explains it")
+
+
 def _parse(argv: list[str], config: str, arguments: bool) -> list[str]:
     logging.set_verbosity(logging.ERROR)  # ml_collections warns of what is refused below
     try:

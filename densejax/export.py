@@ -1,7 +1,7 @@
 """Writes a trained network as one file: python -m densejax.export --workdir=DIR --output=FILE.
 
-The file is a serialised StableHLO function of `jax.export`. It holds the weights and the
-normalisation, takes any number of images and runs where JAX is, without this package:
+The file is a serialised StableHLO function of `jax.export` with the weights and the normalisation
+in it. It takes any number of images and needs JAX, but not this package:
 
     function = jax.export.deserialize(open(FILE, "rb").read())
     logits = function.call(images)  # uint8 [batch, height, width, channels] -> float32
@@ -18,22 +18,20 @@ from densejax.training import parallel
 
 # An override lets the tests import several commands into one process.
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "A run's directory, or one of weights.", allow_override=True
+    "workdir", None, "A run's directory, or a directory of weights.", allow_override=True
 )
-OUTPUT = flags.DEFINE_string("output", None, "The file to write.")
+OUTPUT = flags.DEFINE_string("output", None, "The file to write.", allow_override=True)
 PLATFORMS = flags.DEFINE_list(
-    "platforms", ["cpu", "cuda", "tpu"], f"Where it has to run, of {', '.join(export.ALLOWED)}."
+    "platforms", ["cpu", "cuda", "tpu"], f"Where it must run; any of {', '.join(export.PLATFORMS)}."
 )
 
 
 def main() -> int:
     """Does what the flags say; returns the exit code."""
-    for flag in (WORKDIR, OUTPUT):
-        if not flag.value:
-            raise UserError(f"--{flag.name}: give a value; --help explains it")
-    if set(PLATFORMS.value) - set(export.ALLOWED):
+    command_line.require(WORKDIR, OUTPUT)
+    if set(PLATFORMS.value) - set(export.PLATFORMS):
         given = ",".join(PLATFORMS.value)
-        raise UserError(f"--platforms={given}: allowed are {', '.join(export.ALLOWED)}")
+        raise UserError(f"--platforms={given}: allowed are {', '.join(export.PLATFORMS)}")
     parallel.start()
     network = classifier.load(WORKDIR.value)
     content = export.serialise(network, tuple(PLATFORMS.value))

@@ -13,7 +13,7 @@ from densejax.training import parallel
 
 # An override lets the tests import several commands into one process.
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "A run's directory, or one of weights.", allow_override=True
+    "workdir", None, "A run's directory, or a directory of weights.", allow_override=True
 )
 TOP = flags.DEFINE_integer("top", 5, "Classes to name for each image.", lower_bound=1)
 FORMAT = flags.DEFINE_enum(
@@ -23,8 +23,7 @@ FORMAT = flags.DEFINE_enum(
 
 def main(*paths: str) -> int:
     """Does what the flags say; returns the exit code."""
-    if not WORKDIR.value:
-        raise UserError("--workdir: name a run's directory, or one of weights")
+    command_line.require(WORKDIR)
     if not paths:
         raise UserError("name at least one image file")
     parallel.start()

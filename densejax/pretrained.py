@@ -2,58 +2,61 @@
 
 python -m densejax.pretrained --model=densenet121 --weights=densenet121.safetensors --output=DIR
 
-From Python: `convert_file` is this command, `load` opens what it made; see densejax.weights.store.
+From Python: `convert_file` does the same, `load` reads the directory; see densejax.weights.store.
 """
 
-import argparse
-import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from absl import flags
 
-from densejax.config import UserError
+from densejax import command_line
 from densejax.weights.conversion import from_keras, from_torch, to_torch
 from densejax.weights.files import HUB, READERS
 from densejax.weights.store import convert_file, digest, load, save
 
 __all__ = ["convert_file", "digest", "from_keras", "from_torch", "load", "save", "to_torch"]
 
+# An override lets the tests import several commands into one process.
+MODEL = flags.DEFINE_string("model", None, "A network's name.", allow_override=True)
+WEIGHTS = flags.DEFINE_string("weights", None, f"{', '.join(READERS)} or {HUB}owner/name.")
+OUTPUT = flags.DEFINE_string("output", None, "A new directory.", allow_override=True)
+NUM_CLASSES = flags.DEFINE_integer(
+    "num_classes",
+    None,
+    "0: no classifier; default: as many as the weights have.",
+    lower_bound=0,
+    allow_override=True,
+)
+IN_CHANNELS = flags.DEFINE_integer(
+    "in_channels", None, "Of the images; default: as many as the weights have.", lower_bound=1
+)
+ADAPT = flags.DEFINE_bool("adapt", False, "New classifier, other image channels.")
+SEED = flags.DEFINE_integer("seed", 0, "Of a new classifier.", allow_override=True)
+SHORTCUT = flags.DEFINE_string(
+    "shortcut", "", "Of a ResNet without projections: identity or identity_middle."
+)
+flags.DEFINE_bool("allow_pickle", False, "Changes nothing: no code in a file is executed.")
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = _Parser("densejax.pretrained", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", required=True, help="a name of densejax.models.MODELS")
-    parser.add_argument("--weights", required=True, help=f"{', '.join(READERS)} or {HUB}owner/name")
-    parser.add_argument("--output", required=True, help="a new directory")
-    parser.add_argument("--num_classes", type=int, help="default: as the weights have")
-    parser.add_argument(
-        "--in_channels", type=int, help="of the images; default: as the weights have"
+def main() -> int:
+    """Does what the flags say; returns the exit code."""
+    command_line.require(MODEL, WEIGHTS, OUTPUT)
+    made = convert_file(
+        MODEL.value,
+        WEIGHTS.value,
+        OUTPUT.value,
+        num_classes=NUM_CLASSES.value,
+        in_channels=IN_CHANNELS.value,
+        adapt=ADAPT.value,
+        seed=SEED.value,
+        shortcut=SHORTCUT.value,
     )
-    parser.add_argument("--adapt", action="store_true", help="new classifier, other image channels")
-    parser.add_argument("--seed", type=int, default=0, help="of a new classifier")
-    parser.add_argument(
-        "--allow_pickle", action="store_true", help="changes nothing: no file is executed"
+    print(
+        f"{OUTPUT.value}: {made['name']}, {made['num_classes']} classes, "
+        f"{made['image_channels']} image channels"
     )
-    parser.add_argument(
-        "--shortcut", default="", help="of a ResNet without projections: identity, identity_middle"
-    )
-    try:
-        options = vars(parser.parse_args(arguments))
-        del options["allow_pickle"]
-        made = convert_file(**options)
-    except UserError as error:
-        print(f"densejax: {error}", file=sys.stderr)
-        return 2
-    print(f"{options['output']}: {made['name']}, {made['num_classes']} classes, "
-          f"{made['image_channels']} image channels")  # fmt: skip
     for line in made["assumed"]:
         print(f"assumed: {line}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main, config="unused")

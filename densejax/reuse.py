@@ -6,13 +6,12 @@ from etils import epath
 
 from densejax import command_line
 from densejax.analysis import reuse
-from densejax.config import UserError
 from densejax.inference import classifier
 from densejax.training import parallel
 
 # An override lets the tests import several commands into one process.
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "A run's directory, or one of weights.", allow_override=True
+    "workdir", None, "A run's directory, or a directory of weights.", allow_override=True
 )
 OUTPUT = flags.DEFINE_string(
     "output", None, "Folder for reuse.npz and reuse.png; default: workdir.", allow_override=True
@@ -21,16 +20,13 @@ OUTPUT = flags.DEFINE_string(
 
 def main() -> int:
     """Does what the flags say; returns the exit code."""
-    if not WORKDIR.value:
-        raise UserError("--workdir: name a run's directory, or one of weights")
-    from densejax.analysis import plots
+    command_line.require(WORKDIR)
+    from densejax.analysis import plots  # matplotlib may be missing
 
     parallel.start()
     model, variables = classifier.network(WORKDIR.value)
-    folder, maps = (
-        epath.Path(OUTPUT.value or WORKDIR.value),
-        reuse.heat_maps(model, variables["params"]),
-    )
+    maps = reuse.heat_maps(model, variables["params"])
+    folder = epath.Path(OUTPUT.value or WORKDIR.value)
     plots.save(plots.heat_maps(maps), folder / "reuse.png")
     arrays = {f"{one.block}/{key}": array for one in maps for key, array in vars(one).items()}
     with (folder / "reuse.npz").open("wb") as file:

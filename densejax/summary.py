@@ -13,7 +13,9 @@ from densejax.runs import formats
 from densejax.training import experiment
 
 # An override lets the tests import several commands into one process.
-MODEL = flags.DEFINE_string("model", None, "A network's name; or give --config=CARD.")
+MODEL = flags.DEFINE_string(
+    "model", None, "A network's name; or give --config=CARD.", allow_override=True
+)
 IMAGE_SHAPE = flags.DEFINE_list(
     "image_shape", None, "height,width,channels; default: 224,224,3 or 32,32,3, by the network."
 )

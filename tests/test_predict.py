@@ -194,7 +194,7 @@ def test_many_images_are_one_program(tmp_path):
 def stored_as(image_shape, resize_size=0):
     """What `read` asks of a network."""
     return types.SimpleNamespace(
-        image_shape=image_shape, resize_size=resize_size, white=255, usual={}
+        image_shape=image_shape, resize_size=resize_size, white_level=255, usual_brightness={}
     )
 
 

@@ -1,4 +1,4 @@
-"""How large each layer's gradient is before the first step: do gradients vanish with depth?"""
+"""The size of each layer's gradient before the first step: do gradients vanish with depth?"""
 
 import functools
 
@@ -14,9 +14,9 @@ from densejax.training import losses
 def kernel_norms(
     model: nn.Module, images: jax.Array, labels: jax.Array, seed: int = 0
 ) -> dict[str, float]:
-    """Euclidean norm of the training loss's gradient for each kernel, at initialisation.
+    """Euclidean norms of the gradient of each kernel, at initialisation.
 
-    Of a batch's mean cross-entropy, with batch statistics, as the first training step sees it.
+    The loss is the mean cross-entropy of a batch, with batch statistics, as in the first step.
 
     Args:
       model: from densejax.models.create.
@@ -25,10 +25,10 @@ def kernel_norms(
       seed: of the parameters.
 
     Returns:
-      Norms by layer, such as "block1/layer1/conv1", from the image to the classifier; a shortcut's
-      projection stands behind the layers that it skips.
+      Norms by layer, such as "block1/layer1/conv1", from the image to the classifier; the
+      projection of a shortcut comes after the layers that it skips.
     """
-    model = models.reference(model).clone(batch_norm_axis=None)
+    model = models.reference(model)
     names = [row.name for row in counts.layers(model, images.shape[1:], depth=9)]
     # XLA:CPU optimises these programs for minutes and gains little: each runs once.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
@@ -38,17 +38,16 @@ def kernel_norms(
         variables = model.init(key, images[:1])
 
         def loss(params):
-            inputs = {"params": params, "batch_stats": variables["batch_stats"]}
+            inputs = variables | {"params": params}
             (logits, _), _ = model.apply(inputs, images, train=True, mutable=["batch_stats"])
             return losses.cross_entropy(logits, labels).mean()
 
         gradients = jax.tree_util.tree_leaves_with_path(jax.grad(loss)(variables["params"]))
-        kernels = {
+        return {
             "/".join(part.key for part in path[:-1]): jnp.linalg.norm(leaf.ravel())
             for path, leaf in gradients
             if path[-1].key == "kernel"
         }
-        return kernels
 
     found = jax.device_get(norms(jax.random.key(seed), images, labels))
     return {name: float(found[name]) for name in names if name in found}

@@ -1,7 +1,7 @@
 """The look of all figures: importing this module sets it for matplotlib.
 
-Colours have a contrast of at least 3 with white and with a dark page (WCAG 2.2, 1.4.11) and differ
-for colour-blind readers too (after Okabe and Ito, 2008); markers and dashes say the same again.
+Colours have a contrast of at least 3 with a white and with a dark page (WCAG 2.2, 1.4.11), and
+colour-blind readers can tell them apart (after Okabe and Ito, 2008). Markers and dashes differ too.
 """
 
 import io
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-INK = "#3b4149"  # text and lines; on a page the colour of its text
+INK = "#3b4149"  # of text and lines; `svg` replaces it by the colour of the page's text
 COLORS = ("#0072b2", "#d55e00", "#008f68", "#c4628f", "#9a7400", "#6f6fd6", "#7f7f7f", "#3f8fbf")
 MARKERS, DASHES = "os^DvPX*", ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))  # 24 different lines
 matplotlib.rcParams.update(
@@ -56,21 +56,24 @@ matplotlib.rcParams.update(
 
 
 def figure(columns: int = 1, width: float = 4.8, height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    """A figure and its panels, beside each other, each of a size in inches."""
-    made = Figure(figsize=(columns * width, height), layout="constrained")
-    return made, list(made.subplots(1, columns, squeeze=False)[0])
+    """A figure with panels beside each other; width and height of a panel are in inches."""
+    figure = Figure(figsize=(columns * width, height), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
 def style(number: int) -> dict[str, Any]:
-    """Colour, marker and dash of a figure's line `number`, from 0."""
+    """Colour, marker and dashes of a figure's line `number`, counted from 0."""
     color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
     return {"color": color, "marker": marker, "linestyle": DASHES[number % len(DASHES)]}
 
 
 def logarithmic(axis: Any, form: Callable[[float], str]) -> None:
-    """Makes `axes.xaxis` or `.yaxis`, with all data in it, logarithmic; labels: `form(value)`."""
-    setting = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
-    setting("log")
+    """Makes `axes.xaxis` or `axes.yaxis`, after all data are drawn, logarithmic.
+
+    `form` turns a value into its label.
+    """
+    set_scale = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
+    set_scale("log")
     low, high = axis.get_view_interval()
     decades = LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,))
     axis.set_major_locator(MaxNLocator(4) if high < 5 * low else decades)
@@ -84,15 +87,15 @@ def legend(axes: Axes, columns: int = 2) -> None:
 
 
 def heat_maps(maps: Sequence[Any]) -> Figure:
-    """Draws what `densejax.analysis.reuse.heat_maps` returns, a panel for each block.
+    """Draws what `densejax.analysis.reuse.heat_maps` returns, with a panel for each block.
 
-    Colours are the weights over their column's largest, so that 1 is the source which a target
-    reads most; a box marks the target behind the block.
+    A colour is a weight divided by the largest of its column: 1 is the source that the target reads
+    most. A box marks the target that comes after the block.
     """
     widths = [max(columns, 4) + 3 for _, columns in (one.weights.shape for one in maps)]
     rows = max(len(one.sources) for one in maps)
-    made = Figure(figsize=(0.19 * sum(widths) + 1.3, 0.19 * rows + 1.7), layout="constrained")
-    panels = made.subplots(1, len(maps), squeeze=False, width_ratios=widths)[0]
+    figure = Figure(figsize=(0.19 * sum(widths) + 1.3, 0.19 * rows + 1.7), layout="constrained")
+    panels = figure.subplots(1, len(maps), squeeze=False, width_ratios=widths)[0]
     shares = [one.weights / np.nanmax(one.weights, axis=0, initial=1e-30) for one in maps]
     lowest = min(0.9, *(np.floor(10 * np.nanmin(share)) / 10 for share in shares))
     for axes, one, share in zip(panels, maps, shares, strict=True):
@@ -108,10 +111,10 @@ def heat_maps(maps: Sequence[Any]) -> Figure:
         axes.grid(False)
         axes.set_title(one.block.replace("_", "\n"))
         axes.set_anchor("N")
-    made.supxlabel("target", fontsize=9)
+    figure.supxlabel("target", fontsize=9)
     panels[0].set_ylabel("source")
-    made.colorbar(image, ax=panels, label="mean |weight|\nover column's largest", shrink=0.7)
-    return made
+    figure.colorbar(image, ax=panels, label="mean |weight|\nover column's largest", shrink=0.7)
+    return figure
 
 
 def save(figure: Figure, path: epath.PathLike) -> None:
@@ -122,13 +125,13 @@ def save(figure: Figure, path: epath.PathLike) -> None:
 
 
 def svg(figure: Figure, title: str) -> str:
-    """A figure as an SVG element for a page, in the page's text colour and font."""
+    """A figure as an SVG element that takes the text colour and the font of its page."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None}, dpi=144)
     text = file.getvalue()
     text = re.sub(
         r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.S
     )
-    text = re.sub(r' id="[a-z0-9]+_\d+"', "", text)  # a page has several figures
+    text = re.sub(r' id="[a-z0-9]+_\d+"', "", text)  # figures on one page must not share ids
     text = text.replace(INK, "currentColor").replace("'DejaVu Sans'", "inherit")
     return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)

@@ -1,1 +1,1 @@
-"""What a trained network is used for: open it, classify image files, take it away as one file."""
+"""How a trained network is used: open it, classify image files, export it as one file."""

@@ -1,4 +1,4 @@
-"""A trained network and all that images need on their way into it, opened from a directory."""
+"""A trained network and what turns images into its input, opened from a directory."""
 
 import contextlib
 import dataclasses
@@ -27,14 +27,15 @@ class Classifier:
 
     Attributes:
       model: of densejax.models.
-      variables: its "params" and "batch_stats", NumPy arrays.
-      preparation: from stored images to its input.
+      variables: its "params" and, if it has BatchNorm, "batch_stats", NumPy arrays.
+      preparation: from stored images to the network's input.
       image_shape: stored (height, width, channels).
       class_names: one for each logit.
       resize_size: pixels of an image file's shorter side before its middle is taken; 0: the largest
         middle of the shape's aspect ratio is resized.
-      white: the stored value of what is 255 in an image file.
-      usual: as SetInfo has it.
+      white_level: the stored value that stands for 255 in an image file.
+      usual_brightness: least and most of each measure of `facts.brightness` in training images;
+        {} where they are not known.
     """
 
     model: nn.Module
@@ -43,8 +44,8 @@ class Classifier:
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     resize_size: int = 0
-    white: int = 255
-    usual: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    white_level: int = 255
+    usual_brightness: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     def logits(self, variables: Any, images: jax.Array) -> jax.Array:
         """Maps images uint8 [batch, *image_shape] to float32 [batch, classes]; jit it."""
@@ -53,20 +54,20 @@ class Classifier:
 
 
 def load(directory: epath.PathLike) -> Classifier:
-    """Opens a run's directory, or one with the weights of `densejax.pretrained`.
+    """Opens a run's directory, or a directory of weights that `densejax.pretrained` wrote.
 
-    Of a run it takes the checkpoint that the run's result is measured on, and what the run
-    remembers of its data; the data themselves are asked only where a run is older than that.
+    From a run it takes the checkpoint that the run's result is measured on and what `data.json`
+    records; the data themselves are needed only for a run that has no `data.json` yet.
 
     Raises:
-      UserError: it is neither, or something in it is missing, damaged or does not fit.
+      UserError: the directory is neither, or something in it is missing, damaged or does not fit.
     """
     path = epath.Path(directory)
     return _of_weights(path) if (path / "model.json").exists() else _of_run(path)
 
 
 def network(directory: epath.PathLike) -> tuple[nn.Module, Any]:
-    """The model and the variables alone of what `load` opens, whatever images are for it."""
+    """Only the model and the variables of what `load` opens; facts of images may be missing."""
     path = epath.Path(directory)
     if not (path / "model.json").exists():
         opened = _of_run(path)
@@ -79,12 +80,12 @@ def _of_run(path: epath.Path) -> Classifier:
     try:
         stored = json.loads((path / "config.json").read_text())
         config = ConfigDict(facts.without_lists(workdir.completed(stored)))
-    except Exception as error:  # whatever damage leads to
+    except Exception as error:  # damage can raise any class
         raise UserError(
             f"--workdir={path}: neither a run's directory nor one of weights "
             f"({type(error).__name__}: {error})"
         ) from error
-    # No batch statistics are read: one device is enough for any run.
+    # Only running statistics are used, so one device is enough for every run.
     config.parallel.update(batch_norm="global", batch_norm_group_size=0)
     experiment = build(config, jax.local_devices()[:1], facts.read(path))
     info, preparation = experiment.info, experiment.task.preparation
@@ -92,15 +93,20 @@ def _of_run(path: epath.Path) -> Classifier:
         if checkpoints.latest_step() is None:
             raise UserError(f"--workdir={path}: there is no checkpoint in it yet; train first")
         state = select(experiment, checkpoints)
-    variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
     resize, image_shape = 0, info.image_shape
     if config.data.storage == "stream":
         resize = config.evaluate.resize_size
-        if preparation.crop_size:  # ten crops are of the whole square
+        if preparation.crop_size:  # the ten crops are taken of the whole square
             image_shape = (resize, resize, 3)
     return Classifier(
-        *(experiment.task.model, variables, preparation, image_shape, info.class_names),
-        *(resize, info.white, info.usual),
+        model=experiment.task.model,
+        variables=jax.device_get({"params": state.params, "batch_stats": state.batch_stats}),
+        preparation=preparation,
+        image_shape=image_shape,
+        class_names=info.class_names,
+        resize_size=resize,
+        white_level=info.white,
+        usual_brightness=info.usual,
     )
 
 
@@ -111,10 +117,10 @@ def _of_weights(path: epath.Path) -> Classifier:
         raise UserError(f"{path}: a network without a classifier names no class")
     found = facts.of_weights(path)
     return Classifier(
-        models.create(description["model"], classes),
-        variables,
-        Preparation(found["mean"], found["std"]),
-        found["image_shape"],
-        found["class_names"],
+        model=models.create(description["model"], classes),
+        variables=variables,
+        preparation=Preparation(found["mean"], found["std"]),
+        image_shape=found["image_shape"],
+        class_names=found["class_names"],
         resize_size=round(min(found["image_shape"][:2]) * 256 / 224),  # as torchvision evaluates
     )

@@ -1,17 +1,17 @@
-"""A trained network as one file that runs where JAX is, without this package."""
+"""Writes a trained network as one file that needs JAX, but not this package, to run."""
 
 import jax
 import jax.numpy as jnp
 
 from densejax.inference.classifier import Classifier
 
-ALLOWED = ("cpu", "cuda", "rocm", "tpu")
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def serialise(network: Classifier, platforms: tuple[str, ...]) -> bytes:
-    """A trained network as a serialised function of uint8 images to float32 logits.
+    """Serialises the function from uint8 images to float32 logits for the given platforms.
 
-    The devices of `platforms` need not be there.
+    This machine need not have their devices.
     """
 
     def function(images):

@@ -1,7 +1,10 @@
-"""Weights of torchvision, timm and Keras Applications <-> variables, with nothing left over."""
+"""Converts weights of torchvision, timm and Keras Applications to variables, and back.
+
+Every array must be used and every variable filled; otherwise the weights are refused.
+"""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -21,29 +24,30 @@ CLASSIFIER = ("params/head/classifier/kernel", "params/head/classifier/bias")
 
 
 def from_torch(model: nn.Module, state_dict: Weights, **adapt: Any) -> dict[str, Any]:
-    """Variables from a state_dict by torchvision's, timm's or the VoVNet authors' names.
+    """Converts a state_dict with the names of torchvision, timm or the VoVNet authors.
 
-    DenseNet's other spellings are known ("norm.1", "norm_final"), and what is before every name
-    ("module.") is left out, as is num_batches_tracked: nothing here reads it.
+    A prefix of all names ("module.") and the counters num_batches_tracked are left out.
 
     Args:
-      model: a network of densejax.models; its fields decide what has to be there.
-      state_dict: arrays by name; each is used, or the whole is refused.
+      model: a network of densejax.models; its fields decide which arrays there must be.
+      state_dict: arrays by name.
       **adapt: see `convert`.
+
+    Returns:
+      The variables, float32 NumPy arrays.
 
     Raises:
       UserError: the names that are missing, unexpected or of another shape, in one line.
     """
-    layouts = [layout for layout in LAYOUTS[_family(model)] if layout.is_torch]
-    layout, found, _ = recognise(layouts, state_dict)
+    layout, found, _ = recognise(_layouts(model, is_torch=True), state_dict)
     return convert(model, found, layout, **adapt)
 
 
 def from_keras(model: nn.Module, weights: Any, **adapt: Any) -> dict[str, Any]:
-    """Variables from Keras Applications' weights; otherwise as `from_torch`.
+    """Converts weights of Keras Applications; otherwise as `from_torch`.
 
     Args:
-      model: a DenseNet or ResNet with the fields of Keras' layout in `weight_names.LAYOUTS`.
+      model: a DenseNet or ResNet with the fields of Keras' layout in `names.LAYOUTS`.
       weights: arrays by "layer/variable", such as "conv1_conv/kernel", or a Keras model.
       **adapt: see `convert`.
     """
@@ -53,77 +57,90 @@ def from_keras(model: nn.Module, weights: Any, **adapt: Any) -> dict[str, Any]:
             for layer in weights.layers
             for variable in layer.weights
         }
-    layouts = [layout for layout in LAYOUTS[_family(model)] if not layout.is_torch]
-    layout, found, _ = recognise(layouts, weights)
+    layout, found, _ = recognise(_layouts(model, is_torch=False), weights)
     return convert(model, found, layout, **adapt)
 
 
 def to_torch(
     model: nn.Module, variables: Mapping[str, Any], project: str = ""
 ) -> dict[str, np.ndarray]:
-    """The state_dict of a network, without num_batches_tracked: PyTorch then keeps its zeros.
+    """The state_dict of a network, without the counters num_batches_tracked.
 
     Args:
       model: the network.
-      variables: its params and batch_stats.
-      project: whose names, of `weight_names.LAYOUTS`; "": the first of the family.
+      variables: its variables, or a collection of them.
+      project: whose names to write, of `names.LAYOUTS`; "": the first of the family.
     """
-    layouts = [layout for layout in LAYOUTS[_family(model)] if layout.is_torch]
-    layouts = [layout for layout in layouts if project in ("", layout.project)]
+    layouts = [x for x in _layouts(model, is_torch=True) if project in ("", x.project)]
     if not layouts:
         raise UserError(f"project = {project!r}: has no names for a {_family(model)}")
     flat = {path: np.asarray(array) for path, array in flatten(variables).items()}
-    paths = _paths(model, layouts[0], flat)
-    return {name: _turned(flat[path], (3, 2, 0, 1)) for name, path in paths.items()}
+    paths = _paths_by_name(model, layouts[0], flat)
+    return {name: _transpose(flat[path], (3, 2, 0, 1)) for name, path in paths.items()}
 
 
 def recognise(
     layouts: Sequence[Layout], weights: Weights
 ) -> tuple[Layout, dict[str, np.ndarray], list[str]]:
-    """Whose weights they are, told by the name of their first kernel and by what is before it.
+    """Finds the project that the names are from, and one network among the weights.
 
     Returns:
       The layout, the network's arrays by the layout's names, and what had to be assumed.
+
+    Raises:
+      UserError: no layout has such names, or the weights are of several networks.
     """
-    for layout in sorted(layouts, key=lambda layout: not layout.sign):
-        spelled = {name: short for name in weights if (short := layout.spelled(name)) is not None}
-        ends = tuple(filter(None, map(layout.name, STEMS)))
-        starts = {s.removesuffix(end) for s in spelled.values() for end in ends if s.endswith(end)}
-        starts = {start for start in starts if not start or start[-1] in "./:"}
-        # A kernel of the same name within the network starts no other.
-        starts = {
-            s for s in starts if not any(s != other and s.startswith(other) for other in starts)
-        }
-        if not starts or not any(re.search(layout.sign, short) for short in spelled.values()):
-            continue
-        averages = [start for start in starts if "ema" in start]
-        if len(starts) > 1 and len(averages) != 1:
-            raise UserError(f"the weights are of several networks: {', '.join(sorted(starts))}")
-        start = averages[0] if averages else min(starts)
-        part, others, found = start.rpartition("::")[0], tuple(starts - {start}), {}
-        for name, short in spelled.items():
-            if short.rpartition("::")[0] == part and not short.startswith(others):
-                short = short.removeprefix(start).rpartition("::")[2]
-                if short in found:
-                    raise UserError(f"{name}: the weights have this twice, under two spellings")
-                found[short] = np.asarray(weights[name])
-        assumed = [f"{start} is taken, not {other}" for other in others]
-        return layout, found, assumed + _rename_classifier(layout, found)
-    first = dict.fromkeys(layout.name(stem) for layout in layouts for stem in STEMS)
+    # A layout with a marker comes first: those without one may have the same names otherwise.
+    for layout in sorted(layouts, key=lambda layout: not layout.marker):
+        names = {name: layout.without_alias(name) for name in weights}
+        names = {name: known for name, known in names.items() if known is not None}
+        prefixes = _prefixes(layout, names.values())
+        if prefixes and any(re.search(layout.marker, name) for name in names.values()):
+            found, assumed = _one_network(weights, names, prefixes)
+            return layout, found, assumed + _rename_classifier(layout, found)
+    kernels = dict.fromkeys(layout.name(stem) for layout in layouts for stem in STEMS)
     raise UserError(
-        f"the weights have none of {', '.join(filter(None, first)) or 'the known names'}: they "
+        f"the weights have none of {', '.join(filter(None, kernels)) or 'the known names'}: they "
         f"are of another family, or of a project whose names are not known"
     )
 
 
+def _prefixes(layout: Layout, names: Iterable[str]) -> set[str]:
+    """What stands before the first kernel's name, such as "module.", for each network."""
+    kernels = tuple(filter(None, map(layout.name, STEMS)))
+    before = {n.removesuffix(end) for n in names for end in kernels if n.endswith(end)}
+    before = {prefix for prefix in before if not prefix or prefix[-1] in "./:"}
+    # A kernel of the same name deeper in a network is not the first one of another network.
+    return {p for p in before if not any(p != other and p.startswith(other) for other in before)}
+
+
+def _one_network(
+    weights: Weights, names: Mapping[str, str], prefixes: set[str]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays of the only network, or of the moving average of one, without its prefix."""
+    averages = [prefix for prefix in prefixes if "ema" in prefix]
+    if len(prefixes) > 1 and len(averages) != 1:
+        raise UserError(f"the weights are of several networks: {', '.join(sorted(prefixes))}")
+    taken = averages[0] if averages else min(prefixes)
+    part, others, found = taken.rpartition("::")[0], tuple(prefixes - {taken}), {}
+    for name, known in names.items():
+        # What is in the same part of the file and outside of the prefix may be the classifier.
+        if known.rpartition("::")[0] == part and not known.startswith(others):
+            known = known.removeprefix(taken).rpartition("::")[2]
+            if known in found:
+                raise UserError(f"{name}: the weights have this array twice, under two names")
+            found[known] = np.asarray(weights[name])
+    return found, [f"{taken} is taken, not {other}" for other in others]
+
+
 def _rename_classifier(layout: Layout, found: dict[str, np.ndarray]) -> list[str]:
-    """Gives a classifier of another name its own: it alone has a matrix."""
+    """Gives a classifier of another name the layout's name: only a classifier has a matrix."""
     matrices = [name for name, array in found.items() if array.ndim == 2]
     if layout.name(CLASSIFIER[0]) in found or len(matrices) != 1:
         return []
-    stem = re.sub("(weight|kernel)$", "", matrices[0])
+    module = re.sub("(weight|kernel)$", "", matrices[0])
     for name in map(layout.name, CLASSIFIER):
-        theirs = stem + re.split("[./]", name)[-1]
+        theirs = module + re.split("[./]", name)[-1]
         if theirs in found:
             found[name] = found.pop(theirs)
     return [f"{matrices[0]} is taken for {layout.name(CLASSIFIER[0])}"]
@@ -138,17 +155,18 @@ def convert(
     adapt: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Variables of a network, float32 NumPy arrays, from weights in another project's layout.
+    """Converts weights in another project's layout to variables, float32 NumPy arrays.
 
     Args:
       model: the network.
       weights: arrays by the layout's names.
       layout: their names and axes.
       image_channels: of the images; None: as many as the weights are for.
-      adapt: draw a new classifier where theirs has another length or is missing, drop it where the
-        network has none, and fit the first kernel to other images: to one channel by the sum over
-        theirs, from one channel by an even share for each, so that grey images give the same.
-      seed: of the new classifier.
+      adapt: fit the weights to the network. A classifier of another length, or a missing one, is
+        drawn; one that the network does not have is dropped. The first kernel becomes one of grey
+        images by the sum over its channels, and one of several channels by an equal share for each,
+        so that grey images give the same result.
+      seed: of a new classifier.
 
     Raises:
       UserError: the names that are missing, unexpected or of another shape, in one line.
@@ -156,30 +174,32 @@ def convert(
     first = next(weights[layout.name(path)] for path in STEMS if layout.name(path) in weights)
     channels = first.shape[1 if layout.is_torch else 2] if first.ndim == 4 else 3
     expected = abstract(model, image_channels or channels)
-    paths = _paths(model, layout, expected)
+    paths = _paths_by_name(model, layout, expected)
     found = {paths.get(name, name): array for name, array in weights.items()}
     if layout.is_torch:
         found = {
-            path: _turned(array, (2, 3, 1, 0)) if path in expected else array
+            path: _transpose(array, (2, 3, 1, 0)) if path in expected else array
             for path, array in found.items()
         }
     if adapt:
-        _adapt(found, expected, layout, seed)
+        _adapt_classifier(found, expected, layout, seed)
+        _adapt_channels(found, expected)
     names = {path: name for name, path in paths.items()}
     check_fit(found, expected, f"the weights, by {layout.project} names,", names)
     return unflatten({path: array.astype(np.float32) for path, array in found.items()})
 
 
-def _adapt(found: dict, expected: Mapping, layout: Layout, seed: int) -> None:
-    for path in CLASSIFIER:
-        if path not in expected:
+def _adapt_classifier(found: dict, expected: Mapping, layout: Layout, seed: int) -> None:
+    if CLASSIFIER[0] not in expected:
+        for path in CLASSIFIER:
             found.pop(layout.name(path), None)
-    if CLASSIFIER[0] in expected and any(
-        path not in found or found[path].shape != expected[path].shape for path in CLASSIFIER
-    ):
+    elif any(p not in found or found[p].shape != expected[p].shape for p in CLASSIFIER):
         shape = expected[CLASSIFIER[0]].shape
         found[CLASSIFIER[0]] = np.asarray(fan_in_uniform(jax.random.key(seed), shape))
         found[CLASSIFIER[1]] = np.zeros(shape[-1:], np.float32)
+
+
+def _adapt_channels(found: dict, expected: Mapping) -> None:
     for path in STEMS:
         if path in found and found[path].ndim == 4:
             has, wants = found[path].shape[2], expected[path].shape[2]
@@ -192,38 +212,39 @@ def _adapt(found: dict, expected: Mapping, layout: Layout, seed: int) -> None:
 def check_fit(
     found: Weights, expected: Mapping[str, Any], what: str, names: Mapping[str, str] | None = None
 ) -> None:
-    """Raises UserError unless both have the same paths and shapes, and finite numbers.
+    """Raises UserError unless both have the same paths and shapes, and the numbers are finite.
 
     Args:
       found: arrays by path.
       expected: arrays or shapes by path.
-      what: `found`, in the message.
-      names: what paths are called in the message.
+      what: what the message calls `found`.
+      names: what the message calls the paths.
     """
     both = sorted(found.keys() & expected.keys())
-    shapes = {path: (found[path].shape, expected[path].shape) for path in both}
-    wrong = [path for path in both if shapes[path][0] != shapes[path][1]]
+    shapes = {
+        path: f" {found[path].shape}, not {expected[path].shape}"
+        for path in both
+        if found[path].shape != expected[path].shape
+    }
+    fitting = [path for path in both if path not in shapes]
+    variances = [path for path in fitting if path.endswith("/var")]
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
-        "of another shape (height, width, in, out)": wrong,
-        "not of finite numbers": [path for path in both if not _is_finite(found[path])],
-        "of negative variance": [
-            path for path in both if path.endswith("/var") and (found[path] < 0).any()
-        ],
+        "of another shape (height, width, in, out)": list(shapes),
+        "not of finite numbers": [path for path in fitting if not _is_finite(found[path])],
+        "of negative variance": [path for path in variances if (found[path] < 0).any()],
     }
-    said = []
+    lists = []
     for problem, paths in problems.items():
-        items = [(names or {}).get(path, path) for path in paths[:5]]
-        if paths is wrong:
-            pairs = zip(items, paths, strict=False)
-            items = ["{} {}, not {}".format(item, *shapes[path]) for item, path in pairs]
+        shown = [(names or {}).get(path, path) + shapes.get(path, "") for path in paths[:5]]
         rest = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
-        said += [f"{problem}: {', '.join(items)}{rest}"] if paths else []
-    if said:
-        adaptable = {path for paths in problems.values() for path in paths} <= {*STEMS, *CLASSIFIER}
-        hint = "; `adapt` fits the classifier and the image channels" if adaptable else ""
-        raise UserError(f"{what} do not fit the network: {'; '.join(said)}{hint}")
+        lists += [f"{problem}: {', '.join(shown)}{rest}"] if paths else []
+    if lists:
+        wrong = {path for paths in problems.values() for path in paths}
+        hint = "; `adapt` fits the classifier and the image channels"
+        hint = hint if wrong <= {*STEMS, *CLASSIFIER} else ""
+        raise UserError(f"{what} do not fit the network: {'; '.join(lists)}{hint}")
 
 
 def abstract(model: nn.Module, image_channels: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -232,13 +253,13 @@ def abstract(model: nn.Module, image_channels: int) -> dict[str, jax.ShapeDtypeS
     return flatten(jax.eval_shape(model.init, jax.random.key(0), image))
 
 
-def stem(flat: Mapping[str, Any]) -> Any:
-    """A network's first kernel, of its variables by path."""
+def first_kernel(flat: Mapping[str, Any]) -> Any:
+    """The kernel that reads the images, among a network's variables by path."""
     return next(flat[path] for path in STEMS if path in flat)
 
 
 def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves by path: "params/block1/layer3/conv2/kernel", "batch_stats/..."."""
+    """Variables by path: "params/block1/layer3/conv2/kernel", "batch_stats/..."."""
     return traverse_util.flatten_dict(dict(variables), sep="/")
 
 
@@ -251,8 +272,11 @@ def _family(model: nn.Module) -> str:
     return next(name for name, family in models.FAMILIES.items() if isinstance(model, family))
 
 
-def _paths(model: nn.Module, layout: Layout, flat: Mapping[str, Any]) -> dict[str, str]:
-    """Our paths by their names."""
+def _layouts(model: nn.Module, is_torch: bool) -> list[Layout]:
+    return [x for x in LAYOUTS.get(_family(model), ()) if x.is_torch == is_torch]
+
+
+def _paths_by_name(model: nn.Module, layout: Layout, flat: Mapping[str, Any]) -> dict[str, str]:
     for field, value in layout.fields.items():
         if (mine := getattr(model, field)) != value:
             raise UserError(
@@ -265,14 +289,13 @@ def _paths(model: nn.Module, layout: Layout, flat: Mapping[str, Any]) -> dict[st
     return paths
 
 
-def _turned(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    if array.ndim == 4:
-        return np.ascontiguousarray(array.transpose(axes))
-    return np.ascontiguousarray(array.T)
+def _transpose(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Moves the axes of a convolution's kernel to `axes`, and transposes a matrix."""
+    return np.ascontiguousarray(array.transpose(axes) if array.ndim == 4 else array.T)
 
 
 def _is_finite(array: np.ndarray) -> bool:
     if not jnp.issubdtype(array.dtype, jnp.floating):
         return False
-    with np.errstate(over="ignore"):  # what is too large becomes infinite
+    with np.errstate(over="ignore"):  # a number that is too large for float32 becomes infinite
         return bool(np.isfinite(array.astype(np.float32)).all())

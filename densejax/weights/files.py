@@ -1,6 +1,6 @@
-"""Reads weights files of other projects; nothing that a file says is executed.
+"""Reads weights files of other projects. No code in a file is executed.
 
-Nor is it allocated: arrays are views of the file's own bytes, which they must lie within.
+No file can fill the memory either: an array is a view of the file's own bytes.
 """
 
 import hashlib
@@ -21,38 +21,42 @@ from densejax.config import UserError
 from densejax.runs import files
 
 HUB = "hf-hub:"
-INSIDE = "::"  # between the name of a part of a file ("state_dict", "optimizer") and what is in it
+SEPARATOR = "::"  # stands after the part of a file that an array is in, such as "state_dict"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": BFLOAT16, "BOOL": "?"} | {
     f"{kind}{8 * size}": f"{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)
 }
 STORAGES = {"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": BFLOAT16, "Bool": "?"}
 STORAGES |= {"Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1", "Byte": "u1"}
-LEGACY = 0x1950A86A20F9469CFC6C  # what files of torch.save before PyTorch 1.6 begin with
-MODULE = re.compile(r"_modules::(.+?)::|_(?:parameters|buffers)::")  # of a whole model
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first number in files of torch.save before PyTorch 1.6
+MODULE = re.compile(r"_modules::(.+?)::|_(?:parameters|buffers)::")  # where a whole model is saved
 
 
 def read(source: str) -> tuple[dict[str, np.ndarray], str]:
     """The arrays of a weights file by name, and the SHA-256 of the file.
 
     Args:
-      source: a .safetensors file; one that torch.save wrote, whose names begin with the part that
-        they are in, such as "state_dict::"; Keras' .h5 or .keras file where h5py is installed; or
-        "hf-hub:owner/name" where huggingface_hub is.
+      source: a .safetensors file; a file that torch.save wrote, where names begin with the part of
+        the file that they are in, such as "state_dict::"; a .h5 or .keras file of Keras (needs
+        h5py); or "hf-hub:owner/name" (needs huggingface_hub).
 
     Raises:
-      UserError: in one line, when it cannot be read.
+      UserError: it cannot be read.
     """
-    path = _download(source) if source.startswith(HUB) else source
-    suffix = next((suffix for suffix in READERS if path.endswith(suffix)), None)
+    is_on_hub = source.startswith(HUB)
+    name = "model.safetensors" if is_on_hub else source
+    suffix = next((suffix for suffix in READERS if name.endswith(suffix)), None)
     if suffix is None:
         raise UserError(f"--weights={source}: must end in one of {', '.join(READERS)}")
     try:
-        with files.opened(epath.Path(path)) as file:
+        if is_on_hub:
+            hub = _optional("huggingface_hub", "install densejax[hub]")
+            name = hub.hf_hub_download(source.removeprefix(HUB), name)
+        with files.opened(epath.Path(name)) as file:
             data = file.read()
         return READERS[suffix](data), hashlib.sha256(data).hexdigest()
-    except Exception as error:  # safetensors, zip, HDF5 and file systems share no class
-        raise UserError(f"--weights={source}: cannot be read ({brief(error)})") from error
+    except Exception as error:  # the readers' and the hub's errors have no class in common
+        raise UserError(f"--weights={source}: cannot be read ({first_line(error)})") from error
 
 
 def from_safetensors(data: bytes) -> dict[str, np.ndarray]:
@@ -63,14 +67,6 @@ def from_safetensors(data: bytes) -> dict[str, np.ndarray]:
     }
 
 
-def _download(source: str) -> str:
-    try:
-        hub = _optional("huggingface_hub", "install densejax[hub]")
-        return hub.hf_hub_download(source.removeprefix(HUB), "model.safetensors")
-    except Exception as error:  # of the network, the hub or the disk: they share no class
-        raise UserError(f"--weights={source}: cannot be read ({brief(error)})") from error
-
-
 class _Tensor(NamedTuple):
     storage: tuple  # "storage", class, key, device, elements
     offset: int
@@ -79,31 +75,32 @@ class _Tensor(NamedTuple):
 
 
 def _from_torch(data: bytes) -> dict[str, np.ndarray]:
-    stream, kinds = io.BytesIO(data), {}
+    dtypes: dict[str, np.dtype] = {}
     if data.startswith(b"PK"):
-        entries = _unzipped(data)
+        entries = _unzip(data)
         root = next((n.removesuffix("data.pkl") for n in entries if n.endswith("data.pkl")), None)
         if root is None or entries.get(f"{root}byteorder", b"little") != b"little":
             raise ValueError("it is not what torch.save writes on a little-endian machine")
-        tree = _described(io.BytesIO(entries[f"{root}data.pkl"]), kinds)
-        storages = {key: entries[f"{root}data/{key}"] for key in kinds}
+        tree = _parse_pickle(io.BytesIO(entries[f"{root}data.pkl"]), dtypes)
+        storages = {key: entries[f"{root}data/{key}"] for key in dtypes}
     else:
-        if _described(stream, kinds) != LEGACY:
+        stream = io.BytesIO(data)
+        if _parse_pickle(stream, dtypes) != LEGACY_MAGIC:
             raise ValueError("it is not what torch.save writes")
-        _, _, tree, keys = (_described(stream, kinds) for _ in range(4))
+        _, _, tree, keys = (_parse_pickle(stream, dtypes) for _ in range(4))
         sizes = ((key, int.from_bytes(stream.read(8), "little")) for key in keys)
-        storages = {key: stream.read(size * kinds[key].itemsize) for key, size in sizes}
+        storages = {key: stream.read(size * dtypes[key].itemsize) for key, size in sizes}
     tensors: dict[str, _Tensor] = {}
-    _collect(tree, "", tensors, set())
-    return {
-        MODULE.sub(lambda match: f"{match[1]}." if match[1] else "", name): _array(
-            tensor, storages[tensor.storage[2]], kinds[tensor.storage[2]]
-        )
-        for name, tensor in tensors.items()
-    }
+    _collect_tensors(tree, "", tensors, set())
+    arrays = {}
+    for name, tensor in tensors.items():
+        name = MODULE.sub(lambda match: f"{match[1]}." if match[1] else "", name)
+        key = tensor.storage[2]
+        arrays[name] = _array(tensor, storages[key], dtypes[key])
+    return arrays
 
 
-def _unzipped(data: bytes) -> dict[str, bytes]:
+def _unzip(data: bytes) -> dict[str, bytes]:
     with zipfile.ZipFile(io.BytesIO(data)) as file:
         entries = file.infolist()
         _require_within(sum(entry.file_size for entry in entries), data)
@@ -115,14 +112,11 @@ def _require_within(size: int, data: bytes) -> None:
         raise ValueError(f"its {len(data)} bytes stand for {size}: write it without compression")
 
 
-def _described(stream: BinaryIO, kinds: dict[str, np.dtype]) -> Any:
-    """What a pickle describes: numbers, texts, lists (for tuples too), dicts and `_Tensor`.
+def _parse_pickle(stream: BinaryIO, dtypes: dict[str, np.dtype]) -> Any:
+    """Reads one pickle: numbers, texts, dicts, `_Tensor`, and lists (also in place of tuples).
 
-    All else that it names becomes an empty dict, which takes the attributes that it is given.
-
-    Args:
-      stream: read to the pickle's end.
-      kinds: takes the dtype of each storage that the pickle names.
+    An object of any other class becomes a dict of its attributes. `dtypes` gets the dtype of each
+    storage that the pickle names.
     """
     stack, marks, memo = [], [], {}
     for opcode, argument, _ in pickletools.genops(stream):
@@ -156,38 +150,38 @@ def _described(stream: BinaryIO, kinds: dict[str, np.dtype]) -> Any:
             case "STACK_GLOBAL":
                 target = items[1]
             case "REDUCE" | "NEWOBJ":
-                target = _called(*items)
+                target = _call(*items)
             case "BINPERSID" if target[0] == "storage":
                 kind = str(target[1]).rpartition(" ")[2].removesuffix("Storage")
                 if kind not in STORAGES:
-                    raise ValueError(f"its numbers are {kind}: save those of before quantisation")
-                kinds[target[2]] = np.dtype(STORAGES[kind])
+                    raise ValueError(f"its numbers are {kind}: save them before quantisation")
+                dtypes[target[2]] = np.dtype(STORAGES[kind])
             case _ if not before and not opcode.name.startswith("EMPTY"):
                 target = argument
         stack += [target] if opcode.stack_after else []
-    raise ValueError("its pickle is cut off")
+    raise ValueError("its pickle has no end")
 
 
-def _called(function: Any, arguments: list) -> Any:
+def _call(function: Any, arguments: list) -> Any:
     match str(function).rpartition(" ")[2]:
         case "_rebuild_tensor_v2" | "_rebuild_tensor":
             return _Tensor(*arguments[:4])
-        case "OrderedDict" if arguments:  # as Python 2 wrote it
+        case "OrderedDict" if arguments:  # Python 2 gave its content as an argument
             return {key: value for key, value in arguments[0] if isinstance(key, str)}
         case "_rebuild_parameter" | "_rebuild_parameter_with_state":
             return arguments[0]
     return {}
 
 
-def _collect(tree: Any, prefix: str, found: dict[str, _Tensor], seen: set[int]) -> None:
+def _collect_tensors(tree: Any, prefix: str, found: dict[str, _Tensor], seen: set[int]) -> None:
     if isinstance(tree, _Tensor):
-        found[prefix.removesuffix(INSIDE)] = tree
+        found[prefix.removesuffix(SEPARATOR)] = tree
     elif isinstance(tree, dict) and id(tree) not in seen:
         seen.add(id(tree))
         if len(prefix) > 1000:
             raise ValueError("its names are nested too deeply")
         for key, value in tree.items():
-            _collect(value, f"{prefix}{key}{INSIDE}", found, seen)
+            _collect_tensors(value, f"{prefix}{key}{SEPARATOR}", found, seen)
 
 
 def _array(tensor: _Tensor, storage: bytes, dtype: np.dtype) -> np.ndarray:
@@ -201,7 +195,7 @@ def _array(tensor: _Tensor, storage: bytes, dtype: np.dtype) -> np.ndarray:
 def _from_keras(data: bytes) -> dict[str, np.ndarray]:
     h5py, found = _optional("h5py", "install h5py"), {}
     if data.startswith(b"PK"):
-        data = _unzipped(data)["model.weights.h5"]
+        data = _unzip(data)["model.weights.h5"]
     with h5py.File(io.BytesIO(data)) as file:
         # Links to other files are not followed, and each dataset is visited once.
         file.visititems(lambda name, item: found.update({name: item}))
@@ -213,9 +207,10 @@ def _from_keras(data: bytes) -> dict[str, np.ndarray]:
         _require_within(sum(item.nbytes for item in found.values()), data)
         for name, item in found.items():
             kind, filters = item.dtype.kind, item.id.get_create_plist().get_nfilters()
-            is_here = not (item.external or item.is_virtual or filters or kind not in "fiub")
-            if not is_here or item.id.get_storage_size() < item.nbytes:
-                raise ValueError(f"{name} is not an array of numbers within it, uncompressed")
+            is_elsewhere = item.external or item.is_virtual
+            is_plain = kind in "fiub" and not filters and not is_elsewhere
+            if not is_plain or item.id.get_storage_size() < item.nbytes:
+                raise ValueError(f"{name} is not an array of numbers in this file, uncompressed")
         return {_keras_name(item): item[()] for item in found.values()}
 
 
@@ -227,7 +222,7 @@ def _keras_name(item: Any) -> str:
         leaves = ("gamma", "beta", "moving_mean", "moving_variance")
         leaves = leaves if len(item.parent) == 4 else ("kernel", "bias")
         return f"{item.parent.attrs['name']}/{leaves[int(leaf)]}"
-    half = len(layer) // 2  # a layer's name stands there twice, unless a model is within a model
+    half = len(layer) // 2  # the path has a layer's name twice, except in a model within a model
     layer = layer[:half] if layer[:half] == layer[half:] else layer[1:] or layer
     return f"{'_'.join(layer)}/{leaf}"
 
@@ -239,13 +234,13 @@ READERS: dict[str, Callable[[bytes], dict[str, np.ndarray]]] = {
 }
 
 
-def _optional(module: str, remedy: str):
+def _optional(module: str, remedy: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"{module} is needed; {remedy}") from error
 
 
-def brief(error: Exception) -> str:
-    """An error's class and first line."""
+def first_line(error: Exception) -> str:
+    """An error's class and the first line of its text."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"

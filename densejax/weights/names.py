@@ -1,4 +1,4 @@
-"""How other projects call a network's variables: the layouts of each family."""
+"""How other projects name a network's variables: the layouts of each family."""
 
 import dataclasses
 import re
@@ -7,19 +7,29 @@ from typing import Any
 
 Rules = Mapping[str, Callable[..., str] | str]
 
+TORCH_VARIABLES = {
+    **{"kernel": "weight", "scale": "weight", "bias": "bias"},
+    **{"mean": "running_mean", "var": "running_var"},
+}
+KERAS_VARIABLES = {"kernel": "kernel", "bias": "bias"}
+KERAS_NORM_VARIABLES = {
+    **{"scale": "gamma", "bias": "beta"},
+    **{"mean": "moving_mean", "var": "moving_variance"},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The names and axes of one project's weights.
 
     Attributes:
-      project: whose names they are.
-      rules: their layer for ours: a pattern of the whole path below "params", and a name or a
-        function of the pattern's groups, numbers as integers.
-      is_torch: kernels are [out, in, height, width] and [out, in], not ours transposed.
-      aliases: patterns of other spellings that occur, and what stands here for them.
-      sign: pattern of a name that weights of this project alone have; "": of those without one.
-      fields: what the project's networks are; no name or shape shows it.
+      project: who uses these names.
+      rules: the project's name of each layer: a pattern that matches our path without collection
+        and variable, and a name or a function of the pattern's groups (numbers as integers).
+      is_torch: kernels are [out, in, height, width] and [out, in], not as here.
+      aliases: patterns of other names that files have, and what replaces them.
+      fields: the fields of the project's networks that no name or shape shows.
+      marker: a pattern that matches a name in this project's weights alone; "" where there is none.
     """
 
     project: str
@@ -27,32 +37,25 @@ class Layout:
     is_torch: bool = True
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    sign: str = ""
+    marker: str = ""
 
     def name(self, path: str) -> str | None:
-        """Their name of our variable, such as "params/block1/layer3/conv2/kernel"; None: no rule.
-
-        Args:
-          path: collection, modules and variable with "/" between.
-        """
-        collection, _, rest = path.partition("/")
-        layer, _, leaf = rest.rpartition("/")
+        """The project's name of a path such as "params/block1/layer3/conv2/kernel", or None."""
+        layer, _, variable = path.partition("/")[2].rpartition("/")
         if self.is_torch:
-            names = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-            names |= {"mean": "running_mean", "var": "running_var"}
+            variables, separator = TORCH_VARIABLES, "."
         else:
-            names = {"kernel": "kernel", "scale": "gamma"}
-            names |= {"bias": "beta" if "norm" in layer.rpartition("/")[2] else "bias"}
-            names |= {"mean": "moving_mean", "var": "moving_variance"}
+            is_norm = "norm" in layer.rpartition("/")[2]
+            variables, separator = KERAS_NORM_VARIABLES if is_norm else KERAS_VARIABLES, "/"
         for pattern, theirs in self.rules.items():
             if match := re.fullmatch(pattern, layer):
                 groups = [int(part) if part.isdigit() else part for part in match.groups("")]
                 theirs = theirs(*groups) if callable(theirs) else theirs
-                return f"{theirs}{'.' if self.is_torch else '/'}{names[leaf]}"
+                return f"{theirs}{separator}{variables[variable]}"
         return None
 
-    def spelled(self, name: str) -> str | None:
-        """A name as this layout spells it; None for counts and the like."""
+    def without_alias(self, name: str) -> str | None:
+        """A name of a file as `name` writes it; None for counters and random seeds."""
         if re.search(r"(^|[.:/])(num_batches_tracked|n_averaged|seed_generator.*)$", name):
             return None
         for pattern, replacement in self.aliases.items():
@@ -64,14 +67,14 @@ _CLASSIFIER = "head/classifier"
 _LAYER = r"block(\d+)/layer(\d+)/(norm|conv)(\d)"
 _TRANSITION = r"transition(\d+)/(norm|conv)"
 _STEM = r"stem/(norm|conv)"
-_BLOCK = r"stage(\d+)_block(\d+)/(norm|conv)(\d)"
+_RESIDUAL = r"stage(\d+)_block(\d+)/(norm|conv)(\d)"
 _PROJECTION = r"stage(\d+)_block(\d+)/projection(_norm)?"
-_STEM3 = r"stem(\d)/(norm|conv)"
-_CHAIN = r"stage(\d+)_module(\d+)/layer(\d+)/(norm|conv)"
+_VOVNET_STEM = r"stem(\d)/(norm|conv)"
+_VOVNET_LAYER = r"stage(\d+)_module(\d+)/layer(\d+)/(norm|conv)"
 _AGGREGATION = r"stage(\d+)_module(\d+)/aggregation/(norm|conv)"
 
-_KERAS = {r":0$": ""}  # TensorFlow's output number
-_SHORT = {"norm": "bn", "conv": "conv"}
+_KERAS_ALIASES = {r":0$": ""}  # TensorFlow's output number
+_KIND = {"norm": "bn", "conv": "conv"}
 
 
 def _author_vovnet(stage: int, module: int, layer: int | str, kind: str) -> str:
@@ -81,16 +84,16 @@ def _author_vovnet(stage: int, module: int, layer: int | str, kind: str) -> str:
 
 
 _RESNET = {
-    _STEM: lambda kind: f"{_SHORT[kind]}1",
+    _STEM: lambda kind: f"{_KIND[kind]}1",
     "stem_norm": "bn1",
-    _BLOCK: lambda s, b, kind, i: f"layer{s}.{b - 1}.{_SHORT[kind]}{i}",
+    _RESIDUAL: lambda s, b, kind, i: f"layer{s}.{b - 1}.{_KIND[kind]}{i}",
     _PROJECTION: lambda s, b, norm: f"layer{s}.{b - 1}.downsample.{int(bool(norm))}",
 }
-# By family; the first is the one that is written unless another is named.
+# The layouts of each family; `to_torch` writes the first one unless another is asked for.
 LAYOUTS: dict[str, list[Layout]] = {
     "densenet": [
         Layout(
-            "torchvision",  # and timm; others write norm.1 for norm1 and norm_final for norm5
+            "torchvision",  # and timm; other files have norm.1 for norm1, norm_final for norm5
             {
                 _STEM: lambda kind: f"features.{kind}0",
                 _LAYER: lambda b, n, kind, i: f"features.denseblock{b}.denselayer{n}.{kind}{i}",
@@ -103,42 +106,35 @@ LAYOUTS: dict[str, list[Layout]] = {
         Layout(
             "keras",
             {
-                _STEM: lambda kind: f"conv1_{_SHORT[kind]}",
+                _STEM: lambda kind: f"conv1_{_KIND[kind]}",
                 # A layer's norms are counted from 0, its convolutions from 1.
                 _LAYER: lambda b, n, kind, i: (
-                    f"conv{b + 1}_block{n}_{i - (kind == 'norm')}_{_SHORT[kind]}"
+                    f"conv{b + 1}_block{n}_{i - (kind == 'norm')}_{_KIND[kind]}"
                 ),
-                _TRANSITION: lambda t, kind: f"pool{t + 1}_{_SHORT[kind]}",
+                _TRANSITION: lambda t, kind: f"pool{t + 1}_{_KIND[kind]}",
                 "norm": "bn",
                 _CLASSIFIER: "predictions",
             },
             is_torch=False,
-            aliases=_KERAS,
+            aliases=_KERAS_ALIASES,
             fields={"batch_norm_epsilon": 1.001e-5},
         ),
     ],
     "resnet": [
-        Layout(
-            "torchvision",  # and timm
-            _RESNET | {_CLASSIFIER: "fc"},
-        ),
+        Layout("torchvision", _RESNET | {_CLASSIFIER: "fc"}),  # and timm
         Layout(
             "keras",
             {
-                _STEM: lambda kind: f"conv1_{_SHORT[kind]}",
-                _BLOCK: lambda s, b, kind, i: f"conv{s + 1}_block{b}_{i}_{_SHORT[kind]}",
+                _STEM: lambda kind: f"conv1_{_KIND[kind]}",
+                _RESIDUAL: lambda s, b, kind, i: f"conv{s + 1}_block{b}_{i}_{_KIND[kind]}",
                 _PROJECTION: lambda s, b, norm: (
                     f"conv{s + 1}_block{b}_0_{'bn' if norm else 'conv'}"
                 ),
                 _CLASSIFIER: "predictions",
             },
             is_torch=False,
-            aliases=_KERAS,
-            fields={
-                "batch_norm_epsilon": 1.001e-5,
-                "convolution_bias": True,
-                "stride_on": "1x1",
-            },
+            aliases=_KERAS_ALIASES,
+            fields={"batch_norm_epsilon": 1.001e-5, "convolution_bias": True, "stride_on": "1x1"},
         ),
         Layout(
             "pytorch-cifar",
@@ -148,21 +144,21 @@ LAYOUTS: dict[str, list[Layout]] = {
                 _CLASSIFIER: "linear",
             },
             fields={"shortcut": "projection"},
-            sign=r"\.shortcut\.0\.weight$",
+            marker=r"\.shortcut\.0\.weight$",
         ),
         Layout(
             "pytorch_resnet_cifar10",
             _RESNET | {_CLASSIFIER: "linear"},
             fields={"shortcut": "identity_middle"},
-            sign=r"(^|[.:])linear\.weight$",
+            marker=r"(^|[.:])linear\.weight$",
         ),
     ],
     "vovnet": [
         Layout(
             "authors",
             {
-                _STEM3: lambda n, kind: f"stem.stem_{n}/{kind}",
-                _CHAIN: lambda s, m, n, kind: _author_vovnet(s, m, n - 1, kind),
+                _VOVNET_STEM: lambda n, kind: f"stem.stem_{n}/{kind}",
+                _VOVNET_LAYER: lambda s, m, n, kind: _author_vovnet(s, m, n - 1, kind),
                 _AGGREGATION: lambda s, m, kind: _author_vovnet(s, m, "concat", kind),
                 _CLASSIFIER: "classifier",
             },
@@ -171,12 +167,12 @@ LAYOUTS: dict[str, list[Layout]] = {
         Layout(
             "timm",
             {
-                _STEM3: lambda n, kind: f"stem.{n - 1}.{_SHORT[kind]}",
-                _CHAIN: lambda s, m, n, kind: (
-                    f"stages.{s - 1}.blocks.{m - 1}.conv_mid.{n - 1}.{_SHORT[kind]}"
+                _VOVNET_STEM: lambda n, kind: f"stem.{n - 1}.{_KIND[kind]}",
+                _VOVNET_LAYER: lambda s, m, n, kind: (
+                    f"stages.{s - 1}.blocks.{m - 1}.conv_mid.{n - 1}.{_KIND[kind]}"
                 ),
                 _AGGREGATION: lambda s, m, kind: (
-                    f"stages.{s - 1}.blocks.{m - 1}.conv_concat.{_SHORT[kind]}"
+                    f"stages.{s - 1}.blocks.{m - 1}.conv_concat.{_KIND[kind]}"
                 ),
                 _CLASSIFIER: "head.fc",
             },

@@ -1,7 +1,7 @@
 """A directory of weights that runs start from, made from other projects' files or by a run.
 
-`weights.safetensors` holds float32 arrays by our paths, such as
-`params/block1/layer3/conv2/kernel`; `model.json` says of which network they are.
+`weights.safetensors` has float32 arrays by our paths, such as
+`params/block1/layer3/conv2/kernel`; `model.json` describes the network that they are of.
 """
 
 import contextlib
@@ -18,25 +18,25 @@ from etils import epath
 
 from densejax import models
 from densejax.config import UserError
-from densejax.data.facts import IMAGENET
+from densejax.data import facts
 from densejax.runs import files
 from densejax.runs.checkpoint import CheckpointError, Checkpoints
 from densejax.weights import conversion
-from densejax.weights.files import brief, from_safetensors, read
+from densejax.weights.files import first_line, from_safetensors, read
 from densejax.weights.names import LAYOUTS
 
-COLLECTIONS = ("params", "batch_stats")
-# What changes the computation, and neither the names nor the shapes of the variables.
-UNSEEN = ("batch_norm_epsilon", "identity", "join", "shortcut", "stride_on", "survival")
+COLLECTIONS = ("params", "batch_stats")  # the second is missing without BatchNorm
+# Fields that change the computation, but neither names nor shapes of the variables.
+HIDDEN_FIELDS = ("batch_norm_epsilon", "identity", "join", "shortcut", "stride_on", "survival")
 
 
 def save(directory: str, description: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
-    """Writes a new directory; whoever reads it finds it whole or refuses it.
+    """Writes a new directory. One that is not complete is refused by `load`.
 
     Args:
       directory: must not exist.
       description: JSON: "model" (family and fields), "num_classes", "image_channels", and more.
-      variables: float32 params and batch_stats.
+      variables: float32 params, and batch_stats if there are any.
     """
     path = epath.Path(directory)
     if path.exists():
@@ -47,7 +47,7 @@ def save(directory: str, description: Mapping[str, Any], variables: Mapping[str,
     try:
         path.mkdir(parents=True)
         (path / "weights.safetensors").write_bytes(data)
-        # Last: a directory without it, or whose weights are not those it names, is refused.
+        # This file comes last: a directory without it is not complete.
         files.write_json(path / "model.json", {**description, **digest})
     except OSError as error:
         raise UserError(f"--output={directory}: {error}") from error
@@ -57,43 +57,36 @@ def load(directory: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads what `save` wrote, or the checkpoint that a run's result is measured on.
 
     Returns:
-      The description, whose "model" is fit for `densejax.models.create`, and the variables, float32
-      NumPy arrays, checked against that network. Nothing larger than what is read is built.
+      The description, whose "model" `densejax.models.create` takes, and the variables, float32
+      NumPy arrays that fit this network.
 
     Raises:
-      UserError: no such directory, a damaged one, or weights that are not of its network.
+      UserError: the directory is missing or damaged, or the weights are of another network.
     """
     path = epath.Path(directory)
-    with _refusing(path):
-        description, checkpoint = _describe(path)
-        if checkpoint:
-            with contextlib.closing(checkpoint[0]):
-                state = jax.device_get(checkpoint[0].restore_step(checkpoint[1]))
-            flat = conversion.flatten({name: state[name] for name in COLLECTIONS})
-            flat = {name: np.asarray(array, np.float32) for name, array in flat.items()}
-            kernel = flat.get(conversion.CLASSIFIER[0])
-            description["num_classes"] = 0 if kernel is None else kernel.shape[1]
-            description["image_channels"] = conversion.stem(flat).shape[2]
+    with _damage_is_a_user_error(path):
+        if _is_run(path):
+            description, flat = _read_run(path)
         else:
+            description = _read_json(path / "model.json")
             with files.opened(path / "weights.safetensors") as file:
                 data = file.read()
             if hashlib.sha256(data).hexdigest() != description["weights_sha256"]:
-                raise ValueError("weights.safetensors is not the one that model.json is of")
+                raise ValueError("weights.safetensors is not the file that model.json describes")
             flat = from_safetensors(data)
-        stored = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in description["model"].items()
-        }
-        family = dataclasses.fields(models.FAMILIES[stored["family"]])
-        # A field that is newer than the directory is at its default.
-        newer = {f.name: f.default for f in family if f.name not in models.RUN_FIELDS}
-        description["model"] = newer | stored
+        model = facts.without_lists(description["model"])
+        fields = dataclasses.fields(models.FAMILIES[model["family"]])
+        # A field that was added after the directory was written has its default.
+        defaults = {f.name: f.default for f in fields if f.name not in models.RUN_FIELDS}
+        description["model"] = defaults | model
         classes, channels = description["num_classes"], description["image_channels"]
         if (type(classes), type(channels)) != (int, int) or classes < 0 or channels < 1:
             raise ValueError(f"num_classes = {classes!r} and image_channels = {channels!r}")
-        depth, blocks = stored.get("depth") or 0, sum(stored.get("blocks") or ())
-        modules = sum(stored.get("modules") or ()) * stored.get("module_depth", 1)
-        # Every layer has a kernel and the four arrays of a norm; the last layer of all has two.
-        if max(depth, blocks, modules) * 4 > len(flat):
+        # A damaged description may be of a network that takes hours to build: every layer has at
+        # least one array.
+        depth, blocks = model.get("depth") or 0, sum(model.get("blocks") or ())
+        modules = sum(model.get("modules") or ()) * model.get("module_depth", 1)
+        if max(depth, blocks, modules) > len(flat):
             raise ValueError(f"{len(flat)} arrays are too few for its network")
         expected = conversion.abstract(models.create(description["model"], classes), channels)
     conversion.check_fit(flat, expected, f"{directory}/weights.safetensors")
@@ -104,64 +97,34 @@ def digest(directory: str) -> str:
     """The recorded SHA-256 of what `train.weights` names; no array is read.
 
     Args:
-      directory: one that `save` wrote, or a run's: then of the checkpoint that its result is
-        measured on. Every process calls it.
+      directory: one that `save` wrote, or that of a run: then the digest is of the checkpoint that
+        the run's result is measured on. Every process must call this function.
 
     Raises:
-      UserError: it is neither, or it records none.
+      UserError: the directory is neither, or records no digest.
     """
     path = epath.Path(directory)
-    with _refusing(path):
-        description, checkpoint = _describe(path)
-        if not checkpoint:
-            return str(description["weights_sha256"])
-        with contextlib.closing(checkpoint[0]):
-            return checkpoint[0].digest(checkpoint[1], COLLECTIONS)
-
-
-@contextlib.contextmanager
-def _refusing(path: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever damage leads to
-        raise UserError(
-            f"{path}: not a directory of densejax.pretrained nor a run's, or damaged "
-            f"({brief(error)})"
-        ) from error
-
-
-def _describe(path: epath.Path) -> tuple[dict[str, Any], tuple[Checkpoints, int] | None]:
-    """What model.json says, or config.json and the checkpoint of a run's result."""
-    if (path / "model.json").exists() or not (path / "config.json").exists():
-        with files.opened(path / "model.json") as file:
-            return json.load(file), None
-    with files.opened(path / "config.json") as file:
-        config = json.load(file)
-    checkpoints = Checkpoints(path / "checkpoints", keep_best="validation_error")
-    best = config["checkpoint"]["select"] == "best"
-    step = checkpoints.best_step() if best else checkpoints.latest_step()
-    if step is None:
-        checkpoints.close()
-        raise CheckpointError(f"{path}: the run has no checkpoint to start from yet")
-    return {"model": config["model"]}, (checkpoints, step)
+    with _damage_is_a_user_error(path):
+        if not _is_run(path):
+            return str(_read_json(path / "model.json")["weights_sha256"])
+        with _open_run(path) as (_, checkpoints, step):
+            return checkpoints.digest(step, COLLECTIONS)
 
 
 def load_for(
     directory: str, model: Mapping[str, Any], expected: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The variables of a directory, checked to be those of a run's network.
+    """Loads the variables of a directory for a run's network, and checks that they fit it.
 
     Args:
       directory: written by `save`, or a run's.
       model: the section `config.model` of the run.
-      expected: its params and batch_stats, arrays or shapes.
+      expected: the network's params and batch_stats, arrays or shapes.
     """
     description, variables = load(directory)
     what = f"train.weights = {directory!r}:"
     conversion.check_fit(conversion.flatten(variables), conversion.flatten(expected), what)
-    for field in UNSEEN:
+    for field in HIDDEN_FIELDS:
         mine, theirs = model.get(field), description["model"].get(field)
         if mine != theirs:
             raise UserError(
@@ -183,52 +146,96 @@ def convert_file(
     """Makes a directory from a weights file; returns its description.
 
     Args:
-      model: a name of densejax.models.MODELS; what else the weights' project implies is set.
+      model: a name of densejax.models.MODELS; other fields are set as the weights' project has
+        them.
       weights: see `read`.
       output: the new directory.
-      num_classes: None: as the weights have.
-      in_channels: of the images; None: as the weights have.
+      num_classes: None: as many as the weights have.
+      in_channels: of the images; None: as many as the weights have.
       adapt: see `densejax.weights.conversion.convert`.
       seed: see there.
       shortcut: of a ResNet whose weights do not show it; "": as the weights' project has it.
     """
-    for flag, value, least in (("num_classes", num_classes, 0), ("in_channels", in_channels, 1)):
-        if value is not None and value < least:
-            raise UserError(f"--{flag}={value}: must be at least {least}")
     if epath.Path(output).exists():
         raise UserError(f"--output={output}: exists; name a new directory")
     family = models.fields(model).family
-    arrays, digest = read(weights)
-    layout, found, assumed = conversion.recognise(LAYOUTS[family], arrays)
+    arrays, source_sha256 = read(weights)
+    layout, found, assumed = conversion.recognise(LAYOUTS.get(family, ()), arrays)
     if shortcut:
         layout = dataclasses.replace(layout, fields=layout.fields | {"shortcut": shortcut})
     bias = found.get(layout.name(conversion.CLASSIFIER[1]))
     classes_before = 0 if bias is None else bias.size
     num_classes = classes_before if num_classes is None else num_classes
     fields = models.fields(model, **layout.fields)
-    for field in UNSEEN:
+    for field in HIDDEN_FIELDS:
         default = getattr(models.FAMILIES[family], field, None)
         if field not in layout.fields and (value := fields.get(field, default)) != default:
             choice = "; --shortcut chooses" if field == "shortcut" else ""
             assumed.append(f"model.{field} = {value!r}, which weights do not show{choice}")
-    variables = conversion.convert(
-        models.create(fields, num_classes),
-        *(found, layout),
-        image_channels=in_channels,
-        adapt=adapt,
-        seed=seed,
-    )
+    network = models.create(fields, num_classes)
+    adaptation = {"image_channels": in_channels, "adapt": adapt, "seed": seed}
+    variables = conversion.convert(network, found, layout, **adaptation)
     description = {
         "name": model,
         "model": fields.to_dict(),
         "num_classes": num_classes,
-        "image_channels": conversion.stem(conversion.flatten(variables)).shape[2],
+        "image_channels": conversion.first_kernel(conversion.flatten(variables)).shape[2],
         "source": weights,
-        "source_sha256": digest,
+        "source_sha256": source_sha256,
         "names": layout.project,
         "assumed": assumed,
     }
-    if (classes_before, description["image_channels"]) == (1000, 3):  # a new classifier hides it
-        description |= {key: IMAGENET[key] for key in ("mean", "std")}
+    if (classes_before, description["image_channels"]) == (1000, 3):  # they are of ImageNet
+        description |= {key: facts.IMAGENET[key] for key in ("mean", "std")}
     save(output, description, variables)
     return description
+
+
+@contextlib.contextmanager
+def _damage_is_a_user_error(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # damage can raise any class
+        raise UserError(
+            f"{path}: not a directory of densejax.pretrained nor a run's, or damaged "
+            f"({first_line(error)})"
+        ) from error
+
+
+def _is_run(path: epath.Path) -> bool:
+    return (path / "config.json").exists() and not (path / "model.json").exists()
+
+
+def _read_json(path: epath.Path) -> Any:
+    with files.opened(path) as file:
+        return json.load(file)
+
+
+@contextlib.contextmanager
+def _open_run(path: epath.Path) -> Iterator[tuple[dict[str, Any], Checkpoints, int]]:
+    """A run's section `config.model`, its checkpoints and the step that its result is of."""
+    config = _read_json(path / "config.json")
+    checkpoints = Checkpoints(path / "checkpoints", keep_best="validation_error")
+    with contextlib.closing(checkpoints):
+        is_best = config["checkpoint"]["select"] == "best"
+        step = checkpoints.best_step() if is_best else checkpoints.latest_step()
+        if step is None:
+            raise CheckpointError(f"{path}: the run has no checkpoint to start from yet")
+        yield config["model"], checkpoints, step
+
+
+def _read_run(path: epath.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The description of a run's network, and its variables by path."""
+    with _open_run(path) as (model, checkpoints, step):
+        state = jax.device_get(checkpoints.restore_step(step))
+    flat = conversion.flatten({name: state.get(name) or {} for name in COLLECTIONS})
+    flat = {name: np.asarray(array, np.float32) for name, array in flat.items()}
+    if learned := facts.read(path):
+        classes, channels = learned.num_classes, learned.image_shape[-1]
+    else:  # the run is older than data.json
+        kernel = flat.get(conversion.CLASSIFIER[0])
+        classes = 0 if kernel is None else kernel.shape[1]
+        channels = conversion.first_kernel(flat).shape[2]
+    return {"model": model, "num_classes": classes, "image_channels": channels}, flat

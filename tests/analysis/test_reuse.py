@@ -1,11 +1,16 @@
 """Heat maps of kernels made by hand, whose mean |weight| is known for every source."""
 
+# ruff: noqa: F401, F811 (a fixture is imported)
+
 import functools
+import runpy
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from matplotlib.patches import Rectangle
 
 from densejax import models
@@ -13,7 +18,7 @@ from densejax import reuse as command_of_reuse
 from densejax.analysis import plots, reuse
 from densejax.config import UserError
 from densejax.inference import classifier
-from tests.test_command_line import command, one_line  # noqa: F401
+from tests.test_command_line import command, one_line
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 VARIANT = {"depth": None, "blocks": (2, 3), "growth_rate": 4}
@@ -97,7 +102,7 @@ def test_targets_and_what_stands_behind_a_block():
     model, params = network("densenet_bc_40_12", **VARIANT)
     maps = reuse.heat_maps(model.clone(num_classes=0), params)
     assert maps[-1].targets == layers[-1]
-    with pytest.raises(UserError, match="ResNet: its layers read one source"):
+    with pytest.raises(UserError, match="ResNet: its layers read only one source"):
         reuse.heat_maps(*network("resnet20_cifar"))
 
 
@@ -119,7 +124,9 @@ def test_the_picture_marks_the_ends_and_scales_by_column():
     ]
 
 
-def test_command(command, tmp_path, monkeypatch):  # noqa: F811
+@pytest.fixture
+def known_network(monkeypatch):
+    """What is opened from any directory; the fixture is the list of these directories."""
     model, params = network("densenet_bc_40_12", **VARIANT)
     known_kernels(params, BC)
     opened = []
@@ -129,12 +136,26 @@ def test_command(command, tmp_path, monkeypatch):  # noqa: F811
         return model, {"params": params}
 
     monkeypatch.setattr(classifier, "network", load)
+    return opened
+
+
+def test_command(command, tmp_path, known_network):
     say = functools.partial(command, main=command_of_reuse.main, config="unused")
     code, output, error = say("--workdir=runs/mine", f"--output={tmp_path}")
-    assert (code, error, opened) == (0, "", ["runs/mine"])
+    assert (code, error, known_network) == (0, "", ["runs/mine"])
     assert f"{tmp_path}/reuse.png shows 2 blocks" in output
     assert (tmp_path / "reuse.png").read_bytes().startswith(b"\x89PNG")
     with np.load(tmp_path / "reuse.npz") as arrays:
         assert arrays["block2/targets"].tolist() == ["layer1", "layer2", "layer3", "classifier"]
         np.testing.assert_allclose(arrays["block2/weights"][:, -1], [1, 2, 3, 4])
-    assert one_line(say()) == "--workdir: name a run's directory, or one of weights\n"
+    assert one_line(say()).startswith("--workdir: give a value")
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_the_earlier_name_of_the_command_works(tmp_path, known_network, monkeypatch):
+    words = ["--workdir=runs/mine", f"--output={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["densejax", *words])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
+        runpy.run_module("densejax.analysis.reuse", run_name="__main__")
+    assert (caught.value.code, known_network) == (0, ["runs/mine"])
+    assert (tmp_path / "reuse.npz").exists()

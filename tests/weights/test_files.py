@@ -270,7 +270,7 @@ def test_an_hdf5_file_gives_what_it_holds_alone(tmp_path, way):
     (tmp_path / "secret").write_bytes(b"password")
     with h5py.File(tmp_path / "a.h5", "w") as file:
         dataset(file, tmp_path / "secret")[way]()
-    with pytest.raises(UserError, match="without compression|not an array of numbers within it"):
+    with pytest.raises(UserError, match="without compression|not an array of numbers in this file"):
         files.read(str(tmp_path / "a.h5"))
 
 
