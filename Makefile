@@ -4,9 +4,12 @@ ARGS ?=
 FAULTS ?= runs/faults
 BIN := .venv/bin
 READY := .venv/.ready
+UV = $(shell command -v uv || echo $(BIN)/uv)
+FAST := tests/test_imports.py tests/test_config.py tests/test_command_line.py tests/runs/test_files.py \
+  tests/models/test_layers.py tests/training/test_losses.py tests/training/test_optimizer.py
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-faults lint format clean cuda tpu
+.PHONY: help train test test-all test-newest test-faults lint format clean cuda tpu
 
 help: ## Show this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -17,12 +20,18 @@ train: $(READY) ## Train the digits example; more flags: make train ARGS="--conf
 test: $(READY) ## Run the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
+test-all: $(READY) ## Run all the tests, and say why some are skipped
+	$(BIN)/python -m pytest -n 2 -m "" -rs $(ARGS)
+
+test-newest: $(READY) ## Run fast tests with Python 3.13 and the newest versions of what it installs
+	$(UV) run --isolated --no-project --python 3.13 --with-editable '.[dev]' \
+	  python -m pytest -m "not slow" $(FAST) $(ARGS)
+
 test-faults: $(READY) ## Hurt real runs some 900 times and count what survives (most of an hour)
 	$(BIN)/python experiments/faults.py --folder=$(FAULTS) $(ARGS)
 
 cuda tpu: $(READY) ## Add what JAX needs for NVIDIA GPUs (make cuda) or TPUs (make tpu)
-	UV_PROJECT_ENVIRONMENT=.venv $(shell command -v uv || echo $(BIN)/uv) $(SYNC) --extra $@ \
-	  --python $(BIN)/python
+	UV_PROJECT_ENVIRONMENT=.venv $(UV) $(SYNC) --extra $@ --python $(BIN)/python
 
 lint: $(READY) ## Check style and formatting
 	$(BIN)/ruff check .

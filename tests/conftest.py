@@ -7,6 +7,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 
+import tests.session  # noqa: E402, F401  # before any test: it turns the compilation cache on
+
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

@@ -1,12 +1,7 @@
 """The tiny run that the tests of whole runs share: digits, two dense layers, ten steps."""
 
-import atexit
-import contextlib
 import functools
 import os
-import pathlib
-import shutil
-import tempfile
 
 import jax
 import numpy as np
@@ -16,38 +11,8 @@ from densejax import models
 from densejax.runs import checkpoint
 from densejax.training import experiment, loop, parallel
 from densejax.training.step import train_step
-
-
-def _session():
-    """A folder for all processes of a test session, removed when the last of them ends."""
-    if "DENSEJAX_TESTS" in os.environ:  # the child of a test
-        return pathlib.Path(os.environ["DENSEJAX_TESTS"])
-    owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
-    folder = pathlib.Path(tempfile.gettempdir()) / f"densejax-tests-{os.getuid()}-{owner}"
-    me = folder / "processes" / str(os.getpid())
-    me.mkdir(parents=True)
-
-    def leave():
-        me.rmdir()
-        with contextlib.suppress(OSError):
-            me.parent.rmdir()  # fails while others are there
-            shutil.rmtree(folder)
-
-    atexit.register(leave)
-    return folder
-
-
-# Prepared data and compiled programs are made once, for subprocesses too.
-SESSION = _session()
-ENVIRONMENT = {
-    "DENSEJAX_TESTS": str(SESSION),
-    "JAX_COMPILATION_CACHE_DIR": str(SESSION / "compiled"),
-    "JAX_PLATFORMS": "cpu",
-    "JAX_NUM_CPU_DEVICES": "4",
-}
-os.environ["JAX_COMPILATION_CACHE_DIR"] = ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"]
-jax.config.update("jax_compilation_cache_dir", ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+from tests.session import ENVIRONMENT as ENVIRONMENT  # of a test's subprocess
+from tests.session import FOLDER as SESSION
 
 
 def tiny(**changes):

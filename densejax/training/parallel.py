@@ -26,11 +26,7 @@ def start() -> None:
     home directory may be shared by many.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cpu = pathlib.Path("/proc/cpuinfo")
-        text = cpu.read_text().partition("\n\n")[0] if cpu.exists() else platform.processor()
-        facts = [line for line in text.splitlines() if line.startswith(("flags", "model name"))]
-        name = hashlib.sha256("".join([platform.machine(), *facts]).encode()).hexdigest()[:8]
-        cache = pathlib.Path("~/.cache/densejax/compiled").expanduser() / name
+        cache = pathlib.Path("~/.cache/densejax/compiled").expanduser() / processor()
         try:
             cache.mkdir(parents=True, exist_ok=True, mode=0o700)
             cache.chmod(0o700)  # of an older one; the programs in it are run
@@ -41,6 +37,14 @@ def start() -> None:
             ) from error
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def processor() -> str:
+    """A short name of this machine's kind of processor."""
+    cpu = pathlib.Path("/proc/cpuinfo")
+    text = cpu.read_text().partition("\n\n")[0] if cpu.exists() else platform.processor()
+    facts = [line for line in text.splitlines() if line.startswith(("flags", "model name"))]
+    return hashlib.sha256("".join([platform.machine(), *facts]).encode()).hexdigest()[:8]
 
 
 def mesh(group_size: int = 0, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -7,24 +7,23 @@ import pathlib
 import subprocess
 import sys
 
-import compare  # noqa: E402
+import compare
 import jax
-import loader  # noqa: E402
-import memory_by_depth  # noqa: E402
-import networks  # noqa: E402
+import loader
+import memory_by_depth
+import networks
 import pytest
-import startup  # noqa: E402
-import traffic  # noqa: E402
-import turns  # noqa: E402
+import startup
+import traffic
+import turns
 
 import densejax
 from densejax.config import UserError
 from densejax.models import counts
-from experiments import script  # noqa: E402
+from experiments import script
 
 ROOT = pathlib.Path(densejax.__file__).parents[1]
 BENCHMARKS = ROOT / "experiments" / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # where Python looks when one of them is run
 
 DENSE = networks.Work("densenet_bc_40_12", 2, fields={"depth": 10})
 

@@ -12,7 +12,6 @@ from densejax.config import UserError
 from tests import small  # noqa: F401  where compiled programs are kept
 
 SCRIPT = pathlib.Path(densejax.__file__).parents[1] / "experiments" / "first_steps.py"
-sys.path.insert(0, str(SCRIPT.parent))  # where Python looks when it is run
 
 
 def test_first_steps(tmp_path, monkeypatch, capsys):

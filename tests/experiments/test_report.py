@@ -4,23 +4,17 @@ import csv
 import hashlib
 import html
 import json
-import pathlib
 import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+import report
+import script
 
-import densejax
 from densejax import config as schema
 from densejax import models
-
-EXPERIMENTS = pathlib.Path(densejax.__file__).parents[1] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))  # where Python looks when one of them is run
-
-import report  # noqa: E402
-import script  # noqa: E402
 
 # (kind, growth rate or None, test accuracy by seed, accuracy on training images by seed)
 DENSE = ("densenet_bc_40_12", 12, (0.90, 0.92, 0.91), (0.95, 0.96, 0.97))

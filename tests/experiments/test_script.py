@@ -1,21 +1,14 @@
 """Bad input of the small scripts is one line and exit code 2, and nothing is written."""
 
 import json
-import pathlib
 import sys
 
+import curve
+import layouts
+import pods
 import pytest
-
-import densejax
-
-EXPERIMENTS = pathlib.Path(densejax.__file__).parents[1] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))  # where Python looks when one of them is run
-
-import curve  # noqa: E402
-import layouts  # noqa: E402
-import pods  # noqa: E402
-import script  # noqa: E402
-import without_training  # noqa: E402
+import script
+import without_training
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import threading
 import time
 
 import pytest
-import run as runner  # noqa: E402
-import sweeps  # noqa: E402
+import run as runner
+import sweeps
 
 import densejax
 from densejax import models
@@ -23,7 +23,6 @@ from densejax.training import experiment
 from tests import small
 
 ROOT = pathlib.Path(densejax.__file__).parents[1]
-sys.path.insert(0, str(ROOT / "experiments"))  # where Python looks when one of them is run
 
 # How ml_collections loads a card.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

@@ -1,16 +1,7 @@
 """Figures that need no training: their numbers on networks small enough to count by hand."""
 
-import pathlib
-import sys
-
 import numpy as np
-
-import densejax
-
-EXPERIMENTS = pathlib.Path(densejax.__file__).parents[1] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))  # where Python looks when one of them is run
-
-import without_training  # noqa: E402
+import without_training
 
 
 def test_feature_maps_of_two_blocks():
