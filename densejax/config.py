@@ -157,6 +157,12 @@ KEYS = {
     "train.label_smoothing": Key(
         0.0, "Probability that is spread evenly over all classes.", _FRACTION
     ),
+    "train.average_decay": Key(
+        0.0,
+        "Decay of the moving average of weights and running statistics, which is evaluated in "
+        "their place, such as 0.999; 0: none.",
+        _FRACTION,
+    ),
     "train.weights": Key(
         "", "Directory to start from, of densejax.pretrained or of a run; '': random weights."
     ),

@@ -40,6 +40,7 @@ OUT_OF_RANGE = {
     "train.epochs": [0, -1],
     "train.batch_size": [0, -64],
     "train.accumulate_steps": [0, -1],
+    "train.average_decay": [-0.1, 1.0],
     "train.label_smoothing": [-0.1, 1.0, float("nan")],
     "train.max_skipped_steps": [0],
     "train.dtype": ["float16", "int8"],
@@ -155,7 +156,12 @@ def test_a_value_out_of_range_is_refused(key, value):
 
 @pytest.mark.parametrize("key", [key for key in KEYS if isinstance(KEYS[key], float)])
 def test_an_integer_is_a_number_too(key):
-    fractions = ("train.label_smoothing", "optimizer.momentum", "optimizer.beta2")
+    fractions = (
+        "train.average_decay",
+        "train.label_smoothing",
+        "optimizer.momentum",
+        "optimizer.beta2",
+    )
     config = with_value(key, 0 if key in (*fractions, "augmentation.jitter") else 1)
     config.optimizer.nesterov = False
     if key in ("optimizer.beta2", "optimizer.epsilon"):

@@ -100,7 +100,7 @@ def _of_run(path: epath.Path) -> Classifier:
             image_shape = (resize, resize, 3)
     return Classifier(
         model=experiment.task.model,
-        variables=jax.device_get({"params": state.params, "batch_stats": state.batch_stats}),
+        variables=jax.device_get(state.variables),
         preparation=preparation,
         image_shape=image_shape,
         class_names=info.class_names,

@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +132,7 @@ class Checkpoints:
             return
         if newer := [other for other in self.steps() if other > step]:
             raise CheckpointError(f"step={step}: delete the newer {newer} in {self._directory}")
-        for name, leaf in _named(state):
+        for name, leaf in _named(jax.device_get(state)):
             if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(leaf).all():
                 raise CheckpointError(
                     f"step={step}: {name} is not finite, so nothing was saved; lower "
@@ -199,15 +200,25 @@ class Checkpoints:
         if abstract_state is not None:
             _check_fit(path, manifest["leaves"], abstract_state)
         try:
-            if abstract_state is None:
-                whole = NamedSharding(Mesh(np.array(jax.devices()), "all"), PartitionSpec())
-                abstract_state = jax.tree.map(
-                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-                    self._writer.metadata(path).item_metadata.tree,
+            # Leaves are matched by name: orbax would insist on the same empty parts, too, which a
+            # state of another version of this package need not have.
+            shardings = {name: leaf.sharding for name, leaf in _named(abstract_state)}
+            replicated = NamedSharding(Mesh(np.array(jax.devices()), "all"), PartitionSpec())
+            tree = self._writer.metadata(path).item_metadata.tree
+            saved = [
+                jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=shardings.get(name, replicated)
                 )
-            state = self._writer.restore(path, args=_Restore(abstract_state))
+                for name, leaf in _named(tree)
+            ]
+            saved = jax.tree.unflatten(jax.tree.structure(tree), saved)
+            state = self._writer.restore(path, args=_Restore(saved))
             wrong = sorted(set(manifest["leaves"].items()) - set(_leaves(state).items()))
             problem = f"{len(wrong)} leaves are not as saved: {wrong[0][0]} ..." if wrong else ""
+            if abstract_state is not None and not problem:
+                leaves, structure = dict(_named(state)), jax.tree.structure(abstract_state)
+                names = [name for name, _ in _named(abstract_state)]
+                state = jax.tree.unflatten(structure, [leaves[name] for name in names])
         except Exception as error:  # tensorstore, zstd, JSON and orbax share no class
             problem = _brief(error)
         _require_everywhere(path, problem)
@@ -394,15 +405,15 @@ def _check_fit(path: epath.Path, leaves: dict[str, str], abstract_state) -> None
         raise CheckpointError("\n  ".join([f"Checkpoint {path} is of another model:", *lines]))
 
 
-def _named(tree) -> list[tuple[str, np.ndarray]]:
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+def _named(tree) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
 def _leaves(tree) -> dict[str, str]:
     # Path -> "float32[3, 4]", for arrays "float32[3, 4] SHA-256 of the bytes".
     table = {}
-    for name, leaf in _named(tree):
+    for name, leaf in _named(jax.device_get(tree)):
         table[name] = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             table[name] += f" {hashlib.sha256(leaf.tobytes()).hexdigest()}"

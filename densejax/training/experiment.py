@@ -22,6 +22,7 @@ from densejax.data.stream import Starved
 from densejax.runs import hosts
 from densejax.runs.checkpoint import Checkpoints
 from densejax.training import losses, metrics, optimizer, parallel
+from densejax.training.averaging import Average
 from densejax.training.step import Task, TrainState, eval_step, init_state
 from densejax.weights import store
 
@@ -105,14 +106,18 @@ class Experiment:
     def start(self) -> TrainState:
         """The state before the first step, with `weights` in the place of what was drawn."""
         state = self.init()
-        drawn = {name: getattr(state, name) for name in self.weights}
-        return state.replace(
-            **jax.tree.map(
-                lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding),
-                self.weights,
-                drawn,
-            )
-        )
+        if not self.weights:
+            return state
+
+        def put(new, old):
+            return jax.device_put(new.astype(old.dtype), old.sharding)
+
+        taken = {
+            name: jax.tree.map(put, weights, getattr(state, name))
+            for name, weights in self.weights.items()
+        }
+        average = jax.tree.map(jnp.copy, taken) if state.average else {}
+        return state.replace(**taken, average=state.average | average)
 
     @functools.cached_property
     def evaluate(self) -> Callable[..., dict[str, float] | None]:
@@ -184,6 +189,7 @@ def build(
         axis=(parallel.GROUP, parallel.MEMBER) if kind == "groups" else parallel.AXIS,
         batch_norm_axis=norm_axis,
         accumulate_steps=config.train.accumulate_steps,
+        average=Average(config.train.average_decay),
     )
     return Experiment(config, info, task, steps, devices)
 

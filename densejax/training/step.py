@@ -12,6 +12,7 @@ from flax import struct
 
 from densejax.data.augment import Preparation, example_keys
 from densejax.training import losses, metrics
+from densejax.training.averaging import Average
 from densejax.training.losses import Loss
 from densejax.training.optimizer import Schedule
 from densejax.training.parallel import AXIS, Axis
@@ -33,6 +34,7 @@ class Task:
       axis: of the devices, as `parallel.axis` names it.
       batch_norm_axis: the part of it that BatchNorm's statistics are averaged over.
       accumulate_steps: micro-batches, one after the other, that a step's gradient is the mean of.
+      average: of the variables, which is evaluated in their place.
     """
 
     model: nn.Module
@@ -46,6 +48,7 @@ class Task:
     axis: Axis = AXIS
     batch_norm_axis: Axis | None = AXIS
     accumulate_steps: int = 1
+    average: Average = Average()
 
 
 class TrainState(struct.PyTreeNode):
@@ -58,6 +61,7 @@ class TrainState(struct.PyTreeNode):
       params: float32.
       batch_stats: float32, BatchNorm's running mean and (biased) variance; {} without BatchNorm.
       opt_state: of the optimizer.
+      average: {"params", "batch_stats"}, averaged over steps; {} where nothing is averaged.
       metrics: sums over the training examples seen since the last multiple of `log_every`.
       skipped: int32 [2], steps that changed nothing but `step`, because something in them was not
         finite: all so far, and those in a row up to now.
@@ -68,8 +72,14 @@ class TrainState(struct.PyTreeNode):
     params: Any
     batch_stats: Any
     opt_state: Any
+    average: Any
     metrics: metrics.Sums
     skipped: jax.Array
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What is evaluated: {"params", "batch_stats"}, the averages where there are any."""
+        return self.average or {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def init_state(task: Task, seed: jax.Array, dtype: Any = jnp.float32) -> TrainState:
@@ -77,13 +87,14 @@ def init_state(task: Task, seed: jax.Array, dtype: Any = jnp.float32) -> TrainSt
     key = jax.random.key(seed)
     images = jnp.zeros((1, *task.image_shape), jnp.uint8)
     variables = task.model.init(key, task.preparation.evaluation(images))
-    variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
+    variables = jax.tree.map(lambda leaf: leaf.astype(dtype), {"batch_stats": {}} | variables)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         key=jax.random.key_data(key),
         params=variables["params"],
-        batch_stats=variables.get("batch_stats", {}),
+        batch_stats=variables["batch_stats"],
         opt_state=task.optimizer.init(variables["params"]),
+        average=task.average.start(variables),
         metrics=metrics.zeros(task.model.num_classes, dtype),
         skipped=jnp.zeros(2, jnp.int32),
     )
@@ -92,7 +103,7 @@ def init_state(task: Task, seed: jax.Array, dtype: Any = jnp.float32) -> TrainSt
 def train_step(
     task: Task, state: TrainState, batch: dict[str, jax.Array]
 ) -> tuple[TrainState, metrics.Sums]:
-    """One step of SGD on this replica's share of the batch.
+    """One step of the optimizer on this replica's share of the batch.
 
     Where the loss, the gradient or the new running statistics are not finite (or so large that
     their squares are not), parameters, optimizer state and running statistics stay as they were, on
@@ -159,12 +170,18 @@ def train_step(
         batch_stats = jax.lax.pmean(batch_stats, unsynced_axes)
     updates, opt_state = task.optimizer.update(gradient, state.opt_state, state.params)
     seen = jax.lax.psum(seen, axis)
-    old = (state.params, state.batch_stats, state.opt_state, jax.tree.map(jnp.zeros_like, seen))
-    new = (optax.apply_updates(state.params, updates), batch_stats, opt_state, seen)
+    params = optax.apply_updates(state.params, updates)
+    done = state.step - state.skipped[0]  # as the optimizer and its schedule count
+    average = task.average.update(
+        state.average, {"params": params, "batch_stats": batch_stats}, done
+    )
+    nothing_seen = jax.tree.map(jnp.zeros_like, seen)
+    old = (state.params, state.batch_stats, state.opt_state, state.average, nothing_seen)
+    new = (params, batch_stats, opt_state, average, seen)
     # One pass over all. What optimizers make of a gradient whose square is finite is finite, too.
     flat, _ = jax.flatten_util.ravel_pytree((gradient, batch_stats, seen["loss"]))
     good = jnp.isfinite(jnp.vdot(flat, flat))
-    params, batch_stats, opt_state, seen = jax.tree.map(
+    params, batch_stats, opt_state, average, seen = jax.tree.map(
         lambda new, old: jnp.where(good, new, old), new, old
     )
 
@@ -172,13 +189,13 @@ def train_step(
     sums = jax.tree.map(
         lambda old, new: jnp.where(starts_anew, jnp.zeros_like(old), old) + new, state.metrics, seen
     )
-    # The schedule counts the steps that were not skipped, as the optimizer does.
-    rate = jnp.asarray(task.learning_rate(state.step - state.skipped[0]))
+    rate = jnp.asarray(task.learning_rate(done))
     state = state.replace(
         step=state.step + 1,
         params=params,
         batch_stats=batch_stats,
         opt_state=opt_state,
+        average=average,
         metrics=sums,
         skipped=jnp.where(good, state.skipped.at[1].set(0), state.skipped + 1),
     )
@@ -199,11 +216,10 @@ def eval_step(task: Task, state: TrainState, batch: dict[str, jax.Array]) -> met
 
     Args:
       task: what stays the same.
-      state: replicated; its running statistics are used and not changed.
+      state: replicated; its `variables` are used and not changed.
       batch: as for `train_step`, and mask bool [local batch], false for padding.
     """
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits = evaluated_logits(task.model, task.preparation, variables, batch["image"])
+    logits = evaluated_logits(task.model, task.preparation, state.variables, batch["image"])
     of_each = task.evaluation_loss(logits, batch["label"])
     return jax.lax.psum(metrics.sums(logits, batch["label"], of_each, batch["mask"]), task.axis)
 

@@ -1,0 +1,81 @@
+"""The average of the variables against its formula, and through a whole run."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import densejax
+from densejax.inference import classifier
+from densejax.training import experiment, parallel
+from densejax.training.averaging import Average
+from tests import small
+from tests.test_train import logged, stop_by_a_signal
+
+
+def test_the_average_follows_its_formula():
+    values = np.random.default_rng(0).normal(size=(30, 3))
+    average = Average(0.9)
+    found = average.start({"a": jnp.asarray(values[0], jnp.float32)})
+    expected = values[0]
+    for done, value in enumerate(values[1:]):
+        decay = min(0.9, (1 + done) / (10 + done))
+        expected = decay * expected + (1 - decay) * value
+        new = {"a": jnp.asarray(value, jnp.float32)}
+        found = average.update(found, new, jnp.asarray(done, jnp.int32))
+    np.testing.assert_allclose(found["a"], expected, rtol=1e-5)
+    assert Average(0.0).start(found) == {}
+
+
+def test_a_step_averages_what_it_makes_and_evaluates_the_average():
+    built = small.build(small.tiny(train__average_decay=0.9))
+    state = built.start()
+    small.assert_same_bits(state.average["params"], state.params)
+    before, take_step = state, small.stepper(built)
+    for number in range(2):
+        after, _ = take_step(before, built.data.train.batch(number))
+        share = 1 - (1 + number) / (10 + number)
+        variables = {"params": after.params, "batch_stats": after.batch_stats}
+        expected = jax.tree.map(
+            lambda old, new, share=share: old + share * (new - old),
+            jax.device_get(before.average),
+            jax.device_get(variables),
+        )
+        assert small.distance(after.average, expected) < 1e-6
+        before = after
+    average = after.replace(average={}, **after.average)
+    assert built.evaluate(after, "test") == built.evaluate(average, "test")
+    assert built.evaluate(after, "test") != built.evaluate(after.replace(average={}), "test")
+    broken = after.replace(params=jax.tree.map(lambda leaf: leaf * jnp.nan, after.params))
+    skipped, _ = take_step(broken, built.data.train.batch(2))
+    small.assert_same_bits(skipped.average, after.average)
+
+
+def newest(config, path):
+    with contextlib.closing(experiment.open_checkpoints(config, path)) as checkpoints:
+        return experiment.select(experiment.build(config), checkpoints)
+
+
+@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+def test_a_run_resumes_bit_for_bit_and_the_average_is_what_predicts(tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(parallel, "start", lambda: None)
+    config = small.tiny(train__average_decay=0.9, parallel__mode=mode, optimizer__name="adamw")
+    config.optimizer.learning_rate = 0.01
+    with jax.numpy_dtype_promotion("standard"):  # optax's AdamW itself promotes
+        assert densejax.train(config, str(tmp_path / "whole"))["steps"] == 10
+        assert densejax.train(config, str(tmp_path / "parts"), [stop_by_a_signal]) is None
+        assert densejax.train(config, str(tmp_path / "parts"))["steps"] == 10
+    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+    whole, parts = (newest(config, tmp_path / name) for name in ("whole", "parts"))
+    small.assert_same_bits(whole, parts)
+    small.assert_same_bits(whole.average, classifier.load(tmp_path / "whole").variables)
+
+
+def test_a_run_from_weights_averages_from_them(tmp_path):
+    config = small.tiny(train__weights=str(small.trained()), train__average_decay=0.9)
+    built = experiment.build(config)
+    state = built.start()
+    small.assert_same_bits(state.average, built.weights)
+    small.assert_same_bits(state.average["params"], state.params)
