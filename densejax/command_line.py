@@ -43,7 +43,7 @@ def run(main: Callable[..., int], config: str = "required", arguments: bool = Fa
             code = _say(str(error))
         except KeyboardInterrupt:  # by a second signal
             interrupt.end()
-        if any(future.running() for future in interrupt.waiting):
+        if any(future.running() for future in interrupt.stuck):
             sys.stdout.flush()
             os._exit(code)
         sys.exit(code)

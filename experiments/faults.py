@@ -403,7 +403,7 @@ def two_runs(path, draw):
 # Another machine, whose patience is a twentieth, so that a try takes seconds.
 QUICK = """
 from densejax.runs import lock
-lock.HEARTBEAT, lock.STALE, lock.LOOK = 1.0, 3.0, 0.2
+lock.HEARTBEAT, lock.STALE, lock.POLL = 1.0, 3.0, 0.2
 """
 ELSEWHERE = QUICK + "lock._machine = lambda: 'elsewhere'\n"
 AHEAD = ELSEWHERE + "import time\nplain = time.time\ntime.time = lambda: plain() + 90\n"

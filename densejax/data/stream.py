@@ -198,7 +198,7 @@ def batches(
         if concurrent.futures.wait(under_way, GRACE).not_done:
             for process in decoders | set(multiprocessing.active_children()) - others:
                 process.kill()
-            interrupt.waiting += concurrent.futures.wait(under_way, GRACE).not_done
+            interrupt.stuck += concurrent.futures.wait(under_way, GRACE).not_done
         iterator.close()
 
 

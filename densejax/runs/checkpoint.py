@@ -1,9 +1,9 @@
-"""Checkpoints: orbax writes them in the background, a manifest makes any damage visible.
+"""Checkpoints that come back bit for bit, or are called damaged; orbax writes and reads them.
 
-Orbax restores a flipped bit in array data without a word. Each save therefore commits, atomically
-with the state, MANIFEST: the step; SHA-256 of every file; dtype, shape and SHA-256 of every leaf;
-the metrics; all under a SHA-256 of its own. What differs from its manifest is never returned, and
-what has none was never committed.
+Orbax does not notice a flipped bit in array data. Each save therefore has a MANIFEST: its step, the
+SHA-256 of every file and of every array, its metrics, all sealed by a SHA-256. It is committed
+together with the state: a directory without it is no checkpoint, and a state that differs from it
+is never returned.
 """
 
 import glob
@@ -22,7 +22,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import metadata
 
@@ -30,11 +29,11 @@ from densejax.config import UserError
 from densejax.runs import files, hosts
 
 MANIFEST = "MANIFEST"
-SLOW = 1.0  # seconds that a step may wait for the save before it without a warning
+SLOW = 1.0  # seconds that a run may wait for the save before without a warning
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be written, cannot be read, or is of another model."""
+    """A checkpoint cannot be written, cannot be read, or belongs to another model."""
 
 
 class _Damaged(CheckpointError):
@@ -44,11 +43,11 @@ class _Damaged(CheckpointError):
 class Checkpoints:
     """The checkpoints of one run; every process calls every method, in the same order.
 
-    Nothing on disk changes before the first save. The methods raise CheckpointError and what
-    `guard` raises.
+    Opening them changes nothing on disk. Every method may raise CheckpointError, and what `guard`
+    raises.
 
     Attributes:
-      damaged_steps: the damaged steps that the last `restore_latest` or `restore_best` passed over.
+      damaged_steps: those that the last `restore_latest` or `restore_best` could not take.
     """
 
     def __init__(
@@ -58,35 +57,41 @@ class Checkpoints:
         keep_best: str = "",
         guard: Callable[[], None] = lambda: None,
     ):
-        """Keeps the `keep_latest` newest steps and the one with the lowest metric `keep_best`.
+        """Reads which steps there are.
 
-        `guard` is called before anything is written or deleted; it raises a UserError where this
-        process may do so no more. A directory that cannot be read is a CheckpointError.
+        Args:
+          directory: of the checkpoints; it need not exist.
+          keep_latest: how many of the newest steps are kept.
+          keep_best: the step with the lowest value of this metric is kept as well; "": none.
+          guard: called before anything is written or deleted; raises a UserError where this process
+            must not do so any more.
         """
         path = epath.Path(directory)
-        self._directory = path if "://" in str(directory) else path.resolve()  # as orbax asks
+        self._directory = (
+            path if "://" in str(directory) else path.resolve()
+        )  # orbax wants it absolute
         self._keep_latest, self._keep_best, self._guard = keep_latest, keep_best, guard
         self.damaged_steps: list[int] = []
-        self._damaged: set[int] = set()  # on disk, until the next save
-        self._under_way: int | None = None
-        self._problem = ""
+        self._to_delete: set[int] = set()  # damaged, on disk until the next save
+        self._saving: int | None = None
+        self._last_problem = ""
         self._handler = _Handler()
         self._handler.guard = guard
-        logging.get_absl_logger().addFilter(_is_news)
+        logging.get_absl_logger().addFilter(_is_no_orbax_error)
         self._writer = ocp.AsyncCheckpointer(
             self._handler,
-            # In orbax's own threads a folder that cannot be made leaves others waiting for 300 s.
+            # Else a directory that cannot be made blocks orbax's threads for 300 s.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-            checkpoint_metadata_store=_NoRecord(),
+            checkpoint_metadata_store=_NoMetadata(),
         )
-        self._saved = _agreed(self._directory)
+        self._saved = _steps_of_process_0(self._directory)
 
     def steps(self) -> list[int]:
-        """Every step, oldest first, without those that were found damaged and passed over."""
+        """Every step, oldest first, without those that turned out to be damaged."""
         return sorted(self._saved)
 
     def latest_step(self) -> int | None:
-        """The newest step, None when there is none."""
+        """The newest step; None without one."""
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
@@ -94,7 +99,7 @@ class Checkpoints:
         return next(iter(self._best_first()), None)
 
     def metrics(self, step: int) -> dict[str, float]:
-        """The metrics that a step was saved with; {} without that step."""
+        """The metrics of a step; {} without that step."""
         return self._saved.get(step, {}).get("metrics", {})
 
     def records(self, step: int) -> dict:
@@ -102,31 +107,32 @@ class Checkpoints:
         return self._saved.get(step, {}).get("records", {})
 
     def digest(self, step: int, names: tuple[str, ...]) -> str:
-        """SHA-256 of the leaves of a step below any of `names`, told by its manifest alone."""
+        """SHA-256 of the arrays of a step below any of `names`, from its manifest only."""
         manifest = _manifest(self._directory / str(step))
         if manifest["problem"]:
             raise _Damaged(f"Checkpoint {self._directory / str(step)}: {manifest['problem']}")
         leaves = manifest["leaves"].items()
-        return _digest({name: leaf for name, leaf in leaves if name.partition("/")[0] in names})
+        return files.digest(
+            {name: leaf for name, leaf in leaves if name.partition("/")[0] in names}
+        )
 
     def save(
         self, step: int, state, metrics: Mapping[str, float], problem: str = "", records=None
     ) -> None:
-        """Starts to save a pytree of arrays, each replicated or addressable by this process.
+        """Starts to save a state; its buffers may be donated once this returns.
 
-        Its buffers may be donated once this returns. A step that exists is left alone. A disk that
-        refuses (full, read-only, ...) is logged and the older steps stay; the next save tries
-        again, and `wait` raises what became of the last.
+        A step that exists is left alone. A disk that refuses (full, read-only, ...) is logged, the
+        older steps stay, and the next save tries again; `wait` raises if the last save failed.
 
         Args:
           step: of the state.
-          state: the pytree.
+          state: a pytree of arrays, each replicated or addressable by this process.
           metrics: what `keep_best` chooses by.
-          problem: what keeps this process from saving now; "" nothing.
-          records: a dict of JSON, bound to the state by the manifest; `records` gives it back.
+          problem: why this process must not save now; "": it may.
+          records: a dict of JSON, which `records` gives back.
 
         Raises:
-          CheckpointError: a state that is not finite, or one behind a newer checkpoint.
+          CheckpointError: the state is not finite, or older than the newest checkpoint.
         """
         if step in self.steps():
             return
@@ -143,13 +149,14 @@ class Checkpoints:
         metrics = {name: float(value) for name, value in metrics.items()}
         facts = {"step": step, "metrics": metrics, "records": records or {}}
         self._handler.manifest = facts | {"leaves": _leaves(state)}
-        if not self._failed(step, problem or _problem_of(self._make_room)):
-            path, args = self._directory / str(step), _Save(state)
-            if not self._failed(step, _problem_of(self._writer.save, path, args=args, force=True)):
-                self._under_way, self._saved[step] = step, facts
+        if self._has_failed(step, problem or _problem_of(self._make_room)):
+            return
+        path, args = self._directory / str(step), _Save(state)
+        if not self._has_failed(step, _problem_of(self._writer.save, path, args=args, force=True)):
+            self._saving, self._saved[step] = step, facts
 
     def set_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Gives a step that exists, saved before it was evaluated, its metrics."""
+        """Sets the metrics of a step that was saved before it was evaluated."""
         self._settle()
         if step not in self.steps():
             return
@@ -166,26 +173,33 @@ class Checkpoints:
             self._saved[step] |= {"metrics": metrics}
 
     def restore_latest(self, abstract_state):
-        """The newest undamaged state, bitwise as saved; None when there is no checkpoint at all.
+        """The newest undamaged state, bit for bit as saved; None when there is no checkpoint.
 
-        `abstract_state`: its `jax.ShapeDtypeStruct`s with shardings. Damaged steps are logged and
-        passed over (the next save deletes them); all damaged or another model: CheckpointError.
+        Damaged steps are logged, and the next save deletes them.
+
+        Args:
+          abstract_state: the state's `jax.ShapeDtypeStruct`s with shardings.
+
+        Raises:
+          CheckpointError: every checkpoint is damaged, or one belongs to another model.
         """
         self._settle()
-        return self._first_intact(reversed(self.steps()), abstract_state)
+        return self._first_undamaged(reversed(self.steps()), abstract_state)
 
     def restore_best(self, abstract_state):
-        """The undamaged state with the lowest `keep_best`, as `restore_latest` does it."""
+        """Like `restore_latest`, the undamaged state with the lowest `keep_best`."""
         self._settle()
-        state = self._first_intact([*self._unread(), *self._best_first()], abstract_state)
+        steps = [*self._steps_without_metrics(), *self._best_first()]
+        state = self._first_undamaged(steps, abstract_state)
         if state is None:
             raise CheckpointError(f"No checkpoint in {self._directory} has a {self._keep_best!r}.")
         return state
 
     def restore_step(self, step: int, abstract_state=None):
-        """The state of `step`; CheckpointError when it is missing, damaged or does not fit.
+        """The state of `step`; without an `abstract_state` as dicts and lists.
 
-        Without an `abstract_state` it is whatever was saved, as dicts and lists.
+        Raises:
+          CheckpointError: it is missing, damaged or belongs to another model.
         """
         if step not in self.steps():
             raise CheckpointError(f"No checkpoint {step} in {self._directory}, only {self.steps()}")
@@ -193,7 +207,7 @@ class Checkpoints:
         try:
             manifest = _manifest(path)
             problem = self._saved[step].get("problem") or manifest["problem"]
-            problem = problem or _wrong_file(path, manifest["files"])
+            problem = problem or _problem_of_files(path, manifest["files"])
         except PermissionError as error:
             raise _unreadable(path, error) from error
         _require_everywhere(path, problem)
@@ -225,10 +239,10 @@ class Checkpoints:
         return state
 
     def wait(self) -> None:
-        """Blocks until the save under way is committed; CheckpointError when the last failed."""
+        """Blocks until the current save is committed; CheckpointError if the last one failed."""
         self._settle()
-        if self._problem:
-            raise CheckpointError(self._problem)
+        if self._last_problem:
+            raise CheckpointError(self._last_problem)
 
     def close(self) -> None:
         """Waits like `wait` and ends orbax's threads, also when the save failed."""
@@ -241,21 +255,21 @@ class Checkpoints:
         values = {step: self.metrics(step).get(self._keep_best, math.nan) for step in self.steps()}
         return sorted((s for s in values if math.isfinite(values[s])), key=values.get)
 
-    def _unread(self) -> list[int]:
-        # Their metrics are unknown, so each of them may be the best.
+    def _steps_without_metrics(self) -> list[int]:
+        # Their manifests could not be read, so each of them may be the best.
         return [step for step, facts in self._saved.items() if facts.get("problem")]
 
-    def _first_intact(self, steps: Iterable[int], abstract_state):
+    def _first_undamaged(self, steps: Iterable[int], abstract_state):
         damage = {}
         for step in steps:
             try:
                 state = self.restore_step(step, abstract_state)
             except _Damaged as error:
-                logging.warning("%s; trying the one before.", error)
+                logging.warning("%s; trying the next one.", error)
                 damage[step] = str(error)
             else:
-                self._damaged |= set(damage)
-                self._saved = {n: self._saved[n] for n in self._saved if n not in damage}
+                self._to_delete |= set(damage)
+                self._saved = {s: facts for s, facts in self._saved.items() if s not in damage}
                 self.damaged_steps = sorted(damage)
                 return state
         if damage:
@@ -263,43 +277,43 @@ class Checkpoints:
         return None
 
     def _settle(self) -> None:
-        """Waits for the save under way; if it went well, what it makes superfluous goes."""
-        if self._under_way is None:
+        """Waits for the current save; if it went well, deletes the steps not to be kept."""
+        if self._saving is None:
             return
-        step, self._under_way = self._under_way, None
+        step, self._saving = self._saving, None
         begin = time.monotonic()
         problem = _problem_of(self._writer.wait_until_finished)
         if (waited := time.monotonic() - begin) > SLOW:
             logging.warning("Waited %.1f s for the save of step %d.", waited, step)
         if not problem and jax.process_index() == 0:
-            problem = _manifest(self._directory / str(step))["problem"]  # it is read back
+            problem = _manifest(self._directory / str(step))["problem"]  # as it is on disk
         if problem:
-            self._guard()  # another process may have taken over and cleared this save away
-        if self._failed(step, problem):
+            self._guard()  # another process may have taken over and deleted this save
+        if self._has_failed(step, problem):
             return
-        self._problem = ""
+        self._last_problem = ""
         kept = {*self.steps()[-self._keep_latest :], *self._best_first()[:1]}
-        kept |= set(self._unread()) if self._keep_best else set()
+        kept |= set(self._steps_without_metrics()) if self._keep_best else set()
         self._delete(set(self.steps()) - kept)
 
-    def _failed(self, step: int, problem: str) -> bool:
+    def _has_failed(self, step: int, problem: str) -> bool:
         # All processes take part in a save or none does.
-        if np.all(multihost_utils.process_allgather(np.asarray(not problem))):
+        if hosts.all_true(not problem):
             return False
         self._saved.pop(step, None)
         problem = problem or "another process could not write"
-        self._problem = f"Step {step} could not be saved in {self._directory}: {problem}"
+        self._last_problem = f"Step {step} could not be saved in {self._directory}: {problem}"
         logging.error("%s. The steps %s are there; the next save tries again.",
-                      self._problem, self.steps())  # fmt: skip
+                      self._last_problem, self.steps())  # fmt: skip
         return True
 
     def _make_room(self) -> None:
-        damaged, self._damaged = self._damaged, set()
-        self._delete(damaged)
+        self._delete(self._to_delete)
+        self._to_delete = set()
         if jax.process_index() == 0:
             self._directory.mkdir(parents=True, exist_ok=True)
             for entry in self._directory.iterdir():
-                if ".orbax-checkpoint-tmp" in entry.name:  # a killed save left it
+                if ".orbax-checkpoint-tmp" in entry.name:  # left by a killed save
                     entry.rmtree()
 
     def _delete(self, steps: set[int]) -> None:
@@ -312,25 +326,25 @@ class Checkpoints:
                 logging.warning("Step %d could not be deleted: %s", step, problem)
 
 
-class _NoRecord(metadata.MetadataStore):
-    """In place of orbax's own record of a step, which it would change after the manifest."""
+class _NoMetadata(metadata.MetadataStore):
+    """Keeps orbax from changing its metadata file after the manifest has its SHA-256."""
 
 
-class _Literal(type(epath.Path())):
-    """A path whose own name is no pattern, in which orbax finds its files by patterns."""
+class _LiteralPath(type(epath.Path())):
+    """A path in which orbax may search by patterns although its own name has a `[` or `*`."""
 
     def glob(self, pattern: str) -> Iterator[epath.Path]:
         return epath.Path(glob.escape(str(self))).glob(pattern)
 
 
 class _Handler(ocp.StandardCheckpointHandler):
-    """Orbax's, which also writes the manifest before the directory gets its final name."""
+    """Orbax's handler; it also writes the manifest, before the directory gets its final name."""
 
     manifest: dict
     guard: Callable[[], None]
 
     def finalize(self, directory: epath.Path) -> None:
-        super().finalize(_Literal(directory))
+        super().finalize(_LiteralPath(directory))
         paths = {str(path.relative_to(directory)): path for path in _files(directory)}
         digests = {name: _file_digest(path) for name, path in paths.items()}
         self.guard()
@@ -347,24 +361,24 @@ class _Restore(ocp.args.StandardRestore):
     pass
 
 
-def _is_news(record) -> bool:
-    # Orbax logs with a traceback what it raises anyway, and this module says in one line.
+def _is_no_orbax_error(record) -> bool:
+    # Orbax logs what it raises, with a traceback; this module reports it in one line.
     return record.levelname != "ERROR" or "/orbax/" not in record.pathname
 
 
-def _agreed(path: epath.Path) -> dict[int, dict]:
-    # The steps, their metrics and records, as process 0 reads them: what each process reads by
-    # itself could make it go on from another step than the others.
-    found = hosts.gather(_found(path) if jax.process_index() == 0 else [])[0]
-    whole = [step for step, facts in found if not facts["problem"]]
-    unseen = [step for step in whole if not files.appears(path / str(step) / MANIFEST)]
-    if not multihost_utils.process_allgather(np.asarray(not unseen)).all():
-        who = f"process {jax.process_index()}" if unseen else "another process"
-        raise CheckpointError(f"{path}: {who} does not see the steps {unseen} that process 0 sees")
+def _steps_of_process_0(path: epath.Path) -> dict[int, dict]:
+    # All processes must go on from the same step, so process 0 reads for all of them.
+    found = hosts.gather(_read_steps(path) if jax.process_index() == 0 else [])[0]
+    undamaged = [step for step, facts in found if not facts["problem"]]
+    missing = [s for s in undamaged if not files.becomes_visible(path / str(s) / MANIFEST)]
+    if not hosts.all_true(not missing):
+        who = f"process {jax.process_index()}" if missing else "another process"
+        raise CheckpointError(f"{path}: {who} does not see the steps {missing} that process 0 sees")
     return dict(found)
 
 
-def _found(path: epath.Path) -> list[tuple[int, dict]]:
+def _read_steps(path: epath.Path) -> list[tuple[int, dict]]:
+    # (step, its metrics, records and what is wrong with its manifest).
     if "\\" in path.as_posix():
         raise CheckpointError(f"{path}: orbax takes \\ for /; choose a --workdir without it")
     if not path.is_dir() and not os.path.lexists(path):
@@ -372,11 +386,12 @@ def _found(path: epath.Path) -> list[tuple[int, dict]]:
     try:
         names = [entry.name for entry in path.iterdir()]
         steps = sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
-        manifests = [(step, _manifest(path / str(step))) for step in steps]
-    except OSError as error:  # a dangling link, a file, a directory of somebody else
+        manifests = [_manifest(path / str(step)) for step in steps]
+    except OSError as error:  # a dangling link, a file, a directory of another user
         raise _unreadable(path, error) from error
-    large = {"leaves": None, "files": None}
-    return [(step, manifest | large) for step, manifest in manifests]
+    defaults = {"problem": "", "metrics": {}, "records": {}}
+    facts = [{name: each.get(name, defaults[name]) for name in defaults} for each in manifests]
+    return list(zip(steps, facts, strict=True))
 
 
 def _unreadable(path: epath.Path, error: OSError) -> CheckpointError:
@@ -386,8 +401,8 @@ def _unreadable(path: epath.Path, error: OSError) -> CheckpointError:
 
 
 def _require_everywhere(path: epath.Path, problem: str) -> None:
-    # All processes must take the same checkpoint: a problem in one is a problem in all.
-    if not multihost_utils.process_allgather(np.asarray(not problem)).all():
+    # All processes must restore the same checkpoint: a problem of one is a problem of all.
+    if not hosts.all_true(not problem):
         raise _Damaged(f"Checkpoint {path} is damaged ({problem or 'in another process'})")
 
 
@@ -402,7 +417,7 @@ def _check_fit(path: epath.Path, leaves: dict[str, str], abstract_state) -> None
     ]
     if lines:
         lines[20:] = [f"... {len(lines) - 20} more"] * (len(lines) > 20)
-        raise CheckpointError("\n  ".join([f"Checkpoint {path} is of another model:", *lines]))
+        raise CheckpointError("\n  ".join([f"Checkpoint {path} belongs to another model:", *lines]))
 
 
 def _named(tree) -> list[tuple[str, Any]]:
@@ -411,7 +426,7 @@ def _named(tree) -> list[tuple[str, Any]]:
 
 
 def _leaves(tree) -> dict[str, str]:
-    # Path -> "float32[3, 4]", for arrays "float32[3, 4] SHA-256 of the bytes".
+    # By path: "float32[3, 4]", and for arrays "float32[3, 4] SHA-256 of the bytes".
     table = {}
     for name, leaf in _named(jax.device_get(tree)):
         table[name] = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
@@ -423,24 +438,22 @@ def _leaves(tree) -> dict[str, str]:
 def _manifest(path: epath.Path) -> dict:
     try:
         with files.opened(path / MANIFEST) as file:
-            manifest = json.loads(file.read())
-        if manifest.pop("sha256") != _digest(manifest):
-            raise ValueError("not as saved")
+            manifest = files.unseal(json.loads(file.read()))
         if manifest.get("step", int(path.name)) != int(path.name):
             raise ValueError(f"it is of step {manifest['step']}")
         return manifest | {"problem": ""}
-    except PermissionError:  # no damage: the step must not be passed over
+    except PermissionError:  # no damage: no other step may take its place
         raise
     except Exception as error:  # a flipped bit can raise anything
-        return {"problem": f"{MANIFEST}: {_brief(error)}", "metrics": {}}
+        return {"problem": f"{MANIFEST}: {_brief(error)}"}
 
 
 def _write_manifest(path: epath.Path, manifest: dict) -> None:
-    files.write(path / MANIFEST, json.dumps(manifest | {"sha256": _digest(manifest)}))
+    files.write(path / MANIFEST, json.dumps(files.seal(manifest)))
 
 
-def _wrong_file(path: epath.Path, digests: dict[str, str]) -> str:
-    # What is wrong with the first file that is not as saved, "" where all are.
+def _problem_of_files(path: epath.Path, digests: dict[str, str]) -> str:
+    # Of the first file that is not as saved; "" where all are.
     for name, digest in digests.items():
         try:
             if _file_digest(path / name) != digest:
@@ -465,14 +478,10 @@ def _file_digest(path: epath.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(manifest: dict) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
 def _problem_of(action: Callable, *args, **kwargs) -> str:
     try:
         action(*args, **kwargs)
-    except UserError:  # of the guard: no problem of this save, it ends the run
+    except UserError:  # of the guard: it ends the run
         raise
     except Exception as error:  # orbax, tensorstore and the file system share no class
         return _brief(error)

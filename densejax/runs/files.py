@@ -1,4 +1,8 @@
-"""Files that are whole whenever they are read."""
+"""Small files that a crash cannot harm unnoticed.
+
+`write` replaces a file as a whole: a reader, or a kill at any moment, finds the old or the new one.
+`seal` adds a SHA-256 to a record, by which `unseal` notices any later change. Reading never hangs.
+"""
 
 import contextlib
 import hashlib
@@ -14,15 +18,15 @@ from etils import epath
 
 from densejax.config import UserError
 
-VISIBLE = 60.0  # seconds within which every host sees what process 0 wrote
+VISIBILITY_TIMEOUT = 60.0  # seconds within which every host sees what process 0 wrote
 
 
-def appears(path: epath.Path) -> bool:
-    """Whether a file is there, now or within `VISIBLE` seconds.
+def becomes_visible(path: epath.Path) -> bool:
+    """Whether a file exists now or within `VISIBILITY_TIMEOUT` seconds.
 
     A network disk may show what another host wrote only after its cache has expired.
     """
-    deadline = time.monotonic() + VISIBLE
+    deadline = time.monotonic() + VISIBILITY_TIMEOUT
     while not path.exists():
         if time.monotonic() > deadline:
             return False
@@ -31,21 +35,25 @@ def appears(path: epath.Path) -> bool:
 
 
 def path_of(flag: str, text: str) -> epath.Path:
-    """The path that a person names; UserError for one that nothing here can open."""
+    """The path that a user gave to `flag`; UserError where it cannot be opened here."""
     try:
         text.encode()
         path = epath.Path(text)
-        path.exists()  # object stores need a package of their own
+        path.exists()  # an object store may need a package that is not installed
         return path
     except KeyError as error:
-        problem = f"{error} is no kind of storage that is known; give a path without ://"
+        problem = f"{error} is no known kind of storage; give a path without ://"
         raise UserError(f"{flag}={text}: {problem}") from error
     except (UnicodeError, OSError, ImportError) as error:
         raise UserError(f"{flag}={text}: {error}; give another path") from error
 
 
 def opened(path: epath.Path) -> BinaryIO:
-    """A file to read; OSError, at once, for a FIFO and whatever else is no regular file."""
+    """Opens a file to read its bytes.
+
+    Raises:
+      OSError: there is no such file, or it is a FIFO or something else that could block forever.
+    """
     if "://" in os.fspath(path):
         return path.open("rb")
     file = open(path, "rb", opener=lambda *a: os.open(a[0], a[1] | os.O_NONBLOCK))
@@ -56,9 +64,10 @@ def opened(path: epath.Path) -> BinaryIO:
 
 
 def read_text(path: epath.Path) -> str | None:
-    """The text of a small file, None where there is none. It never waits, as for a FIFO.
+    """The text of a small file; None where there is no file.
 
-    Raises UserError for what is there and is no file of UTF-8 text that may be read.
+    Raises:
+      UserError: it is no UTF-8 text, no regular file, or may not be read.
     """
     try:
         if "://" in os.fspath(path) and not path.exists():
@@ -69,13 +78,12 @@ def read_text(path: epath.Path) -> str | None:
         if isinstance(error, FileNotFoundError | NotADirectoryError) and not os.path.islink(path):
             return None
         raise UserError(
-            f"{path} cannot be read ({error}): put the file that belongs there in its place, or "
-            f"move away what is there"
+            f"{path} cannot be read ({error}): restore the file, or move away what is in its place"
         ) from error
 
 
 def parse_json(text: str) -> Any:
-    """The value that JSON text stands for; ValueError for anything else, however deeply nested."""
+    """The value of JSON text; ValueError for anything else, however deeply it is nested."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -83,13 +91,13 @@ def parse_json(text: str) -> Any:
 
 
 def write(path: epath.Path, content: str | bytes) -> None:
-    """Writes such that a reader, or a kill at any moment, finds the old or the new file."""
+    """Replaces a file as a whole; OSError where the disk refuses."""
     temporary = path.parent / f"{path.name}.{secrets.token_hex(4)}.tmp"
     content = content.encode() if isinstance(content, str) else bytes(content)
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
-    except OSError:  # a full disk needs no half of a file
+    except OSError:  # perhaps the disk is full: half a file would waste room
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
@@ -101,59 +109,65 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 
 
 def remove_leftovers(directory: epath.Path) -> None:
-    """Removes what a kill within `write` has left; for whoever alone writes in the directory."""
+    """Removes the temporary files of `write` that a kill left; only for the directory's owner."""
     for path in directory.iterdir() if directory.is_dir() else ():
         if re.search(r"\.[0-9a-f]+\.tmp$", path.name):
-            with contextlib.suppress(OSError):  # it may be anything, of anybody
+            with contextlib.suppress(OSError):  # it may be something else that only looks like one
                 path.unlink()
 
 
-class Growing:
-    """A file that is appended to. What a disk refuses is kept and written the next time.
+class GrowingFile:
+    """A file that grows at its end. What a full disk refuses stays in memory for the next `write`.
 
-    Object stores have no append: there the file is written whole each time.
+    Object stores cannot append: there the file is written as a whole each time.
 
     Attributes:
       content: all of it.
     """
 
     def __init__(self, path: epath.Path, content: str | bytes = b""):
-        """`content` replaces what is there, at the first `write`."""
-        self._path, self._appends = path, "://" not in str(path)
-        self.content, self._written = bytearray(), 0
+        """The first `write` replaces the file by `content` and what was added to it."""
+        self._path, self._can_append = path, "://" not in str(path)
+        self.content, self._size_on_disk = bytearray(), 0
         self.add(content)
 
     def add(self, content: str | bytes) -> None:
-        """Appends in memory alone."""
+        """Appends in memory only."""
         self.content += content.encode() if isinstance(content, str) else content
 
     def write(self) -> None:
         """Brings the file up to date; OSError where the disk refuses."""
-        size, begin = len(self.content), self._written
-        self._written = 0  # after a failure the file is written whole: its end may be torn
-        if not (begin and self._appends):
+        size_on_disk, self._size_on_disk = self._size_on_disk, 0  # after a failure its end is torn
+        if not (size_on_disk and self._can_append):
             write(self._path, self.content)
-        elif begin < size:
+        elif size_on_disk < len(self.content):
             with self._path.open("ab") as file:
-                file.write(self.content[begin:])
-        self._written = size
+                file.write(self.content[size_on_disk:])
+        self._size_on_disk = len(self.content)
+
+
+def digest(record: dict) -> str:
+    """SHA-256 of a record of JSON values, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def seal(record: dict) -> dict:
-    """The record with a SHA-256 of all else in it, by which `unseal` sees damage."""
-    return record | {"sha256": _digest(record)}
+    """The record with its `digest`, by which `unseal` notices damage."""
+    return record | {"sha256": digest(record)}
 
 
-def unseal(record: dict, is_old: bool = False) -> dict:
-    """What was sealed; ValueError where it is not as it was.
+def unseal(record: dict) -> dict:
+    """The record that was sealed.
 
-    `is_old`: whether it is of a time without seals, unless it has one.
+    Raises:
+      ValueError, AttributeError: it is not what was sealed.
     """
     content = {key: value for key, value in record.items() if key != "sha256"}
-    if (len(content) < len(record) or not is_old) and record.get("sha256") != _digest(content):
+    versions = record.get("versions")
+    # Starts and results of runs were not sealed before their versions had a "matmul_precision".
+    is_older_than_seals = isinstance(versions, dict) and "matmul_precision" not in versions
+    if "sha256" not in record and is_older_than_seals:
+        return content
+    if record.get("sha256") != digest(content):
         raise ValueError("its content is not what was written")
     return content
-
-
-def _digest(record: dict) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,10 @@
-"""Where the time of a run goes: of all its starts, killed or not, in one small JSON file."""
+"""How much of a run's time was useful: goodput.json, which covers all starts, killed or not.
+
+The seconds by kind add up to the time since the first start. The file is only written, never
+needed: where it is damaged, the clock starts anew.
+"""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -11,17 +14,18 @@ from etils import epath
 
 from densejax.runs import files
 
-# What the program that drives the devices does or waits for, from its import to its end: it waits
-# for the devices in "step". "lost": steps that a kill or a fall-back made a later start take again;
-# "down": between a start's last sign of life and the next start.
-KINDS = ("start_up", "compile", "step", "input_wait", "evaluation", "save", "lost", "down")
+# What the program does or waits for, from its import to its end. In "step" it waits for devices.
+WORK = ("start_up", "compile", "step", "input_wait", "evaluation", "save")
+# "lost": work that a later start had to repeat, as no checkpoint held it; "down": from the last
+# write of one start to the beginning of the next.
+KINDS = (*WORK, "lost", "down")
 
 
 class Goodput:
-    """The clock of one start, which goes on from what the starts before it wrote.
+    """The clock of one start; it continues from what the starts before it wrote.
 
     Attributes:
-      seconds: by kind, of all starts; they add up to the time since the first.
+      seconds: by kind, of all starts.
     """
 
     def __init__(
@@ -33,72 +37,77 @@ class Goodput:
         starts: int = 1,
         guard: Callable[[], None] = lambda: None,
     ):
-        """Reads `path`; UserError for what is there and is no file of text.
+        """Reads `path`; UserError where something else than a file of text is in its place.
 
         Args:
           path: of the file.
-          start_step: that this start goes on from.
-          began: when it began, in seconds of the monotonic clock.
-          every: seconds between two writes, which tell a later start what was lost.
-          starts: of the run up to this one, killed before they wrote or not.
-          guard: called before every write; what it raises but OSError ends the run.
+          start_step: the step that this start resumes from.
+          began: when this start began, in seconds of the monotonic clock.
+          every: seconds between two writes; after a kill, the time since the last is "down".
+          starts: how many starts the run has had, this one included.
+          guard: called before every write; what it raises (but OSError) ends the run.
         """
-        self._path, self._every, self._kind, self._guard = path, every, "start_up", guard
-        self._since, self._written = began, time.monotonic()
-        self.seconds, self._starts, self._marks = dict.fromkeys(KINDS, 0.0), starts, {}
+        self._path, self._every, self._guard, self._starts = path, every, guard, starts
+        self._kind, self._since, self._last_write = "start_up", began, time.monotonic()
+        self.seconds = dict.fromkeys(KINDS, 0.0)
+        self._at_checkpoints: dict[int, dict[str, float]] = {}  # `seconds` by step
         if (text := files.read_text(path)) is None:
             return
         try:
             before = files.parse_json(text)
-            marks = {int(step): mark for step, mark in before["at_checkpoints"].items()}
-            self._marks = {step: mark for step, mark in marks.items() if step <= start_step}
-            kept = self._marks[max(self._marks)] if self._marks else dict.fromkeys(KINDS, 0.0)
+            spent, checkpoints = before["seconds"], before["at_checkpoints"]
+            reached = {int(step): seconds for step, seconds in checkpoints.items()}
+            reached = {step: reached[step] for step in reached if step <= start_step}
+            useful = reached[max(reached)] if reached else self.seconds
             now = time.time() - (time.monotonic() - began)
-            self.seconds |= {kind: kept[kind] for kind in KINDS[:-2]}
-            self.seconds["lost"] = sum(before["seconds"][kind] for kind in KINDS[:-1])
-            self.seconds["lost"] -= sum(kept[kind] for kind in KINDS[:-2])
-            self.seconds["down"] = before["seconds"]["down"] + max(now - before["time"], 0.0)
+            lost = spent["lost"] + sum(spent[kind] - useful[kind] for kind in WORK)
+            down = spent["down"] + max(now - before["time"], 0.0)
+            self.seconds = {kind: useful[kind] for kind in WORK} | {"lost": lost, "down": down}
+            self._at_checkpoints = reached
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             logging.warning("%s cannot be read (%s): the clock starts anew.", path, error)
 
     @contextlib.contextmanager
     def measure(self, kind: str) -> Iterator[None]:
-        """What runs in its context is of a kind."""
-        before = self.switch_to(kind)
+        """Counts the time within its context as `kind`."""
+        before = self._kind
+        self.switch_to(kind)
         try:
             yield
         finally:
             self.switch_to(before)
 
-    def switch_to(self, kind: str) -> str:
-        """What follows is of a kind, until the next call; returns the kind up to now."""
+    def switch_to(self, kind: str) -> None:
+        """Counts the time from now on as `kind`."""
         now = time.monotonic()
         self.seconds[self._kind] += now - self._since
-        before, self._kind, self._since = self._kind, kind, now
-        return before
+        self._kind, self._since = kind, now
 
-    def checkpoint_saved(self, step: int, kept: Iterable[int]) -> None:
-        """What was spent so far is not lost to a start from `step`; `kept`: the checkpoints."""
+    def checkpoint_saved(self, step: int, steps: Iterable[int]) -> None:
+        """Remembers that the time so far is not lost to a start from `step`.
+
+        `steps`: of the checkpoints that exist; others are forgotten.
+        """
         self.switch_to(self._kind)
-        self._marks = {old: mark for old, mark in self._marks.items() if old in set(kept)}
-        self._marks[step] = dict(self.seconds)
+        self._at_checkpoints = {
+            old: seconds for old, seconds in self._at_checkpoints.items() if old in set(steps)
+        } | {step: dict(self.seconds)}
 
     def write(self, now: bool = True) -> None:
-        """Writes the file: now, or if the last time is long ago; process 0 alone does."""
-        if not (now or time.monotonic() - self._written > self._every) or jax.process_index():
+        """Writes the file on process 0: now, or only if `every` seconds have passed."""
+        if jax.process_index() or not (now or time.monotonic() - self._last_write > self._every):
             return
         self.switch_to(self._kind)
-        self._written = time.monotonic()
-        total = sum(self.seconds.values())
+        self._last_write = time.monotonic()
         content = {
             "starts": self._starts,
             "seconds": self.seconds,
-            "share_of_steps": self.seconds["step"] / total,
+            "share_of_steps": self.seconds["step"] / sum(self.seconds.values()),
             "time": time.time(),
-            "at_checkpoints": self._marks,
+            "at_checkpoints": self._at_checkpoints,
         }
         try:
             self._guard()
-            files.write(self._path, json.dumps(content, indent=2) + "\n")
+            files.write_json(self._path, content)
         except OSError as error:
             logging.warning("%s cannot be written: %s", self._path, error)

@@ -1,8 +1,8 @@
-"""Many hosts: which processes take part, what they agree on, how they stop, and how they end.
+"""Many processes in one run: how they join, compare what they know, stop and fail together.
 
-Every process runs the same command. What needs no array they say through JAX's coordination
-service, in process 0, which also ends all of them when one has not been heard of for `HEARTBEAT`
-seconds; starting them again resumes the run.
+Every process runs the same command. They exchange small messages through JAX's coordination
+service, which lives in process 0. When one process dies, the others end within 15 seconds with one
+line that says so; when one refuses to run, all end with its reason.
 """
 
 import contextlib
@@ -27,68 +27,70 @@ from jax.experimental import multihost_utils
 from densejax.config import UserError
 from densejax.runs import interrupt
 
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 HEARTBEAT = 12  # seconds without a sign of life after which a process counts as dead
 PATIENCE = 30.0  # seconds after which a process says for whom it waits
-JOIN = 300  # seconds that the processes of a job have to come together
-FAREWELL = 5  # seconds that process 0 stays for the others, who cannot live without it
+JOIN_TIMEOUT = 300  # seconds in which all processes of a job have to start
+LEAVE_TIMEOUT = 5  # seconds that process 0, without which no other can live, waits for the others
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-AGAIN = (
+RESTART = (
     f"another process died, or one was suspended for {HEARTBEAT} seconds: look at the output of "
     "all, then start all of them again; the run goes on from its newest checkpoint"
 )
-LAST_WORDS = (
-    "densejax: this process was ended before its work was done. If nothing above says why, " + AGAIN
+LAST_LINE = (
+    "densejax: this process was ended before its work was done. If nothing above says why, "
+    + RESTART
 )
-# When JAX gives up no Python code runs any more, and it prints a stack: another process, which gets
-# all that is printed from outside Python, passes on the rest and has the last word.
-REPORTER = r"""
+# When another process has died, JAX aborts this one from C++ and prints a stack; Python code runs
+# no more. (jaxlib's `missed_heartbeat_callback` aborts as well: it cannot convert its argument.) So
+# a small process gets all that C++ prints, leaves out the stack, and prints the last line.
+STDERR_FILTER = r"""
 import re, sys
-gives_up = False
+jax_gives_up = False
 for line in sys.stdin.buffer:
     if re.match(rb"[WEF]\d+ .*(coordination_service|preemption_sync|JAX distributed)", line):
-        gives_up = True
-    ends = line.startswith(b"densejax: ")
-    if line != b"densejax: the end\n" and (ends or not gives_up):
+        jax_gives_up = True
+    is_last = line.startswith(b"densejax: ")
+    if line != b"densejax: the end\n" and (is_last or not jax_gives_up):
         sys.stderr.buffer.write(line)
         sys.stderr.flush()
-    if ends:
+    if is_last:
         sys.exit()
 print(sys.argv[1], file=sys.stderr)
 """
-_turn = 0  # of `gather`
+_messages_sent = 0  # by `gather`
 
 
 @contextlib.contextmanager
 def joined(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> Iterator[None]:
-    """Joins the other processes of a job for the time of a run; alone, it does nothing.
+    """Within its context this process takes part in its job; alone, it does nothing.
 
     A TPU pod and SLURM are detected; elsewhere all three arguments name the job. A process that
     fails ends at once, with exit code 2 for a UserError and 1 for anything else.
 
     Args:
       coordinator: HOST:PORT of process 0, as every process reaches it.
-      num_processes: 1 alone: take part in no job, whatever is detected.
+      num_processes: of the job; 1 with nothing else: take part in no job, whatever is detected.
       process_id: of this process, from 0.
 
     Raises:
-      UserError: arguments that do not go together or that another process has; no job where one
-        was to be detected.
+      UserError: the arguments do not fit together, another process has the same, or the job that
+        was detected cannot be joined.
     """
     arguments = _arguments(coordinator, num_processes, process_id)
     if arguments is None:
         yield
         return
-    seat = _seat(coordinator, process_id) if coordinator else contextlib.nullcontext()
-    with seat, _reported():
+    own = _own_number(coordinator, process_id) if coordinator else contextlib.nullcontext()
+    with own, _filtered_stderr():
         try:
             whom = f"every process of --num_processes={num_processes} to reach {coordinator}"
-            with _patience(whom, JOIN):
+            with _says_for_whom_it_waits(whom, JOIN_TIMEOUT):
                 jax.distributed.initialize(
                     heartbeat_timeout_seconds=HEARTBEAT,
-                    initialization_timeout=2 * JOIN,
+                    initialization_timeout=2 * JOIN_TIMEOUT,
                     **arguments,
                 )
         except ValueError as error:
@@ -102,18 +104,18 @@ def joined(
             gather("the end")
             jax.distributed.shutdown()
         except BaseException as error:
-            _leave(error)
+            _fail(error)
 
 
 @contextlib.contextmanager
-def _seat(address: str, process_id: int) -> Iterator[None]:
+def _own_number(address: str, process_id: int) -> Iterator[None]:
     # JAX crashes, or waits without a word, where the port or the number is taken.
-    with socket.socket(socket.AF_UNIX) as seat:
+    with socket.socket(socket.AF_UNIX) as number:
         try:
             if process_id == 0:
                 socket.create_server(("", int(address.rpartition(":")[2]))).close()
-            if sys.platform == "linux":  # a name that ends with the process
-                seat.bind(f"\0densejax {address} {process_id}")
+            if sys.platform == "linux":  # an abstract name, which ends with the process
+                number.bind(f"\0densejax {address} {process_id}")
         except OSError as error:
             raise UserError(
                 f"--coordinator={address} --process_id={process_id}: {os.strerror(error.errno)}; "
@@ -123,13 +125,14 @@ def _seat(address: str, process_id: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reported() -> Iterator[None]:
-    signal.signal(signal.SIGABRT, signal.SIG_DFL)  # absl's prints the stack of every thread
-    command, before = [sys.executable, "-IS", "-c", REPORTER, LAST_WORDS], sys.stderr
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as reporter:
+def _filtered_stderr() -> Iterator[None]:
+    # Python itself goes on to print directly, to a copy of the file descriptor.
+    signal.signal(signal.SIGABRT, signal.SIG_DFL)  # absl's handler prints every thread's stack
+    command, before = [sys.executable, "-IS", "-c", STDERR_FILTER, LAST_LINE], sys.stderr
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-        faulthandler.register(signal.SIGUSR1)  # and the process goes on
-        os.dup2(reporter.stdin.fileno(), 2)
+        faulthandler.register(signal.SIGUSR1)  # prints all stacks, and the process goes on
+        os.dup2(process.stdin.fileno(), 2)
         try:
             yield
         finally:
@@ -140,55 +143,62 @@ def _reported() -> Iterator[None]:
             sys.stderr = before
 
 
-def _leave(error: BaseException) -> None:
-    # An orderly end would wait for the others, and they wait for this process.
-    refused, text = isinstance(error, UserError), " ".join(str(error).split())
-    if re.match("[A-Z_]+: ", text) and not refused:  # a status of the runtime's, of many classes
-        text = f"{text}; if that is no lack of memory, {AGAIN}"
-    elif not refused:
+def _fail(error: BaseException) -> None:
+    # An orderly end would wait for the others, which wait for this process: end at once.
+    is_refusal, text = isinstance(error, UserError), " ".join(str(error).split())
+    if re.match("[A-Z_]+: ", text) and not is_refusal:  # a status of JAX's runtime
+        text = f"{text}; if that is no lack of memory, {RESTART}"
+    elif not is_refusal:
         traceback.print_exc()
         text = f"process {global_state.process_id} has failed: look at its output"
-    # What has a cause may come of another process's death: then the reporter has the last word.
-    os.write(2 if error.__cause__ is None else sys.stderr.fileno(), f"densejax: {text}\n".encode())
+    # An error with a cause may come from another process's death: the filter knows, so it prints.
+    output = 2 if error.__cause__ is None else sys.stderr.fileno()
+    os.write(output, f"densejax: {text}\n".encode())
     with contextlib.suppress(Exception):
-        _say({"refused": text})
-        global_state.client.wait_at_barrier("densejax: the end", FAREWELL * 1000)
+        _send({"failed": text})
+        global_state.client.wait_at_barrier("densejax: the end", LEAVE_TIMEOUT * 1000)
         time.sleep(0 if global_state.process_id else 1)
     sys.stdout.flush()
-    os._exit(2 if refused else 1)
+    os._exit(2 if is_refusal else 1)
 
 
 def gather(value: Any) -> list[Any]:
-    """What every process says, by process; all call it in the same order, and wait for each other.
+    """The value of every process, in their order; all call it in the same order and wait.
 
     Args:
-      value: JSON.
+      value: of this process; JSON.
 
     Raises:
-      UserError: another process has ended, with its reason.
+      UserError: another process has failed, with its reason.
     """
-    global _turn
+    global _messages_sent
     if not jax.distributed.is_initialized():
         return [value]
-    _say({"said": value})
-    _turn, turn, messages = _turn + 1, _turn, []
+    _send({"value": value})
+    number, _messages_sent = _messages_sent, _messages_sent + 1
+    values = []
     for process in range(global_state.num_processes):
-        with _patience(f"process {process}"):
-            key = f"densejax/{turn}/{process}"
+        with _says_for_whom_it_waits(f"process {process}"):
+            key = f"densejax/{number}/{process}"
             text = global_state.client.blocking_key_value_get(key, 10**9)  # ms: 11 days
-        if "refused" in (message := json.loads(text)):
-            raise UserError(message["refused"])
-        messages.append(message["said"])
-    return messages
+        if "failed" in (message := json.loads(text)):
+            raise UserError(message["failed"])
+        values.append(message["value"])
+    return values
 
 
-def _say(message: dict) -> None:
-    key = f"densejax/{_turn}/{global_state.process_id}"
+def all_true(value: bool) -> bool:
+    """Whether a value is true in every process; all call it, as `gather`."""
+    return all(gather(bool(value)))
+
+
+def _send(message: dict) -> None:
+    key = f"densejax/{_messages_sent}/{global_state.process_id}"
     global_state.client.key_value_set(key, json.dumps(message))
 
 
 def require_same(facts: Mapping[str, Any]) -> None:
-    """Raises UserError, on every process, where one has other facts than process 0; all call it."""
+    """UserError on every process where one has other facts than process 0; all call it."""
     first, *others = gather({key: json.dumps(value) for key, value in facts.items()})
     differences = [
         f"{key} is {first.get(key, 'absent')} in process 0 and {other.get(key, 'absent')} in "
@@ -204,8 +214,8 @@ def require_same(facts: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _patience(whom: str, limit: float | None = None) -> Iterator[None]:
-    # Says for whom the body waits when that takes long; ends the process where it takes too long.
+def _says_for_whom_it_waits(whom: str, limit: float | None = None) -> Iterator[None]:
+    # After `PATIENCE` seconds in its context; after `limit` seconds it ends the process.
     done = threading.Event()
 
     def watch():
@@ -223,7 +233,7 @@ def _patience(whom: str, limit: float | None = None) -> Iterator[None]:
 
 
 def _arguments(coordinator, num_processes, process_id) -> dict | None:
-    # What jax.distributed.initialize needs; None: this process is alone.
+    # For jax.distributed.initialize; None where this process is alone.
     named = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [f"--{name}" for name, value in named.items() if value is None]
     if num_processes == 1 and len(missing) == 2:
@@ -253,7 +263,7 @@ def _arguments(coordinator, num_processes, process_id) -> dict | None:
 def _detected() -> dict | None:
     if all(name in os.environ for name in SLURM) and os.environ["SLURM_NTASKS"] != "1":
         return {"cluster_detection_method": "slurm"}
-    # JAX marks a TPU VM when it is imported; what else runs there may be told to stay off the TPU.
+    # JAX sets TPU_ML_PLATFORM on a TPU VM when it is imported; a process may still use CPUs only.
     if "TPU_ML_PLATFORM" in os.environ and "tpu" in (jax.config.jax_platforms or ""):
         if {"TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"} & set(os.environ):
             return {"cluster_detection_method": "gketpu"}
@@ -265,39 +275,40 @@ def _detected() -> dict | None:
 class Stop:
     """Within its context, SIGTERM, SIGINT and SIGHUP stop every process after the same step.
 
-    A second SIGTERM or SIGINT ends the process at once; of many processes, a second SIGINT alone
-    does. Only the main thread is sent signals: in another one nothing stops.
+    A second SIGTERM or SIGINT ends the process at once; of many processes, only a second SIGINT
+    does. Python gives signals to the main thread only: in another thread nothing stops.
 
     Attributes:
-      signal: what has stopped this process: SIGTERM where another one was sent it; None before.
+      received: the signal that this process got; None before.
+      signal: the signal that all stop for, from `after_step`; SIGTERM where another process got it.
     """
 
     def __init__(self):
-        """Nothing has arrived."""
+        """No signal has arrived."""
         self.signal: signal.Signals | None = None
         self.received: signal.Signals | None = None
         self._steps, self._before = 0, {}
 
     def __enter__(self) -> "Stop":
-        """Takes the signals."""
-        for number in STOPS if threading.current_thread() is threading.main_thread() else ():
-            # Of many processes, JAX's own handler of SIGTERM tells the others.
+        """Installs the handlers."""
+        for number in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
+            # JAX's own handler of SIGTERM tells the other processes.
             of_jax = number is signal.SIGTERM and jax.distributed.is_initialized()
-            # What nohup has made the process ignore stays ignored.
+            # A process under nohup still ignores SIGHUP.
             ignored = number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
             if not (of_jax or ignored):
                 self._before[number] = signal.signal(number, self._receive)
-        interrupt.spared = signal.SIGINT in self._before
+        interrupt.handler_gets_next = signal.SIGINT in self._before
         return self
 
     def __exit__(self, *_) -> None:
-        """Gives them back."""
-        interrupt.spared = False
+        """Restores the handlers that were there."""
+        interrupt.handler_gets_next = False
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def after_step(self) -> bool:
-        """Whether all stop after the step under way; call it once in each. It waits for nobody."""
+        """Whether all stop after this step; every process calls it once a step. It never waits."""
         self._steps += 1
         alone = not jax.distributed.is_initialized()
         if (self.received and alone) or multihost_utils.reached_preemption_sync_point(self._steps):

@@ -1,7 +1,7 @@
-"""Ctrl-C ends a command at once, in one line and with exit code 130, whatever it is doing.
+"""Ctrl-C ends a command at once, with one line and exit code 130, whatever it is doing.
 
-Python's own handler waits until the main thread is back from a library, such as from a compilation
-of minutes, and then raises KeyboardInterrupt at any place. Here a thread gets every signal.
+Python's own handler waits until the main thread returns from a library, such as from minutes of
+compilation, and then raises KeyboardInterrupt anywhere. Here a thread gets every signal.
 """
 
 import os
@@ -9,8 +9,8 @@ import signal
 import threading
 from concurrent.futures import Future
 
-spared = False  # whether the next SIGINT, and no other, is left to the handler that is set
-waiting: list[Future] = []  # threads that may wait for what never comes, and keep the process
+handler_gets_next = False  # whether the next SIGINT, and only that, is for the handler that is set
+stuck: list[Future] = []  # of threads that may wait forever and would keep the process alive
 
 
 def watch() -> None:
@@ -29,9 +29,9 @@ def end() -> None:
 
 
 def _listen(reader: int) -> None:
-    global spared
+    global handler_gets_next
     while number := os.read(reader, 1):
         if number[0] == signal.SIGINT:
-            if not spared:
+            if not handler_gets_next:
                 end()
-            spared = False
+            handler_gets_next = False

@@ -1,8 +1,9 @@
-"""One process at a time in a directory: a lock file with its owner and a heartbeat that counts.
+"""One process at a time in a directory: a file `lock` names its owner and changes every 20 s.
 
-A process that was frozen may have lost its lock while it stood still, so it asks before every
-write. Clocks and file times of two machines are never compared: a holder on another machine is dead
-when whoever watches its lock sees no change for `STALE` seconds.
+The lock of a process that died is taken over. A process that stood still may thus have lost its
+lock without knowing; it has to ask before every write. The clocks of two machines are never
+compared: an owner on another machine counts as dead once the watching process has seen no change
+for `STALE` seconds by its own clock.
 """
 
 import contextlib
@@ -22,11 +23,11 @@ from etils import epath
 from densejax.config import UserError
 from densejax.runs import files
 
-HEARTBEAT = 20.0  # seconds between two changes of a lock that is held
-STALE = 60.0  # seconds without one after which another machine's lock is taken over
-LOOK = 1.0  # seconds between two looks at it
+HEARTBEAT = 20.0  # seconds between two changes that the owner makes
+STALE = 60.0  # seconds without a change after which another machine's lock is taken over
+POLL = 1.0  # seconds between two looks at another machine's lock
 
-_looks: dict[str, tuple[str, float]] = {}  # lock -> (content, when this process saw it first)
+_watched: dict[str, tuple[str, float]] = {}  # lock -> (content, when it was first seen)
 
 
 class LockError(UserError):
@@ -35,26 +36,26 @@ class LockError(UserError):
 
 @contextlib.contextmanager
 def locked(directory: epath.PathLike, wait: bool = True) -> Iterator[Callable[[], None]]:
-    """Holds the lock of a directory that exists; LockError names the process that has it.
+    """Holds the lock of an existing directory; LockError names the process that has it.
 
     Args:
-      directory: whose lock it is.
+      directory: to lock.
       wait: as in `require_free`.
 
     Yields:
-      `require_held`, for before every write: LockError where another process has the lock by now.
+      A function to call before every write: LockError where another process has the lock by now.
     """
     lock, pid, token = epath.Path(directory) / "lock", os.getpid(), uuid.uuid4().hex
     me = {"host": socket.gethostname(), "machine": _machine(), "pid": pid}
     me |= {"started": _started(pid), "token": token}
     while not _created(lock, json.dumps(me | {"beat": 0})):
-        if (seen := _dead(lock, wait)) is None:
-            continue  # released in this moment
-        logging.warning("Taking over the stale lock %s: %s", lock, seen)
-        with contextlib.suppress(FileNotFoundError):  # taken over by another in this moment
-            grave = lock.rename(lock.parent / f"lock.{me['host']}.{pid}")
-            # Another process may have taken over first: what was moved is then its live lock.
-            grave.unlink() if grave.read_text() == seen else grave.rename(lock)
+        if (stale := _stale_content(lock, wait)) is None:
+            continue  # it was released a moment ago
+        logging.warning("Taking over the stale lock %s: %s", lock, stale)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            moved = lock.rename(lock.parent / f"lock.{me['host']}.{pid}")
+            # Another process may have taken over first: then its live lock was moved.
+            moved.unlink() if moved.read_text() == stale else moved.rename(lock)
 
     def require_held():
         try:
@@ -62,7 +63,7 @@ def locked(directory: epath.PathLike, wait: bool = True) -> Iterator[Callable[[]
         except FileNotFoundError:
             held = False
         except OSError:
-            return  # the disk refuses for a moment: what is to be written will say so
+            return  # the disk refuses for a moment: the write that follows reports it
         if not held:
             raise LockError(
                 f"workdir={lock.parent}: another process took it over (or its file lock was "
@@ -79,17 +80,17 @@ def locked(directory: epath.PathLike, wait: bool = True) -> Iterator[Callable[[]
                 require_held()
                 files.write(lock, json.dumps(me | {"beat": count}))
             except LockError:
-                return  # who writes next says it
-            except OSError as error:  # perhaps the disk is full for a moment: try the next time
+                return  # the next write of the run reports it
+            except OSError as error:  # perhaps the disk is full for a moment
                 logging.warning("Cannot refresh %s: %s", lock, error)
 
-    heart = threading.Thread(target=beat, name="workdir heartbeat", daemon=True)
-    heart.start()
+    heartbeat = threading.Thread(target=beat, name="workdir heartbeat", daemon=True)
+    heartbeat.start()
     try:
         yield require_held
     finally:
         stop.set()
-        heart.join()
+        heartbeat.join()
         with contextlib.suppress(LockError, OSError):
             require_held()
             lock.unlink()
@@ -98,10 +99,10 @@ def locked(directory: epath.PathLike, wait: bool = True) -> Iterator[Callable[[]
 def require_free(directory: epath.PathLike, wait: bool = True) -> None:
     """LockError where a live process works in the directory; takes no lock.
 
-    Whether the holder on another machine lives is known after `STALE` seconds at most, counted from
-    this process's first look. Until then this waits, or without `wait` takes it for alive.
+    It takes up to `STALE` seconds, from the first look, to know whether an owner on another machine
+    lives. This waits for that, or, without `wait`, assumes until then that it lives.
     """
-    _dead(epath.Path(directory) / "lock", wait)
+    _stale_content(epath.Path(directory) / "lock", wait)
 
 
 def _machine() -> str:
@@ -112,7 +113,7 @@ def _machine() -> str:
     return f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
-def _created(lock, text) -> bool:
+def _created(lock: epath.Path, text: str) -> bool:
     if "://" in os.fspath(lock):  # object stores have no exclusive creation: a race is possible
         return not lock.exists() and bool(lock.write_text(text))
     try:
@@ -126,39 +127,39 @@ def _created(lock, text) -> bool:
     return True
 
 
-def _dead(lock, wait) -> str | None:
-    # What a dead holder's lock says, None where there is no lock; LockError where it is held.
-    waits = False
+def _stale_content(lock: epath.Path, wait: bool) -> str | None:
+    # What the lock of a dead owner says; None where there is no lock; LockError where it is held.
+    has_waited = False
     while (text := files.read_text(lock)) is not None:
-        holder, alive = _holder(text)
-        if is_news := _looks.get(str(lock), (None,))[0] != text:
-            _looks[str(lock)] = text, time.monotonic()
-        if alive is None and time.monotonic() - _looks[str(lock)][1] >= STALE:
-            alive = False
-        if alive is False:
+        owner, is_alive = _owner(text)
+        if has_changed := _watched.get(str(lock), (None,))[0] != text:
+            _watched[str(lock)] = text, time.monotonic()
+        if is_alive is None and time.monotonic() - _watched[str(lock)][1] >= STALE:
+            is_alive = False
+        if is_alive is False:
             return text
-        if alive or not wait or (waits and is_news):
+        if is_alive or not wait or (has_waited and has_changed):
             raise LockError(
-                f"workdir={lock.parent} is in use on {holder}: stop it or choose another --workdir."
+                f"workdir={lock.parent} is in use on {owner}: stop it or choose another --workdir."
             )
-        if not waits:
+        if not has_waited:
             logging.warning(
                 "workdir=%s is locked on %s, which cannot be asked from here: waiting %.0f s for a "
-                "sign of life.", lock.parent, holder, STALE)  # fmt: skip
-        waits = True
-        time.sleep(LOOK)
+                "sign of life.", lock.parent, owner, STALE)  # fmt: skip
+        has_waited = True
+        time.sleep(POLL)
     return None
 
 
-def _holder(text) -> tuple[str, bool | None]:
-    # Who it is, and whether it lives: None where that cannot be seen from here.
+def _owner(text: str) -> tuple[str, bool | None]:
+    # Its name, and whether it is alive: None where that cannot be seen from this machine.
     try:
-        holder = files.parse_json(text)
-        name = f"{holder['host']} by process {holder['pid']}"
-        if holder.get("machine") != _machine():
+        owner = files.parse_json(text)
+        name = f"{owner['host']} by process {owner['pid']}"
+        if owner.get("machine") != _machine():
             return name, None
-        return name, _started(holder["pid"]) in ("", holder["started"])
-    except (ValueError, LookupError, TypeError, OverflowError):  # killed as it wrote, or a person's
+        return name, _started(owner["pid"]) in ("", owner["started"])
+    except (ValueError, LookupError, TypeError, OverflowError):  # a kill within its creation
         return "an unknown host by an unknown process", None
 
 

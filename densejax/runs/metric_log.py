@@ -71,11 +71,11 @@ class MetricLog:
             if record["step"] < kept
             or (record["step"] == kept and not (evaluates_first and "learning_rate" not in record))
         ]
-        self.metrics = files.Growing(workdir / "metrics.jsonl", "".join(lines))
+        self.metrics = files.GrowingFile(workdir / "metrics.jsonl", "".join(lines))
         lines = [line for line, _ in self._read("timings.jsonl")]
-        self.timings = files.Growing(workdir / "timings.jsonl", "".join(lines))
+        self.timings = files.GrowingFile(workdir / "timings.jsonl", "".join(lines))
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{start_step}"
-        self.board = files.Growing(workdir / "tensorboard" / name)
+        self.board = files.GrowingFile(workdir / "tensorboard" / name)
         self._event(file_version="brain.Event:2")
         self._event(step=kept + 1, session_log={"status": "START"})  # what lies behind is dropped
         on_screen = self.is_writer and sys.stderr.isatty()

@@ -300,7 +300,7 @@ def _accepted_changes(path, config, found, force, accepted=RESUMABLE) -> list[st
 
 
 def _wait_for(stored) -> None:
-    if not files.appears(stored):
+    if not files.becomes_visible(stored):
         raise WorkdirError(
             f"workdir={stored.parent}: process {jax.process_index()} does not see what process "
             f"0 wrote there. Choose a --workdir that all hosts share."

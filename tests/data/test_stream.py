@@ -410,7 +410,7 @@ def test_a_signal_does_not_wait_for_a_read_that_never_returns(root, monkeypatch)
     streams.heed(lambda: True)
     with pytest.raises(stream.Starved, match="no batch comes any more"):
         streams.train.batch(0)
-    (thread,) = interrupt.waiting  # while it runs, the command ends without it
+    (thread,) = interrupt.stuck  # while it runs, the command ends without it
     assert thread.running()
     arrives.set()
     concurrent.futures.wait([thread], 300)

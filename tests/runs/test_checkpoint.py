@@ -22,10 +22,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import densejax.runs.files
-import densejax.runs.hosts
 from densejax.config import UserError
-from densejax.runs import checkpoint
+from densejax.runs import checkpoint, files, hosts
 from densejax.runs.checkpoint import MANIFEST, CheckpointError, Checkpoints
 
 # tensorstore calls back into an event loop that orbax has closed after the first bad leaf
@@ -131,11 +129,10 @@ def test_every_process_takes_the_steps_that_process_0_sees(two_steps, monkeypatc
     told = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(densejax.runs.files, "VISIBLE", 0.0)
+    monkeypatch.setattr(files, "VISIBILITY_TIMEOUT", 0.0)
     monkeypatch.setattr(checkpoint.ocp, "AsyncCheckpointer", lambda *_, **__: None)
-    monkeypatch.setattr(densejax.runs.hosts, "gather", lambda mine: [told, mine])
-    multihost = checkpoint.multihost_utils
-    monkeypatch.setattr(multihost, "process_allgather", lambda ok: np.asarray([True, ok]))
+    monkeypatch.setattr(hosts, "gather", lambda mine: [told, mine])
+    monkeypatch.setattr(hosts, "all_true", bool)
 
     def opened(*seen):
         told[:] = [[step, {"metrics": {"e": 0.5}, "problem": problem}] for step, problem in seen]
@@ -192,15 +189,15 @@ def test_saving_a_step_again_changes_nothing_and_an_older_one_is_refused(tmp_pat
 @noisy
 def test_flipped_bits_are_never_silently_wrong(two_steps, tmp_path):
     random_numbers = random.Random(0)
-    files = sorted(path for path in (two_steps / "20").rglob("*") if path.is_file())
+    paths = sorted(path for path in (two_steps / "20").rglob("*") if path.is_file())
     pristine = {10: make_state(10), 20: make_state(20)}
     outcome = []
     for attempt in range(40):
         directory = tmp_path / str(attempt)
         shutil.copytree(two_steps, directory)
-        source = files[attempt % len(files)]  # every kind of file
+        source = paths[attempt % len(paths)]  # every kind of file
         if attempt % 2:  # half of them in proportion to the sizes: mostly array data
-            source = random_numbers.choices(files, [f.stat().st_size for f in files])[0]
+            source = random_numbers.choices(paths, [p.stat().st_size for p in paths])[0]
         target = directory / source.relative_to(two_steps)
         content = bytearray(target.read_bytes())
         if not content:

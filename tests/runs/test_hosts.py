@@ -176,13 +176,13 @@ def test_a_number_or_a_port_that_is_taken_is_one_line():
     with socket.create_server(("", 0)) as server:
         address = f"localhost:{server.getsockname()[1]}"
         with pytest.raises(UserError, match=f"{address} --process_id=0: Address already in use"):
-            hosts._seat(address, 0).__enter__()
-        with hosts._seat(address, 1):
+            hosts._own_number(address, 0).__enter__()
+        with hosts._own_number(address, 1):
             with pytest.raises(UserError, match="--process_id=1: .* give every process another"):
-                hosts._seat(address, 1).__enter__()
-            with hosts._seat(address, 2):
+                hosts._own_number(address, 1).__enter__()
+            with hosts._own_number(address, 2):
                 pass
-        with hosts._seat(address, 1):
+        with hosts._own_number(address, 1):
             pass
 
 
@@ -215,7 +215,7 @@ def test_a_process_that_waits_says_for_whom(monkeypatch):
 
     monkeypatch.setattr(hosts, "PATIENCE", 0.0)
     monkeypatch.setattr(sys, "stderr", Output())
-    with hosts._patience("process 1"):
+    with hosts._says_for_whom_it_waits("process 1"):
         assert said.wait(600)
 
 
@@ -223,7 +223,7 @@ REPORTED = """
 import os, sys
 from densejax.runs import hosts
 
-with hosts._reported():
+with hosts._filtered_stderr():
     os.write(2, b"of a library\\n")
     print("of Python", file=sys.stderr)
     if sys.argv[1] == "dies":
@@ -239,7 +239,7 @@ def test_the_last_words_of_a_process_that_jax_ends_are_one_line(way):
     command = [sys.executable, "-X", "faulthandler", "-c", REPORTED, way]
     environment = os.environ | small.ENVIRONMENT
     result = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    last = {"dies": hosts.LAST_WORDS, "lives": "and again"}[way]
+    last = {"dies": hosts.LAST_LINE, "lives": "and again"}[way]
     assert sorted(result.stderr.splitlines()) == sorted(["of a library", "of Python", last])
     assert result.returncode == {"dies": -signal.SIGABRT, "lives": 0}[way]
 
@@ -289,7 +289,7 @@ def test_a_process_that_was_suspended_ends_in_one_line(tmp_path):
     job.processes[1].send_signal(signal.SIGCONT)
     assert job.wait()[1] not in (0, None)
     for text in job.outputs():
-        assert hosts.AGAIN in text.splitlines()[-1]
+        assert hosts.RESTART in text.splitlines()[-1]
         assert "Traceback" not in text and "stack" not in text and text.count("densejax: ") == 1
 
 
@@ -306,7 +306,7 @@ def test_a_dead_process_ends_the_other_and_a_restart_is_bitwise_the_same(tmp_pat
     codes = job.wait()
     assert time.monotonic() - begin < 60
     assert codes[victim] == -9 and codes[1 - victim] not in (0, None)
-    assert hosts.AGAIN in job.outputs()[1 - victim].splitlines()[-1]
+    assert hosts.RESTART in job.outputs()[1 - victim].splitlines()[-1]
     assert Job(card, path, 2, 1).wait() == [0, 0]
     assert (path / "metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
     small.assert_same_bits(small.restored(path), small.restored(tmp_path / "whole"))

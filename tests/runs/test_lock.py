@@ -26,7 +26,7 @@ def clock(monkeypatch):
 
     fake = types.SimpleNamespace(monotonic=lambda: now.seconds, sleep=sleep)
     monkeypatch.setattr(lock, "time", fake)
-    monkeypatch.setattr(lock, "_looks", {})
+    monkeypatch.setattr(lock, "_watched", {})
     return now
 
 

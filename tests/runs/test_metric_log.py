@@ -244,7 +244,7 @@ def test_other_processes_write_nothing(workdir, monkeypatch, capsys):
 
 
 def test_what_a_full_disk_refuses_is_written_once_there_is_room(workdir, monkeypatch, caplog):
-    log, write, full = create(workdir), files.Growing.write, [False]
+    log, write, full = create(workdir), files.GrowingFile.write, [False]
 
     def refuse(self):
         if full[0] and self is not log.metrics:  # metrics.jsonl still has room, the others not
@@ -252,7 +252,7 @@ def test_what_a_full_disk_refuses_is_written_once_there_is_room(workdir, monkeyp
             raise OSError(errno.EDQUOT, "Disk quota exceeded")
         write(self)
 
-    monkeypatch.setattr(files.Growing, "write", refuse)
+    monkeypatch.setattr(files.GrowingFile, "write", refuse)
     for step in (5, 10, 15, 20, 25):
         full[0] = step in (10, 15)
         log.train(step, {"train_loss": 1.0})

@@ -382,7 +382,7 @@ def test_a_run_directory_in_an_object_store(bucket):
 
 
 def test_a_directory_that_hosts_do_not_share_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "VISIBLE", 0.0)
+    monkeypatch.setattr(files, "VISIBILITY_TIMEOUT", 0.0)
     monkeypatch.setattr(workdir.jax, "process_index", lambda: 1)
     with pytest.raises(WorkdirError, match="process 1 does not see .* all hosts share"):
         with open_run(tmp_path, make_config()):
