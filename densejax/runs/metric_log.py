@@ -1,4 +1,9 @@
-"""What a run writes and shows while it trains, on process 0 only."""
+"""The records of a run: what process 0 logs to disk and shows on the screen.
+
+metrics.jsonl holds deterministic values only: a resumed run ends with the same bytes as one that
+was never interrupted. timings.jsonl holds what depends on the clock, and no line of it is ever
+removed. What a full disk refuses stays in memory until there is room.
+"""
 
 import contextlib
 import hashlib
@@ -22,15 +27,10 @@ from densejax.runs.formats import count, duration, percent
 
 
 class MetricLog:
-    """metrics.jsonl (deterministic), timings.jsonl (the clock, never cut), TensorBoard, progress.
-
-    Local files are appended to; those of an object store are written whole, every `seconds`, at a
-    pause, an evaluation and by close. What a full disk refuses is written when there is room.
-    A resume ends with the metrics.jsonl of an uninterrupted run, byte for byte, if a step was
-    logged before the pause that saved it.
+    """metrics.jsonl, timings.jsonl, TensorBoard files and the progress on the screen.
 
     Attributes:
-      problem: why not all that was logged is written, "" where it is.
+      problem: why not all that was logged is on disk; "" where it is.
     """
 
     def __init__(
@@ -45,99 +45,108 @@ class MetricLog:
         saved=None,
         guard=lambda: None,
     ):
-        """Cuts off what lies behind `start_step`.
+        """Removes the records after `start_step`, which will be written again.
 
-        `workdir`: an existing `epath.Path`; `seconds`: between writes, and plain lines;
-        `evaluates_first`: the evaluation of `start_step` comes (again); `saved`: the `digest` that
-        the checkpoint of `start_step` has, if any; `guard`: called before every write, what it
-        raises but OSError ends the run. UserError: a log that is damaged, or no file.
+        Args:
+          workdir: the run directory, an `epath.Path`.
+          total_steps: of the whole run.
+          start_step: that this start resumes from.
+          batch_size: images of a step.
+          epoch_steps: steps of an epoch.
+          seconds: between two lines on the screen, and two writes to an object store.
+          evaluates_first: whether the evaluation of `start_step` will be written again as well.
+          saved: the `digest` in the checkpoint of `start_step`; None or empty: unknown.
+          guard: called before every write; what it raises (but OSError) ends the run.
+
+        Raises:
+          UserError: a file is damaged, is no file, or cannot be written.
         """
         self.workdir, self.total_steps, self.start_step = workdir, total_steps, start_step
         self.batch_size, self.epoch_steps, self.seconds = batch_size, epoch_steps, seconds
         self.is_writer, self.rates, self.last_step = jax.process_index() == 0, [], start_step
-        self.start = self.mark = self.shown = time.perf_counter()
-        self.guard = guard
+        self.start = self.last_time = self.last_shown = time.perf_counter()
+        self.guard, self.problem = guard, ""
         if self.is_writer:
             files.remove_leftovers(workdir)
             files.remove_leftovers(workdir / "tensorboard")
             if start_step and files.read_text(workdir / "metrics.jsonl") is None:
                 logging.warning(
                     "%s/metrics.jsonl is gone: the records up to step %d are lost, it begins anew "
-                    "behind that step.", workdir, start_step)  # fmt: skip
-        kept = start_step or -1  # no checkpoint lies behind a start at 0: its step 0 comes again
+                    "after that step.", workdir, start_step)  # fmt: skip
+        last_kept = start_step or -1  # a start at 0 has no checkpoint: the record of step 0 is new
         lines = [
             line
             for line, record in self._read("metrics.jsonl", saved if start_step else None)
-            if record["step"] < kept
-            or (record["step"] == kept and not (evaluates_first and "learning_rate" not in record))
+            if record["step"] < last_kept
+            or (record["step"] == last_kept and ("learning_rate" in record or not evaluates_first))
         ]
         self.metrics = files.GrowingFile(workdir / "metrics.jsonl", "".join(lines))
         lines = [line for line, _ in self._read("timings.jsonl")]
         self.timings = files.GrowingFile(workdir / "timings.jsonl", "".join(lines))
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{start_step}"
-        self.board = files.GrowingFile(workdir / "tensorboard" / name)
+        self.tensorboard = files.GrowingFile(workdir / "tensorboard" / name)
         self._event(file_version="brain.Event:2")
-        self._event(step=kept + 1, session_log={"status": "START"})  # what lies behind is dropped
+        # TensorBoard drops what an earlier start wrote from this step on.
+        self._event(step=last_kept + 1, session_log={"status": "START"})
         on_screen = self.is_writer and sys.stderr.isatty()
         self.bar = tqdm.tqdm(None, "train", total_steps, initial=start_step, disable=not on_screen)
-        self.problem = ""
         self.write()
         self._require_written()
 
     @property
     def digest(self):
-        """Length and SHA-256 of what metrics.jsonl holds once `write` has succeeded."""
+        """Length and SHA-256 of metrics.jsonl once `write` has succeeded."""
         return _digest(self.metrics.content)
 
     @property
     def images_per_second(self):
-        """Median over the intervals after the first, which compiles; None where there is none."""
+        """Median over the intervals after the first, which compiles; None without any."""
         return statistics.median(self.rates[1:]) if self.rates[1:] else None
 
     def train(self, step, values):
         """Logs scalars by name (train_loss, learning_rate, ...) after `step` steps."""
-        text = self._record(step, values)  # waits for the device, so before the time is taken
+        text = self._record(step, values)  # waits for the device: first, so that its time counts
         now = time.perf_counter()
-        self.rates.append((step - self.last_step) * self.batch_size / (now - self.mark))
+        self.rates.append((step - self.last_step) * self.batch_size / (now - self.last_time))
         timing = {"seconds": now - self.start, "images_per_second": self.rates[-1]}
         self.timings.add(_line(step, timing))
         text += f", {count(round(self.rates[-1]))} images/s"
-        self.last_step, self.mark = step, now
+        self.last_step, self.last_time = step, now
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(step - self.bar.n)
-        is_time = now - self.shown >= self.seconds or step >= self.total_steps
+        is_time = now - self.last_shown >= self.seconds or step >= self.total_steps
         if is_time or "://" not in str(self.workdir):
             self.write()
         if is_time:
-            self.shown = now
+            self.last_shown = now
             left = (now - self.start) / (step - self.start_step) * (self.total_steps - step)
             if self.bar.disable:
                 text += f", {duration(left)} left"
                 self._say(f"step {count(step)}/{count(self.total_steps)}, {text}")
 
     def evaluation(self, step, split, values):
-        """Logs the means of an evaluation after `step` steps as <split>_<name>."""
+        """Logs the mean values of an evaluation after `step` steps as <split>_<name>."""
         text = self._record(step, {f"{split}_{name}": value for name, value in values.items()})
         self.write()
         self._say(f"step {count(step)}, {split} {text}")
 
     @contextlib.contextmanager
     def pause(self):
-        """Writes what was logged, then leaves an evaluation or a save out of images/s."""
+        """Writes what was logged; the time within the context does not count in images/s."""
         begin = time.perf_counter()
         self.write()
         yield
-        self.mark += time.perf_counter() - begin
+        self.last_time += time.perf_counter() - begin
 
     def write(self):
-        """Brings the files up to date; a disk that refuses is named, once, and asked again."""
+        """Brings the files up to date; reports once if the disk refuses, and tries again later."""
         if not self.is_writer:
             return
         before, self.problem = self.problem, ""
         try:
             self.guard()
             (self.workdir / "tensorboard").mkdir(exist_ok=True)
-            for file in (self.metrics, self.timings, self.board):
+            for file in (self.metrics, self.timings, self.tensorboard):
                 file.write()
         except OSError as error:
             self.problem = f"the log cannot be written ({error})"
@@ -147,7 +156,7 @@ class MetricLog:
             logging.warning("%s: the log is written again, nothing is missing.", self.workdir)
 
     def close(self):
-        """Writes what was logged and ends the progress bar; UserError where that is impossible."""
+        """Writes what was logged and ends the progress bar; UserError if it cannot be written."""
         self.bar.close()
         self.write()
         self._require_written()
@@ -155,12 +164,12 @@ class MetricLog:
     def _require_written(self):
         if self.problem:
             raise UserError(
-                f"workdir={self.workdir}: {self.problem}; make room, or clear its place, and "
-                f"start again"
+                f"workdir={self.workdir}: {self.problem}; make room, or move away what is in its "
+                f"place, and start again"
             )
 
     def _read(self, name, saved=None):
-        # (line, record) of whole lines: a kill may have torn the last.
+        # (line, record) of complete lines: a kill may have cut off the last one.
         path = self.workdir / name
         if not self.is_writer or (text := files.read_text(path)) is None:
             return []
@@ -185,7 +194,7 @@ class MetricLog:
         self.metrics.add(_line(step, {"epoch": step / self.epoch_steps, **values}))
         for name, value in values.items():
             self._event(step=step, summary={"value": [{"tag": name, "simple_value": value}]})
-        # The screen has room for the two that are watched; the files have all.
+        # The screen shows loss and accuracy; the files have all.
         watched = {name.rpartition("_")[2]: name for name in values if "top5" not in name}
         shown = {"loss": "{:.4g}".format, "accuracy": percent}
         return ", ".join(
@@ -195,28 +204,28 @@ class MetricLog:
         )
 
     def _event(self, **fields):
-        from tensorboardX import record_writer  # imported here: takes a quarter of a second
+        from tensorboardX import record_writer  # imported here: it takes a quarter of a second
         from tensorboardX.proto import event_pb2
 
         # TFRecord: length, its checksum, payload, its checksum.
         payload = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
         length = struct.pack("Q", len(payload))
         for part in (length, payload):
-            self.board.add(part + struct.pack("I", record_writer.masked_crc32c(part)))
+            self.tensorboard.add(part + struct.pack("I", record_writer.masked_crc32c(part)))
 
     def _say(self, text):
         if self.is_writer:
-            with contextlib.suppress(OSError):  # the output is a file on a full disk
+            with contextlib.suppress(OSError):  # the output may be a file on a full disk
                 tqdm.tqdm.write(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
 def trace(directory):
-    """Profiles what runs in its context into a directory, an `epath.Path`, as xprof reads it."""
+    """Writes a profile of what runs in its context into an `epath.Path`, for xprof."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             yield
-        for file in pathlib.Path(folder).rglob("*.*"):  # the profiler knows no object stores
+        for file in pathlib.Path(folder).rglob("*.*"):  # the profiler cannot write to object stores
             target = directory / file.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             epath.Path(file).copy(target, overwrite=True)
@@ -227,5 +236,5 @@ def _digest(content):
 
 
 def _line(step, values):
-    # Floats are written by repr, so that equal runs give equal bytes.
+    # JSON writes floats by repr, so that equal runs give equal bytes.
     return json.dumps({"step": step, **values}) + "\n"

@@ -1,7 +1,9 @@
-"""The run directory: its default name, its lock, its configuration and what a resume accepts.
+"""The run directory: its default name, its lock, and what a start in it may change.
 
-It holds `config.json` (written last when it is made), `history.jsonl` (one line per start), `lock`
-while a run works in it, and what training writes. Process 0 writes, the others compare.
+A directory belongs to one configuration, code and data; anything else is refused with the
+difference shown. It holds `config.json` (written last when it is made), `history.jsonl` (one line
+for each start), `lock` while a run works in it, and what training writes. Process 0 writes, the
+others compare.
 """
 
 import ast
@@ -27,22 +29,22 @@ from densejax.config import UserError, flatten
 from densejax.config import default as default_config
 from densejax.runs import files, hosts, lock
 
-# What a resume may change: these keys and everything below them.
+# A resume may change these keys and everything below them.
 RESUMABLE = (
     *("checkpoint.every_epochs", "checkpoint.keep_latest", "data.directory", "data.manual_dir"),
     *("data.workers", "evaluate.batch_size", "log", "parallel.mode", "profile", "train.epochs"),
     "train.max_skipped_steps",
 )
 PACKAGES = ("densejax", "flax", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
-# What --mode=eval may change besides: how a trained network is measured.
+# --mode=eval may change these as well: how a trained network is measured.
 MEASURED = ("checkpoint.select", "evaluate")
-# Modules of this package that cannot change a result. A new module counts until it is listed here.
+# Modules that cannot change a result; all others count as code that can.
 UNMEASURED = (
     *("analysis", "command_line", "compile", "export", "inference", "main", "predict"),
     *("pretrained", "reuse", "summary", "topology", "runs.formats", "runs.goodput", "runs.hosts"),
     *("runs.interrupt", "runs.lock", "runs.metric_log"),
 )
-# What a run is made of: a directory that has one of them belongs to a run, or to somebody.
+# A directory that has one of these files but no config.json is not taken for an empty one.
 RUN_FILES = ("checkpoints", "goodput.json", "metrics.jsonl", "summary.json", "timings.jsonl")
 # Flags of XLA that change no number.
 XLA_FLAGS_WITHOUT_EFFECT = ("--xla_dump", "--xla_force_host_platform_device_count")
@@ -53,15 +55,15 @@ class WorkdirError(UserError):
 
 
 def default(config_name: str, config: ml_collections.ConfigDict) -> str:
-    """`runs/<name>-<digest>`: the same command finds the same directory again."""
+    """`runs/<name>-<digest>`, so that the same command finds the same directory again."""
     return f"runs/{config_name}-{digest(config)[:8]}"
 
 
 def digest(config: ml_collections.ConfigDict) -> str:
-    """SHA-256 of all that a result depends on: of the `RESUMABLE` keys `train.epochs` alone.
+    """SHA-256 of the configuration without the `RESUMABLE` keys but `train.epochs`.
 
-    A short trial must not become the first part of the real run without a word: the same directory
-    goes on to more epochs only where --workdir names it.
+    With the epochs, a short trial does not silently become the first part of the real run: a
+    directory continues to more epochs only where --workdir names it.
     """
     flat = _flat(config.to_dict())
     kept = {
@@ -71,7 +73,7 @@ def digest(config: ml_collections.ConfigDict) -> str:
 
 
 def difference(old: dict, new: dict) -> list[str]:
-    """One "dotted.key: old -> new" per key that differs; values as JSON, a tuple is a list."""
+    """One "dotted.key: old -> new" for each key that differs; a tuple is equal to a list."""
     old, new = _flat(old), _flat(new)
     return [
         f"{key}: {old.get(key, '(absent)')} -> {new.get(key, '(absent)')}"
@@ -81,7 +83,7 @@ def difference(old: dict, new: dict) -> list[str]:
 
 
 def completed(stored: dict) -> dict:
-    """A stored configuration; a key that is newer than its run is at its default.
+    """A stored configuration, with defaults for keys that are newer than its run.
 
     Raises:
       ValueError, LookupError, TypeError, AttributeError: it is damaged.
@@ -96,35 +98,35 @@ def completed(stored: dict) -> dict:
 
 
 def same_run(old: dict, config: ml_collections.ConfigDict) -> bool:
-    """Whether a finished run's configuration asks for the same steps and the same result."""
+    """Whether a run of the configuration `old` ends with the result that `config` asks for."""
     return not any(
         line.startswith("train.epochs:") or not _is_below(RESUMABLE, line.partition(":")[0])
         for line in difference(completed(old), config.to_dict())
     )
 
 
-def version_changes(before: dict[str, str], found: dict[str, str]) -> list[str]:
-    """What differs between recorded versions and those `found`, as `difference` says it.
+def version_changes(recorded: dict[str, str], current: dict[str, str]) -> list[str]:
+    """What differs between recorded and current versions, as `difference` says it.
 
-    A name that was not recorded yet, by an older version of this package, is not compared, but for
-    "code": a result whose code nobody knows is of other code.
+    A name that an older version of this package did not record is not compared, except "code": a
+    result of unknown code is of other code.
     """
-    names = {name for name in found if name in before or name == "code"}
+    names = {name for name in current if name in recorded or name == "code"}
     return difference(
-        {"versions": {name: before[name] for name in names & before.keys()}},
-        {"versions": {name: found[name] for name in names}},
+        {"versions": {name: recorded[name] for name in names & recorded.keys()}},
+        {"versions": {name: current[name] for name in names}},
     )
 
 
 def history(path: epath.Path) -> list[dict]:
-    """The starts that a run directory records, oldest first; [] where there is none.
+    """The recorded starts of a run directory, oldest first; [] where there is none.
 
     Raises:
       WorkdirError: history.jsonl is damaged.
     """
     lines = (files.read_text(path / "history.jsonl") or "").splitlines()
     try:
-        starts = [unseal(files.parse_json(line)) for line in lines]
+        starts = [files.unseal(files.parse_json(line)) for line in lines]
         if not all(isinstance(start["changes"], list) for start in starts):
             raise ValueError("changes are not a list")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -135,14 +137,9 @@ def history(path: epath.Path) -> list[dict]:
     return starts
 
 
-def changes(path: epath.Path) -> list[str]:
-    """Every change that starts in a run directory have made, oldest first."""
-    return [change for start in history(path) for change in start["changes"]]
-
-
 @functools.cache
 def code_digest(root: pathlib.Path = pathlib.Path(__file__).parents[1]) -> str:
-    """A digest of the code that can change a result: comments, docstrings and layout do not."""
+    """A digest of the code that can change a result, without comments, docstrings and layout."""
     code = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         name = ".".join(path.relative_to(root).with_suffix("").parts)
@@ -159,8 +156,8 @@ def code_digest(root: pathlib.Path = pathlib.Path(__file__).parents[1]) -> str:
 def versions() -> dict[str, str]:
     """What a result depends on besides its configuration and data; starts the devices.
 
-    "code" is `code_digest`; "matmul_precision" names the platform as well, whose default it may be:
-    float32 products are TF32 on an H100 and bfloat16 on a TPU unless JAX is told otherwise.
+    "matmul_precision" includes the platform, which decides what "default" means: by default JAX
+    multiplies float32 matrices in TF32 on an H100 and in bfloat16 on a TPU.
     """
     precision = jax.config.jax_default_matmul_precision or "default"
     flags = os.environ.get("XLA_FLAGS", "").split()
@@ -174,37 +171,32 @@ def versions() -> dict[str, str]:
     }
 
 
-def unseal(record: dict) -> dict:
-    """A record of a run as it was written, whose "versions" are there.
-
-    Raises:
-      ValueError, LookupError, TypeError, AttributeError: it is damaged.
-    """
-    # Before versions had a precision, records had no seal.
-    content = files.unseal(record, is_old="matmul_precision" not in record["versions"])
-    if not all(isinstance(text, str) for text in content["versions"].values()):
-        raise ValueError("versions are not text")
-    return content
-
-
 @contextlib.contextmanager
 def open_run(
     path: epath.PathLike,
     config: ml_collections.ConfigDict,
     force: bool = False,
-    found: dict[str, str] | None = None,
+    current: dict[str, str] | None = None,
 ) -> Iterator[Callable[[], None]]:
-    """Makes or reopens the directory that all processes share and holds its lock.
+    """Makes or reopens the directory that all processes share, and holds its lock.
 
-    The stored configuration may differ in the `RESUMABLE` keys, with `force` in any; `config.json`
-    then takes the new values and `history.jsonl` records the change. The same holds for the
-    versions `found`, of the code, its packages and the data. Raises WorkdirError on every process
-    when one of them refuses. Nobody but the user may write what is written within.
+    The stored configuration may differ in the `RESUMABLE` keys, with `force` in any, and so may the
+    versions; `config.json` then takes the new values and `history.jsonl` records the change. Within
+    the context only the user may write the files that are made.
+
+    Args:
+      path: of the run directory.
+      config: the whole configuration.
+      force: accept another configuration, code or data.
+      current: versions of the code, its packages and the data.
 
     Yields:
-      What to call before every write: LockError where another process has the lock by now.
+      A function to call before every write: LockError where another process has the lock by now.
+
+    Raises:
+      WorkdirError: one of the processes refuses; on every process.
     """
-    found = versions() if found is None else found
+    current = versions() if current is None else current
     path, config, is_writer = epath.Path(path), config.to_dict(), jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         stack.callback(os.umask, before := os.umask(0o022))
@@ -216,12 +208,16 @@ def open_run(
                     is_remote = "://" in os.fspath(path)  # object stores have no modes
                     path.mkdir(parents=True, exist_ok=True, mode=None if is_remote else 0o700)
                     require_held = stack.enter_context(lock.locked(path))
-                    changes = _accepted_changes(path, config, found, force)
+                    changes = _accepted_changes(path, config, current, force)
                     require_held()
-                    _record_start(path, config, found, changes)
+                    _record_start(path, config, current, changes)
                 elif my_turn:
-                    _wait_for(path / "config.json")
-                    _accepted_changes(path, config, found, force=False)
+                    if not files.becomes_visible(path / "config.json"):
+                        raise WorkdirError(
+                            f"workdir={path}: process {jax.process_index()} does not see what "
+                            f"process 0 wrote there. Choose a --workdir that all hosts share."
+                        )
+                    _accepted_changes(path, config, current, force=False)
             except UserError as error:
                 problem = str(error)
             except (OSError, ValueError) as error:
@@ -234,23 +230,26 @@ def open_run(
 def check(
     path: epath.PathLike,
     config: ml_collections.ConfigDict,
-    found: dict[str, str] | None = None,
+    current: dict[str, str] | None = None,
     measures: bool = False,
 ) -> list[str]:
-    """For readers, who take no lock: WorkdirError unless `path` is a run of this configuration.
+    """Checks, without the lock, that `path` is a run of this configuration.
 
     Args:
       path: of the run directory.
-      config: may differ in the `RESUMABLE` keys.
-      found: versions that must be those of the run; None: any.
-      measures: whether the configuration may differ in the `MEASURED` keys too, and the versions.
+      config: may differ from the run's in the `RESUMABLE` keys.
+      current: versions, which must be those of the run; None: any.
+      measures: whether the `MEASURED` keys and the versions may differ as well.
 
     Returns:
       What differs from the run.
+
+    Raises:
+      WorkdirError: it is no run, or one of another configuration, code or data.
     """
     path, accepted = epath.Path(path), (*RESUMABLE, *((*MEASURED, "versions") * measures))
     try:
-        changes = _accepted_changes(path, config.to_dict(), found or {}, False, accepted)
+        changes = _accepted_changes(path, config.to_dict(), current or {}, False, accepted)
     except OSError as error:
         raise WorkdirError(f"workdir={path}: {error}.") from error
     if changes is None:
@@ -258,7 +257,8 @@ def check(
     return changes
 
 
-def _accepted_changes(path, config, found, force, accepted=RESUMABLE) -> list[str] | None:
+def _accepted_changes(path, config, current, force, accepted=RESUMABLE) -> list[str] | None:
+    # None: there is no run yet.
     stored, starts = files.read_text(path / "config.json"), history(path)
     if stored is None:
         left = [name for name in RUN_FILES if (path / name).exists()]
@@ -269,21 +269,18 @@ def _accepted_changes(path, config, found, force, accepted=RESUMABLE) -> list[st
             )
         return None
     try:
-        stored = files.parse_json(stored)
-        if missing := {"data", "model", "train"} & config.keys() - stored.keys():
-            raise ValueError(f"it has no {min(missing)}")
-        changes = difference(completed(stored), config)
+        changes = difference(completed(files.parse_json(stored)), config)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise WorkdirError(
             f"workdir={path}: config.json is damaged ({error}); restore it or choose another "
             f"--workdir"
         ) from error
-    if found and not starts:
+    if current and not starts:
         raise WorkdirError(
             f"workdir={path}: history.jsonl, which says what code the run is of, is missing; "
             f"restore it or choose another --workdir"
         )
-    changes += version_changes(starts[-1]["versions"], found) if found else []
+    changes += version_changes(starts[-1]["versions"], current) if current else []
     refused = [line for line in changes if not _is_below(accepted, line.partition(":")[0])]
     if refused and not force:
         advice = (
@@ -299,20 +296,12 @@ def _accepted_changes(path, config, found, force, accepted=RESUMABLE) -> list[st
     return changes
 
 
-def _wait_for(stored) -> None:
-    if not files.becomes_visible(stored):
-        raise WorkdirError(
-            f"workdir={stored.parent}: process {jax.process_index()} does not see what process "
-            f"0 wrote there. Choose a --workdir that all hosts share."
-        )
-
-
-def _record_start(path, config, found, changes) -> None:
+def _record_start(path, config, current, changes) -> None:
     file = path / "history.jsonl"
     start = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
-        "versions": found,
+        "versions": current,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "command": sys.argv,  # with --resume=force where it was forced
         "changes": changes or [],
@@ -327,5 +316,4 @@ def _flat(tree: dict) -> dict[str, str]:
 
 
 def _is_below(names: tuple[str, ...], key: str) -> bool:
-    """Whether a dotted key is one of some names, or below one of them."""
     return any(key == name or key.startswith(f"{name}.") for name in names)

@@ -115,9 +115,10 @@ def train(
         experiment.data.heed(lambda: stop.received is not None)
         state = checkpoints.restore_latest(experiment.abstract_state)
         start = 0 if state is None else int(state.step)
+        history = workdir.history(path)
         clock = goodput.Goodput(
-            path / "goodput.json", start, densejax.STARTED, config.log.seconds,
-            len(workdir.history(path)), guard)  # fmt: skip
+            path / "goodput.json", start, densejax.STARTED, config.log.seconds, len(history), guard
+        )
         clock.write()
         stack.callback(clock.write)
         described = result.summarise(experiment, path, start)
@@ -158,7 +159,7 @@ def train(
         "seconds_to_first_step": loop.seconds_to_first_step,
         "images_per_second": log.images_per_second,
         "versions": versions,
-        "changes": workdir.changes(path),
+        "changes": [change for start in history for change in start["changes"]],
         "config": json.loads(config.to_json()),
     }
     if jax.process_index() == 0:

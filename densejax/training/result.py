@@ -1,4 +1,8 @@
-"""What a run says of itself: the summary before its first step, and its result."""
+"""What a run reports: a summary before its first step, and its result in summary.json.
+
+A result is sealed, and is only given again where code, data, weights and precision are still those
+that it was measured with.
+"""
 
 import contextlib
 from collections.abc import Callable
@@ -25,7 +29,7 @@ def say(text: str) -> None:
 
 
 def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str, Any]:
-    """Prints what is about to run; returns the facts of it that belong into the result."""
+    """Prints what is about to run; returns the part of it that belongs into the result."""
     task, config = experiment.task, experiment.config
     size = config.data.image_size
     shape = (size, size, task.image_shape[-1]) if size else task.image_shape
@@ -53,9 +57,10 @@ def measure(
     known: dict[str, dict[str, float]] | None = None,
     stops: Callable[[], bool] | None = None,
 ) -> dict[str, Any] | None:
-    """The result of a state on `evaluate.final_split`, unless it is `known`; None if `stops()`.
+    """The result of a state on `evaluate.final_split`; None where `stops()` was true meanwhile.
 
-    And on training images where `evaluate.train_images` asks for it.
+    With `evaluate.train_images`, also on training images. What is `known` by split is not measured
+    again.
     """
     evaluation, result = experiment.data.evaluation, {}
     for split in (experiment.config.evaluate.final_split, *({"train"} & set(evaluation))):
@@ -71,16 +76,16 @@ def measure(
 
 
 def versions(config: ConfigDict) -> dict[str, str]:
-    """`workdir.versions`, and what else a result depends on but the data.
+    """`workdir.versions`, and all else that a result depends on except the data.
 
     Raises:
-      UserError: what `train.weights` names is no directory of weights and no run's.
+      UserError: `train.weights` is no directory of weights and no run's.
     """
     found = workdir.versions()
-    # A run that goes on needs them no more; one that starts says that they are not there.
+    # A run that resumes does not need them any more; a run that starts will report them missing.
     if config.train.weights and epath.Path(config.train.weights).exists():
         found["weights"] = store.digest(config.train.weights)
-    if config.parallel.batch_norm == "replica":  # a device's share of the batch is normalised
+    if config.parallel.batch_norm == "replica":  # statistics of each device's part of the batch
         found["devices"] = str(jax.device_count())
     return found
 
@@ -101,7 +106,7 @@ def read(path: epath.Path) -> dict[str, Any] | None:
     try:
         if text is None:
             return None
-        summary = workdir.unseal(files.parse_json(text))
+        summary = files.unseal(files.parse_json(text))
         line(summary, path)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
@@ -111,15 +116,15 @@ def read(path: epath.Path) -> dict[str, Any] | None:
 
 
 def finished(
-    path: epath.Path, config: ConfigDict, found: dict[str, str], force: bool = False
+    path: epath.Path, config: ConfigDict, current: dict[str, str], force: bool = False
 ) -> dict[str, Any] | None:
     """The result of a run that a configuration asks for; None where there is none yet.
 
     Args:
       path: of the run directory.
       config: the whole configuration.
-      found: today's `versions`; the version of the data is taken here.
-      force: whether a result of other versions counts as none, so that it is measured again.
+      current: today's `versions`; that of the data is computed here, if there is a result at all.
+      force: treat a result of other versions as none, so that it is measured again.
 
     Raises:
       UserError: the result is of other code, data, weights or precision, or it is damaged.
@@ -127,15 +132,17 @@ def finished(
     summary = read(path)
     if summary is None or not workdir.same_run(summary["config"], config):
         return None
-    others = workdir.version_changes(summary["versions"], found)
-    others = others or workdir.version_changes(summary["versions"], {"data": data.version(config)})
-    if others and not force:
+    changes = workdir.version_changes(summary["versions"], current)
+    if not changes:
+        data_version = {"data": data.version(config)}
+        changes = workdir.version_changes(summary["versions"], data_version)
+    if changes and not force:
         raise UserError(
             f"workdir={path}: its result is of other code, data, weights or precision "
-            f"({'; '.join(others)}). --resume=force measures its checkpoint again; another "
+            f"({'; '.join(changes)}). --resume=force measures its checkpoint again; another "
             f"--workdir trains again"
         )
-    return None if others else summary
+    return None if changes else summary
 
 
 def line(summary: dict[str, Any], path: epath.Path) -> str:
