@@ -64,7 +64,8 @@ class Job:
     def wait_for_record(self, step):
         """Returns once metrics.jsonl has the record of a step."""
         while not any(line["step"] >= step for line in records(self.path)):
-            assert all(process.poll() is None for process in self.processes), self.wait()
+            alive = all(process.poll() is None for process in self.processes)
+            assert alive, (self.wait(), self.outputs())
             time.sleep(0.01)
 
     def outputs(self):
