@@ -249,7 +249,7 @@ def test_the_last_words_of_a_process_that_jax_ends_are_one_line(way):
 
 
 def test_two_processes_stop_at_one_step_and_one_goes_on(tmp_path):
-    """2 processes of 2 devices, a signal to one, then 1 process of 4: the same examples."""
+    """2 processes of 2 devices, a signal to one, then 1 process of 4."""
     card, path = small.card(tmp_path, **LONG), tmp_path / "run"
     job = Job(card, path, 2, 2)
     job.wait_for_record(3)
@@ -261,15 +261,11 @@ def test_two_processes_stop_at_one_step_and_one_goes_on(tmp_path):
     assert sorted(losses(path)) == list(range(1, step + 1)) and step < 4000 * 5
     assert not (path / "lock").exists() and not (path / "summary.json").exists()
 
+    # `test_a_run_goes_on_with_other_numbers_of_processes` shows that both train on the same images.
     epochs = step // 5 + 1
     config = small.tiny(**LONG | {"train__epochs": epochs})
     assert loop.run(config, str(path), "train") == 0
-    short = small.tiny(**LONG | {"train__epochs": 2})
-    assert loop.run(short, str(tmp_path / "alone"), "train") == 0
-    together, alone = losses(path), losses(tmp_path / "alone")
-    assert sorted(together) == list(range(1, 5 * epochs + 1))
-    for number in range(1, 11):  # after that, rounding has grown
-        assert together[number] == pytest.approx(alone[number], abs=1e-5)
+    assert sorted(losses(path)) == list(range(1, 5 * epochs + 1))
 
 
 def test_another_configuration_is_one_line_on_all(tmp_path):
