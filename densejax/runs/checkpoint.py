@@ -67,9 +67,8 @@ class Checkpoints:
             must not do so any more.
         """
         path = epath.Path(directory)
-        self._directory = (
-            path if "://" in str(directory) else path.resolve()
-        )  # orbax wants it absolute
+        # Orbax wants an absolute path.
+        self._directory = path if "://" in str(directory) else path.resolve()
         self._keep_latest, self._keep_best, self._guard = keep_latest, keep_best, guard
         self.damaged_steps: list[int] = []
         self._to_delete: set[int] = set()  # damaged, on disk until the next save
@@ -111,10 +110,8 @@ class Checkpoints:
         manifest = _manifest(self._directory / str(step))
         if manifest["problem"]:
             raise _Damaged(f"Checkpoint {self._directory / str(step)}: {manifest['problem']}")
-        leaves = manifest["leaves"].items()
-        return files.digest(
-            {name: leaf for name, leaf in leaves if name.partition("/")[0] in names}
-        )
+        leaves = manifest["leaves"]
+        return files.digest({name: leaves[name] for name in leaves if name.split("/")[0] in names})
 
     def save(
         self, step: int, state, metrics: Mapping[str, float], problem: str = "", records=None
