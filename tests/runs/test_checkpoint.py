@@ -1,6 +1,5 @@
 """Checkpoints come back bitwise or not at all."""
 
-import hashlib
 import json
 import os
 import pathlib
@@ -291,12 +290,11 @@ def test_records_come_back_with_their_step(tmp_path):
     assert checkpoints.records(2) == checkpoints.records(3) == {}
 
 
-def test_a_checkpoint_of_before_there_were_records_opens(two_steps, tmp_path):
+def test_a_checkpoint_of_an_older_version_without_step_and_records_opens(two_steps, tmp_path):
     directory = shutil.copytree(two_steps, tmp_path / "checkpoints")
     manifest = json.loads((directory / "20" / MANIFEST).read_text())
     old = {name: manifest[name] for name in ("leaves", "metrics", "files")}
-    digest = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
-    (directory / "20" / MANIFEST).write_text(json.dumps(old | {"sha256": digest}))
+    (directory / "20" / MANIFEST).write_text(json.dumps(files.seal(old)))
     checkpoints = Checkpoints(directory)
     assert checkpoints.metrics(20) == {"validation/loss": 0.05} and checkpoints.records(20) == {}
     assert_bitwise(checkpoints.restore_step(20, abstract(make_state())), make_state(20))
@@ -530,13 +528,11 @@ def test_the_best_may_be_evaluated_late_and_damaged(tmp_path, caplog):
     checkpoints.close()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_is_never_saved(tmp_path, value):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, make_state(1), {})
-    bad = make_state(2)
+    checkpoints, bad = Checkpoints(tmp_path), make_state(2)
     bad.params["block1"]["layer1"]["scale"] *= value
     with pytest.raises(CheckpointError, match="step=2: params/block1/layer1/scale is not finite"):
         checkpoints.save(2, bad, {})
     checkpoints.close()
-    assert Checkpoints(tmp_path).steps() == [1]
+    assert Checkpoints(tmp_path).steps() == []

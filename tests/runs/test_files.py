@@ -1,5 +1,6 @@
-"""What a crash or a person left in a file's place is said, and nothing waits for it."""
+"""Small files are whole or reported; no read hangs; a changed record is noticed."""
 
+import json
 import os
 import socket
 
@@ -61,3 +62,34 @@ def test_two_writers_of_one_name_have_files_of_their_own(tmp_path, monkeypatch):
     for _ in range(2):
         files.write(epath.Path(tmp_path / "a"), "content")
     assert len(seen) == 2 and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_write_json_replaces_and_keeps_the_old_file_when_it_fails(tmp_path):
+    files.write_json(tmp_path / "a.json", {"z": 0.1, "a": [1]})
+    with open(tmp_path / "a.json") as reader:  # at work during the next write
+        files.write_json(tmp_path / "a.json", {"z": 0.2})
+        assert json.load(reader) == {"z": 0.1, "a": [1]}
+    assert json.loads((tmp_path / "a.json").read_text()) == {"z": 0.2}
+    with pytest.raises(TypeError):
+        files.write_json(tmp_path / "a.json", {"z": object()})
+    assert "0.2" in (tmp_path / "a.json").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_record_that_was_changed_is_found_out_and_an_old_one_opens():
+    record = {"versions": {"code": "1", "matmul_precision": "default on cpu"}, "x": 0.1}
+    sealed = files.seal(record)
+    assert files.unseal(sealed) == record
+    text = json.dumps(sealed)
+    changed = 0
+    for place in range(len(text)):
+        for bit in range(7):
+            other = text[:place] + chr(ord(text[place]) ^ (1 << bit)) + text[place + 1 :]
+            try:
+                found = files.unseal(json.loads(other))
+            except (ValueError, LookupError, TypeError, AttributeError):
+                continue
+            changed += found != record
+    assert changed == 0
+    old = {"versions": {"code": "1"}, "x": 0.1}
+    assert files.unseal(old) == old

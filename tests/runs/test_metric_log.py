@@ -20,7 +20,6 @@ from tensorboardX.proto import event_pb2
 
 from densejax.config import UserError
 from densejax.runs import files, metric_log
-from densejax.runs.formats import count, duration, percent, si, table
 from densejax.runs.metric_log import MetricLog
 
 
@@ -83,7 +82,6 @@ def test_a_resumed_run_leaves_the_same_bytes(workdir, saved, stop, torn):
     assert (parts / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert (parts / "timings.jsonl").read_text().startswith(timings)
     assert len(records(parts / "timings.jsonl")) == stop // 5 + (40 - saved) // 5
-    assert not list(parts.glob("*.part"))
 
 
 def test_a_line_that_is_no_record_is_named(workdir):
@@ -302,17 +300,3 @@ def test_a_trace_arrives_whatever_its_folders_are_called(workdir, monkeypatch):
     with metric_log.trace(workdir / "run[2]" / "profile"):
         jnp.ones(8).block_until_ready()
     assert list(pathlib.Path(workdir / "run[2]" / "profile").rglob("*.xplane.pb"))
-
-
-def test_numbers():
-    assert percent(0.9512) == "95.12 %" and percent(1.0) == "100.00 %"
-    assert count(769162) == "769,162"
-    assert [si(number) for number in (0, 0.5, 999, 999.99, 769162, 999_960, 287.9e6, 4e12)] == [
-        *("0", "0.5", "999", "1k", "769.2k", "1M", "287.9M", "4T")
-    ]
-    assert [duration(seconds) for seconds in (0.04, 12.34, 59.97, 185, 3599.9, 3725, 93600)] == [
-        *("0.0 s", "12.3 s", "1 min 00 s", "3 min 05 s", "1 h 00 min", "1 h 02 min", "1 d 02 h")
-    ]
-    assert table([("model", "densenet"), ("parameters", "769,162")]) == (
-        "model       densenet\nparameters  769,162"
-    )
