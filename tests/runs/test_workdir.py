@@ -181,8 +181,8 @@ def test_the_code_version_is_of_what_can_change_a_number(tmp_path):
 
     before, layers = digest_with(), code["models/layers.py"]
     for old, new in [("The mean.", "Their mean."), ("x.mean()", "x.mean()  # why\n\n")]:
-        assert digest_with(**{"models/layers.py": 'def pool(x):\n    """The mean."""\n    return x.mean()\n',
-    assert digest_with(**{"models/layers.py": 'def pool(x):\n    """The mean."""\n    return x.mean()\n',
+        assert digest_with(**{"models/layers.py": layers.replace(old, new)}) == before
+    assert digest_with(**{"models/layers.py": layers.replace("mean()", "sum()")}) != before
     assert digest_with(**{"analysis/plots.py": "import sys\n"}) == before
     assert digest_with(**{"data/new.py": "x = 1\n"}) != before  # it counts until it is known not to
     assert workdir.code_digest() == workdir.versions()["code"] != before
