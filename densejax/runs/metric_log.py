@@ -194,14 +194,13 @@ class MetricLog:
         self.metrics.add(_line(step, {"epoch": step / self.epoch_steps, **values}))
         for name, value in values.items():
             self._event(step=step, summary={"value": [{"tag": name, "simple_value": value}]})
-        # The screen shows loss and accuracy; the files have all.
-        watched = {name.rpartition("_")[2]: name for name in values if "top5" not in name}
-        shown = {"loss": "{:.4g}".format, "accuracy": percent}
-        return ", ".join(
-            f"{word} {form(values[watched[word]])}"
-            for word, form in shown.items()
-            if word in watched
-        )
+        shown = []  # on the screen; the files have all
+        for name, value in values.items():
+            if name.endswith("_loss"):
+                shown.append(f"loss {value:.4g}")
+            elif name.endswith("_accuracy") and "top5" not in name:
+                shown.append(f"accuracy {percent(value)}")
+        return ", ".join(shown)
 
     def _event(self, **fields):
         from tensorboardX import record_writer  # imported here: it takes a quarter of a second
