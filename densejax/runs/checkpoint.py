@@ -365,13 +365,13 @@ def _is_no_orbax_error(record) -> bool:
 
 def _steps_of_process_0(path: epath.Path) -> dict[int, dict]:
     # All processes must go on from the same step, so process 0 reads for all of them.
-    found = hosts.gather(_read_steps(path) if jax.process_index() == 0 else [])[0]
-    undamaged = [step for step, facts in found if not facts["problem"]]
+    steps = hosts.gather(_read_steps(path) if jax.process_index() == 0 else [])[0]
+    undamaged = [step for step, facts in steps if not facts["problem"]]
     missing = [s for s in undamaged if not files.becomes_visible(path / str(s) / MANIFEST)]
     if not hosts.all_true(not missing):
         who = f"process {jax.process_index()}" if missing else "another process"
         raise CheckpointError(f"{path}: {who} does not see the steps {missing} that process 0 sees")
-    return dict(found)
+    return dict(steps)
 
 
 def _read_steps(path: epath.Path) -> list[tuple[int, dict]]:

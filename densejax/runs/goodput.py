@@ -1,7 +1,7 @@
 """How much of a run's time was useful: goodput.json, which covers all starts, killed or not.
 
 The seconds by kind add up to the time since the first start. The file is only written, never
-needed: where it is damaged, the clock starts anew.
+needed: where it is damaged, the clock starts at zero.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ class Goodput:
             self.seconds = {kind: useful[kind] for kind in WORK} | {"lost": lost, "down": down}
             self._at_checkpoints = reached
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            logging.warning("%s cannot be read (%s): the clock starts anew.", path, error)
+            logging.warning("%s cannot be read (%s): the clock starts at zero.", path, error)
 
     @contextlib.contextmanager
     def measure(self, kind: str) -> Iterator[None]:

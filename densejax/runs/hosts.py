@@ -72,7 +72,7 @@ def joined(
 
     Args:
       coordinator: HOST:PORT of process 0, as every process reaches it.
-      num_processes: of the job; 1 with nothing else: take part in no job, whatever is detected.
+      num_processes: of the job; 1 alone means no job, even where one is detected.
       process_id: of this process, from 0.
 
     Raises:
@@ -222,7 +222,7 @@ def _says_for_whom_it_waits(whom: str, limit: float | None = None) -> Iterator[N
         if not done.wait(PATIENCE):
             print(f"densejax: waiting for {whom}", file=sys.stderr, flush=True)
         if limit and not done.wait(limit - PATIENCE):
-            os.write(2, f"densejax: waited {limit} s for {whom}: in vain\n".encode())
+            os.write(2, f"densejax: waited {limit} s in vain for {whom}\n".encode())
             os._exit(2)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -71,8 +71,8 @@ class MetricLog:
             files.remove_leftovers(workdir / "tensorboard")
             if start_step and files.read_text(workdir / "metrics.jsonl") is None:
                 logging.warning(
-                    "%s/metrics.jsonl is gone: the records up to step %d are lost, it begins anew "
-                    "after that step.", workdir, start_step)  # fmt: skip
+                    "%s/metrics.jsonl is gone: the records up to step %d are lost, a new "
+                    "file begins after that step.", workdir, start_step)  # fmt: skip
         last_kept = start_step or -1  # a start at 0 has no checkpoint: the record of step 0 is new
         lines = [
             line

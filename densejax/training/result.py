@@ -81,13 +81,13 @@ def versions(config: ConfigDict) -> dict[str, str]:
     Raises:
       UserError: `train.weights` is no directory of weights and no run's.
     """
-    found = workdir.versions()
+    current = workdir.versions()
     # A run that resumes does not need them any more; a run that starts will report them missing.
     if config.train.weights and epath.Path(config.train.weights).exists():
-        found["weights"] = store.digest(config.train.weights)
+        current["weights"] = store.digest(config.train.weights)
     if config.parallel.batch_norm == "replica":  # statistics of each device's part of the batch
-        found["devices"] = str(jax.device_count())
-    return found
+        current["devices"] = str(jax.device_count())
+    return current
 
 
 def write(path: epath.Path, summary: dict[str, Any]) -> None:
