@@ -108,7 +108,7 @@ def digest(directory: str) -> str:
         if not _is_run(path):
             return str(_read_json(path / "model.json")["weights_sha256"])
         with _open_run(path) as (_, checkpoints, step):
-            return checkpoints.digest(step, COLLECTIONS)
+            return checkpoints.digest(step, (*COLLECTIONS, "average"))
 
 
 def load_for(
@@ -230,6 +230,7 @@ def _read_run(path: epath.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The description of a run's network, and its variables by path."""
     with _open_run(path) as (model, checkpoints, step):
         state = jax.device_get(checkpoints.restore_step(step))
+    state = state.get("average") or state  # what the run's result is measured on
     flat = conversion.flatten({name: state.get(name) or {} for name in COLLECTIONS})
     flat = {name: np.asarray(array, np.float32) for name, array in flat.items()}
     if learned := facts.read(path):

@@ -11,6 +11,7 @@ import densejax
 from densejax.inference import classifier
 from densejax.training import experiment, parallel
 from densejax.training.averaging import Average
+from densejax.weights import store
 from tests import small
 from tests.test_train import logged, stop_by_a_signal
 
@@ -71,6 +72,7 @@ def test_a_run_resumes_bit_for_bit_and_the_average_is_what_predicts(tmp_path, mo
     whole, parts = (newest(config, tmp_path / name) for name in ("whole", "parts"))
     small.assert_same_bits(whole, parts)
     small.assert_same_bits(whole.average, classifier.load(tmp_path / "whole").variables)
+    small.assert_same_bits(whole.average, store.load(tmp_path / "whole")[1])
 
 
 def test_a_run_from_weights_averages_from_them(tmp_path):
