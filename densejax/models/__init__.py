@@ -1,9 +1,16 @@
-"""The model table: names are presets of fields; a family and its fields describe a network.
+"""The networks: a family and its fields describe a network, and a name stands for such fields.
 
-A family is a linen module with a field `num_classes`; it may have the fields `dtype` and
-`batch_norm_axis`, and every other field is a key of `config.model`. Its `check()` raises UserError
-for fields that describe no network; `__call__(image, train=False, keys=None)` returns the logits
-and a dict of features.
+A family is a linen module with a field `num_classes` (0: without a classifier). It may have the
+fields `dtype` and `batch_norm_axis`; every other field is a key of `config.model`. It has
+
+- `check()`, which raises UserError for fields that describe no network, and
+- `__call__(image, train=False, keys=None)`, which returns (logits, features): float32 [batch,
+  num_classes] or None, and a dict of arrays in the order in which they are computed. `image` is
+  float [batch, height, width, channels], normalised. `train` takes batch statistics, updates the
+  collection "batch_stats" and draws at random, if the network does, from `keys`: one for each
+  example, typed [batch] or uint32 [batch, 2].
+
+`DenseBlock` is a module for networks of your own.
 """
 
 import dataclasses
@@ -20,12 +27,13 @@ from flax.traverse_util import flatten_dict
 from ml_collections import config_dict
 
 from densejax.config import UserError
+from densejax.models.dense_block import DenseBlock as DenseBlock
 from densejax.models.densenet import DenseNet
 from densejax.models.resnet import ResNet
 from densejax.models.vovnet import VoVNet
 
 FAMILIES = {"densenet": DenseNet, "resnet": ResNet, "vovnet": VoVNet}
-# Fields that a run decides, not the network's description.
+# Fields that the run decides and not the network's description.
 RUN_FIELDS = ("num_classes", "dtype", "batch_norm_axis", "parent", "name")
 
 # The four forms of the paper: bottleneck (B) and compression (C) each on or off.
@@ -68,8 +76,8 @@ MODELS = {
     | VARIANTS["c"]
     | {"blocks": (4, 4, 4, 4), "growth_rate": 32, "stem_width": 64, "convolution_bias": True},
     # One-shot aggregation in place of DenseNet-40's dense blocks. The widths of the published
-    # experiment are not verified: 12 layers of 20 and 5 of 43 are those said to be its; 12 of 27
-    # come nearest to the parameters of densenet_40_12.
+    # experiment are not verified: it is said to have 12 layers of 20 or 5 of 43; 12 of 27 come
+    # nearest to the parameters of densenet_40_12.
     "densenet_one_shot_40_20": _ONE_SHOT | {"depth": 40, "growth_rate": 20},
     "densenet_one_shot_40_27": _ONE_SHOT | {"depth": 40, "growth_rate": 27},
     "densenet_one_shot_19_43": _ONE_SHOT | {"depth": 19, "growth_rate": 43},
@@ -104,12 +112,12 @@ MODELS = {
 }
 
 
-# What a card's argument may change of a named network; None leaves it as it is.
+# The arguments of a card that change a named network; None leaves it as it is.
 CHANGES = {"variant": None, "depth": None, "growth_rate": None}
 
 
 def changes(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that a card's CHANGES stand for (raises UserError for an unknown variant)."""
+    """The fields that a card's arguments change (raises UserError for an unknown variant)."""
     given = {name: args[name] for name in CHANGES if args[name] is not None}
     variant = given.pop("variant", None)
     if variant is not None and variant not in VARIANTS:
@@ -126,9 +134,7 @@ def _description(family: str) -> dict[str, dataclasses.Field]:
 
 
 def fields(name: str, **changes) -> config_dict.ConfigDict:
-    """The section `config.model` of a named network, every field of its family filled in.
-
-    Fields that may be None or of several types accept all their types in an override.
+    """The section `config.model` of a named network, with every field of its family.
 
     Raises:
       UserError: an unknown name or field; the message lists what is allowed.
@@ -143,7 +149,7 @@ def fields(name: str, **changes) -> config_dict.ConfigDict:
     hints = typing.get_type_hints(FAMILIES[values["family"]])
     for field in description.values():
         value = values.get(field.name, field.default)
-        if isinstance(hints[field.name], types.UnionType):  # an override may be of any of them
+        if isinstance(hints[field.name], types.UnionType):  # an override may have any of the types
             value = config_dict.FieldReference(value, field_type=object)
         section[field.name] = value
     return section
@@ -185,9 +191,9 @@ def create(
 
 
 def reference(model: nn.Module) -> nn.Module:
-    """The same network in its literal form: what its multiply-adds are counted from.
+    """The same network as its paper writes it: the one whose multiply-adds are counted.
 
-    An implementation may reach the same result with fewer.
+    An implementation may need fewer.
     """
     return model.clone(block="concat", recompute="none") if isinstance(model, DenseNet) else model
 
@@ -195,17 +201,16 @@ def reference(model: nn.Module) -> nn.Module:
 def feature_info(
     model: nn.Module, image_shape: tuple[int, int, int]
 ) -> dict[str, tuple[int, int | None]]:
-    """What a network's features look like on images [height, width, channels]; computes nothing.
+    """(channels, reduction) of each of a network's features, by name; nothing is computed.
 
-    Returns:
-      (channels, reduction) by name, in the network's order. The reduction is the power of two that
-      the image's height was divided by; None of what has no height ("pooled").
+    The reduction is the power of two that the height of images [height, width, channels] is divided
+    by; None for features without a height ("pooled").
     """
     info = {}
 
     def forward(image):
         (_, features), _ = model.init_with_output(jax.random.key(0), image)
-        for name, feature in features.items():  # here: a traced function returns sorted keys
+        for name, feature in features.items():  # here, since JAX returns dicts with sorted keys
             ratio = image_shape[0] / feature.shape[1] if feature.ndim == 4 else None
             info[name] = feature.shape[-1], ratio and 2 ** round(math.log2(ratio))
 

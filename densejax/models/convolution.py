@@ -13,45 +13,48 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from densejax.models.normalization import pixelwise, varying_as, wide
+from densejax.models.normalization import at_least_float32, per_channel, varying_like
 
 Params = dict[str, jax.Array]  # "kernel", and "bias" where the convolution has one
 
-# With at most so many input channels XLA:CPU's gradient of a kernel is slow: an image's.
+# With so few input channels, as an image has, XLA:CPU computes a kernel's gradient slowly.
 FEW_CHANNELS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a platform is kept busy; the results differ by rounding alone.
+    """How convolutions and dense blocks are computed on a platform; results differ by rounding.
 
     Attributes:
-      piece_bytes: a batch is worked through in pieces whose widest array has about so many bytes.
-      products: narrow 3x3 convolutions are matrix products and sums of shifted results.
-      shrink: each layer of a dense block makes a new gradient, of the channels still needed; else
-        it is one buffer, updated in place.
-      lanes: a batch of a multiple of so many images is a dense block's fastest axis; 0: none is.
+      piece_bytes: a batch is computed in pieces whose widest array has about so many bytes.
+      products: whether narrow 3x3 convolutions are matrix products and sums of shifted results.
+      new_gradients: whether the backward pass of a dense block makes a new gradient for each layer,
+        of the channels that are still needed; else it updates one buffer in place.
+      batch_multiple: in a dense block the batch is the fastest axis in memory where its size is a
+        multiple of this number; 0: never.
     """
 
     piece_bytes: float = float("inf")
     products: bool = False
-    shrink: bool = False
-    lanes: int = 0
+    new_gradients: bool = False
+    batch_multiple: int = 0
 
-    def laid_out(self, x: jax.Array) -> jax.Array:
-        """The features of a dense block, or their gradient, in the layout of the plan."""
-        if not self.lanes or not isinstance(x.shape[0], int) or x.shape[0] % self.lanes:
+    def with_layout(self, x: jax.Array) -> jax.Array:
+        """The features of a dense block, or their gradient, in the plan's layout in memory."""
+        batch = x.shape[0]  # an exported program may leave it open
+        if not self.batch_multiple or not isinstance(batch, int) or batch % self.batch_multiple:
             return x
         return with_layout_constraint(x, Layout((1, 2, 3, 0)))
 
 
 PLANS = {
     "cpu": Plan(piece_bytes=2e6, products=True),
-    # Without an update in place XLA:TPU adds a layer's gradient up and sums it for BatchNorm in the
-    # kernel of the product that makes it, instead of writing it and reading it again. It can where
-    # product and features have one layout; left alone, it takes another after a transition. Of 128
-    # images, the step of DenseNet-BC-100 then reads and writes 10.7 GiB on a v5e instead of 12.1.
-    "tpu": Plan(shrink=True, lanes=128),
+    # With a new gradient for each layer, XLA:TPU adds to the gradient and sums it for BatchNorm in
+    # the kernel of the product that makes it, instead of writing it and reading it again. It can
+    # where product and features have the same layout; without `batch_multiple` XLA takes another
+    # one after a transition. With 128 images, the step of DenseNet-BC-100 then reads and writes
+    # 10.7 GiB on a v5e instead of 12.1.
+    "tpu": Plan(new_gradients=True, batch_multiple=128),
     "default": Plan(),
 }
 
@@ -61,7 +64,7 @@ _platform = contextvars.ContextVar("platform", default="")
 
 @contextlib.contextmanager
 def tracing_for(platform: str) -> Iterator[None]:
-    """What is traced inside is for this platform ("cpu", "tpu", ...) alone: no other is traced."""
+    """Functions that are traced inside of it are for this platform ("cpu", "tpu", ...) alone."""
     token = _platform.set(platform)
     try:
         yield
@@ -70,7 +73,7 @@ def tracing_for(platform: str) -> Iterator[None]:
 
 
 def per_platform(function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(plan, *arguments) with the plan of the platform that it is compiled for."""
+    """function(plan, *arguments), with the plan of the platform that it is compiled for."""
     if platform := _platform.get():
         return function(PLANS.get(platform, PLANS["default"]), *arguments)
     return lax.platform_dependent(
@@ -80,9 +83,9 @@ def per_platform(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class Convolution(nn.Module):
-    """A convolution with nn.Conv's parameters and PyTorch's padding.
+    """A convolution with nn.Conv's parameters and PyTorch's padding: half the kernel on every side.
 
-    Half the kernel on every side; flax's "SAME" shifts the image by one at stride 2.
+    At stride 2, flax's "SAME" would shift the image by one pixel.
     """
 
     features: int
@@ -101,12 +104,18 @@ class Convolution(nn.Module):
         params = {"kernel": self.param("kernel", self.kernel_init, shape)}
         if self.use_bias:
             params["bias"] = self.param("bias", nn.initializers.zeros_init(), shape[-1:])
-        params, x = params if affine is None else fold(params, *affine), x.astype(self.dtype)
+        if affine is not None:
+            params = fold(params, *affine)
+        x = x.astype(self.dtype)
         if self.kernel_size == (1, 1) and self.strides == 1:
             return pointwise(x, params)
         padding = tuple((size // 2, size // 2) for size in self.kernel_size)
-        conv = _conv_of_few if x.shape[-1] <= FEW_CHANNELS else _conv
-        return _biased(conv(x, params["kernel"].astype(x.dtype), self.strides, padding), params)
+        kernel = params["kernel"].astype(x.dtype)
+        if x.shape[-1] <= FEW_CHANNELS:
+            y = _narrow_conv(x, varying_like(x, kernel), self.strides, padding)
+        else:
+            y = _conv(x, kernel, self.strides, padding)
+        return _biased(y, params)
 
 
 def divisor(number: int, most: float) -> int:
@@ -117,7 +126,7 @@ def divisor(number: int, most: float) -> int:
 def fold(params: Params, slope: jax.Array, shift: jax.Array) -> Params:
     """Parameters of a convolution whose result is slope * y + shift of the given one's y."""
     bias = shift + params["bias"] * slope if "bias" in params else shift
-    return {"kernel": params["kernel"] * pixelwise(slope), "bias": bias}
+    return {"kernel": params["kernel"] * per_channel(slope), "bias": bias}
 
 
 def pointwise(x: jax.Array, params: Params) -> jax.Array:
@@ -137,10 +146,10 @@ def pointwise_backward(x: jax.Array, dy: jax.Array, params: Params) -> tuple[jax
     return dx, {"kernel": dkernel} | _bias_gradient(dy, params)
 
 
-def taps(params: Params, plan: Plan) -> Params:
-    """Parameters of a 3x3 convolution as `conv3x3` takes them.
+def arrange_kernel(params: Params, plan: Plan) -> Params:
+    """Parameters of a 3x3 convolution in the form that `conv3x3` takes.
 
-    Where the plan wants products, the kernel is a matrix [c_in, 9 c_out], made once for all pieces.
+    Where the plan wants products, the kernel becomes a matrix [c_in, 9 c_out].
     """
     kernel = params["kernel"]
     if plan.products:
@@ -148,8 +157,8 @@ def taps(params: Params, plan: Plan) -> Params:
     return params | {"kernel": kernel}
 
 
-def from_taps(gradient: Params, plan: Plan) -> Params:
-    """The gradient of a convolution's parameters, from that of the `taps` made of them."""
+def restore_kernel(gradient: Params, plan: Plan) -> Params:
+    """The gradient of a 3x3 convolution's parameters, from that in `arrange_kernel`'s form."""
     kernel = gradient["kernel"]
     if plan.products:
         kernel = kernel.reshape(kernel.shape[0], 3, 3, -1).transpose(1, 2, 0, 3)
@@ -159,14 +168,15 @@ def from_taps(gradient: Params, plan: Plan) -> Params:
 def conv3x3(x: jax.Array, params: Params) -> jax.Array:
     """A 3x3 convolution, stride 1, zero padding, of x [batch, height, width, channels].
 
-    Its parameters come through `taps`.
+    Its parameters come from `arrange_kernel`.
     """
     kernel = params["kernel"].astype(x.dtype)
     if kernel.ndim == 4:
         return _biased(_conv(x, kernel), params)
     _, height, width, _ = x.shape
     n = kernel.shape[-1] // 9
-    # All nine taps in one product with few columns; then their results, shifted, are added up.
+    # One product gives what each of the kernel's nine weights gives at each pixel; these nine
+    # results are shifted to where they belong and added up.
     results = (_rows(x) @ kernel).reshape(*x.shape[:-1], 9 * n)
     results = jnp.pad(results, ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifted = [
@@ -181,13 +191,13 @@ def conv3x3_backward(x: jax.Array, dy: jax.Array, params: Params) -> tuple[jax.A
     """Gradients of x and of the parameters of `conv3x3`."""
     kernel = params["kernel"].astype(x.dtype)
     if kernel.ndim == 4:
-        # In bfloat16 the kernel's gradient is rounded to it, as in any flax network: for a float32
-        # result XLA:GPU converts operands, and DenseNet-BC-100's step moves 4 % more.
+        # In bfloat16 the kernel's gradient is rounded to bfloat16, as in any flax network. For a
+        # float32 result XLA:GPU would convert the operands: DenseNet-BC-100's step moves 4 % more.
         dx, dkernel = jax.vjp(_conv, x, kernel)[1](dy)
         return dx, {"kernel": dkernel.astype(params["kernel"].dtype)} | _bias_gradient(dy, params)
     _, height, width, _ = x.shape
     padded = jnp.pad(dy, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    # The nine shifts of the narrow output's gradient; both gradients are products with them.
+    # The nine shifts of the output's gradient, which is narrow: both gradients are products of it.
     columns = jnp.concatenate(
         [
             padded[:, 2 - i : 2 - i + height, 2 - j : 2 - j + width]
@@ -210,13 +220,9 @@ def _conv(x, kernel, stride=1, padding=((1, 1), (1, 1))):
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=numbers)
 
 
-def _conv_of_few(x, kernel, stride, padding):
-    """As `_conv`; the gradient of its kernel is in products where the plan wants them."""
-    return _narrow_conv(x, varying_as(x, kernel), stride, padding)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _narrow_conv(x, kernel, stride, padding):
+    """`_conv` of few input channels: its kernel's gradient is in products where a plan wants so."""
     return _conv(x, kernel, stride, padding)
 
 
@@ -243,8 +249,9 @@ _narrow_conv.defvjp(_narrow_conv_forward, _narrow_conv_backward)
 def _kernel_gradient(plan, x, shape, dy, stride, padding):
     """The gradient, at least float32, of the kernel of a convolution with few input channels.
 
-    A stride is undone first: squares of so many pixels become channels, the stride becomes 1. What
-    is left are matrix products. DenseNet-121's stem takes half of the time of XLA's convolution.
+    At first the stride becomes 1: the pixels of each square of stride x stride become channels.
+    Then the gradient is a sum of matrix products. DenseNet-121's stem takes half of the time of
+    XLA's convolution.
     """
     batch, rows, columns, _ = dy.shape
     steps = [-(-size // stride) for size in shape[:2]]
@@ -269,7 +276,7 @@ def _kernel_gradient(plan, x, shape, dy, stride, padding):
         return gradient + jnp.stack(products)
 
     shape_of_sum = (steps[0], steps[1] * x.shape[-1], shape[-1])
-    gradient = jnp.zeros_like(wide(dy), shape=shape_of_sum)
+    gradient = jnp.zeros_like(at_least_float32(dy), shape=shape_of_sum)
     gradient = lax.fori_loop(0, batch // size, add, gradient)
     gradient = gradient.reshape(*steps, stride, stride, *shape[2:]).transpose(0, 2, 1, 3, 4, 5)
     gradient = gradient.reshape(steps[0] * stride, steps[1] * stride, *shape[2:])
@@ -277,7 +284,7 @@ def _kernel_gradient(plan, x, shape, dy, stride, padding):
 
 
 def _biased(y, params):
-    return y + pixelwise(params["bias"].astype(y.dtype)) if "bias" in params else y
+    return y + per_channel(params["bias"].astype(y.dtype)) if "bias" in params else y
 
 
 def _bias_gradient(dy, params):

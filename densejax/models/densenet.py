@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from densejax.config import UserError
-from densejax.models import layers
-from densejax.models.blocks import BLOCKS, RECOMPUTE, OneShotBlock
+from densejax.models import dense_block, layers
+from densejax.models.dense_block import IMPLEMENTATIONS, JOINS, DenseBlock
 from densejax.models.layers import Layers
-from densejax.models.normalization import Seen
+from densejax.models.normalization import PrecomputedStatistics
 from densejax.models.pooling import average_pool
-from densejax.models.regularization import one_for_each
+
+RECOMPUTE = dense_block.RECOMPUTE | {
+    "block": "all but each block's input, through the transition or norm that follows it"
+}
 
 
 class Transition(nn.Module):
@@ -22,12 +25,14 @@ class Transition(nn.Module):
 
     width: int
     layers: Layers
-    pool_first: bool  # pooling and a 1x1 convolution commute: a quarter of the multiply-adds
+    pool_first: bool  # the same result with a quarter of the multiply-adds
 
     @nn.compact
-    def __call__(self, features: jax.Array, seen: Seen | None = None) -> jax.Array:
+    def __call__(
+        self, features: jax.Array, statistics: PrecomputedStatistics | None = None
+    ) -> jax.Array:
         """Maps features to `width` feature maps of half the height and width."""
-        x = self.layers.norm(name="norm")(features, seen, relu=True)
+        x = self.layers.norm(name="norm")(features, statistics, relu=True)
         conv = self.layers.conv(self.width, (1, 1), name="conv")
         dropout = functools.partial(self.layers.dropout, name="dropout")
         if self.pool_first and not (self.layers.train and self.layers.dropout_rate):
@@ -55,11 +60,9 @@ class DenseNet(nn.Module):
         with p_l = 1 - l / L (1 - p_L), each example by itself; scaled by p_l when not training.
       convolution_bias: convolutions add a bias (d2l's form; the paper's do not).
       batch_norm_epsilon: added to the variance.
-      join: "dense": a layer reads all before it; "one_shot": the one before it, and the block
-        aggregates them all once, at its end, as VoVNet does.
-      block: the implementation of dense blocks; parameters and results are the same. "in_place":
-        one buffer, gradients by hand: the fastest and smallest on every platform that was
-        measured; "concat": the paper's form, which the other is tested against.
+      join: what a layer reads, a name in JOINS. In "one_shot" blocks the transition is the 1x1
+        convolution that aggregates all layers, as VoVNet does.
+      block: how dense blocks are computed, a name in IMPLEMENTATIONS.
       recompute: what the backward pass computes again to save memory, a name in RECOMPUTE.
       dtype: precision of the computation.
       batch_norm_axis: mapped axis that BatchNorm's batch statistics are averaged over.
@@ -119,8 +122,8 @@ class DenseNet(nn.Module):
     def widths(self) -> tuple[int, ...]:
         """Channels that enter each block: the stem's, then those of each transition."""
         growth_rates, depths = self.growth_rates(), self.block_depths()
-        wide = self.stem == "imagenet" or (self.bottleneck and self.compression < 1)
-        default = 2 * growth_rates[0] if wide else 16
+        doubled = self.stem == "imagenet" or (self.bottleneck and self.compression < 1)
+        default = 2 * growth_rates[0] if doubled else 16
         widths = [default if self.stem_width is None else self.stem_width]
         for depth, growth_rate in zip(depths[:-1], growth_rates[:-1], strict=True):
             widths.append(math.floor(self.compression * (widths[-1] + depth * growth_rate)))
@@ -128,62 +131,38 @@ class DenseNet(nn.Module):
 
     def check(self) -> None:
         """Raises UserError for fields that describe no network."""
-        joins = {"dense", "one_shot"}
-        tables = {"stem": layers.STEMS, "join": joins, "block": BLOCKS, "recompute": RECOMPUTE}
-        for field, table in tables.items():
-            if getattr(self, field) not in table:
-                raise UserError(
-                    f"model.{field} = {getattr(self, field)!r}: allowed are {', '.join(table)}"
-                )
+        layers.require_choices(
+            self, stem=layers.STEMS, join=JOINS, block=IMPLEMENTATIONS, recompute=RECOMPUTE
+        )
         for field, holds, allowed in (
             ("compression", 0 < self.compression <= 1, "in (0, 1]"),
             ("dropout_rate", 0 <= self.dropout_rate < 1, "in [0, 1)"),
             ("survival", 0 < self.survival <= 1, "in (0, 1]"),
-            ("batch_norm_epsilon", self.batch_norm_epsilon > 0, "above 0"),
             ("bottleneck_width", self.bottleneck_width >= 1, "at least 1"),
             ("stem_width", self.stem_width is None or self.stem_width >= 1, "at least 1"),
         ):
-            if not holds:
-                raise UserError(f"model.{field} = {getattr(self, field)}: must be {allowed}")
-        if not self.bottleneck and self.bottleneck_width != DenseNet.bottleneck_width:
-            raise UserError(
-                f"model.bottleneck_width = {self.bottleneck_width}: only model.bottleneck = True "
-                f"reads it"
-            )
-        if min(self.widths()) < 1:
-            raise UserError(
-                f"model.compression = {self.compression}: leaves a transition without a channel"
-            )
+            layers.require(self, field, holds, f"must be {allowed}")
+        unset = self.bottleneck_width == DenseNet.bottleneck_width
+        reads = "only model.bottleneck = True reads it"
+        layers.require(self, "bottleneck_width", self.bottleneck or unset, reads)
+        leaves = "leaves a transition without a channel"
+        layers.require(self, "compression", min(self.widths()) >= 1, leaves)
 
     @nn.compact
     def __call__(
         self, image: jax.Array, train: bool = False, keys: jax.Array | None = None
     ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
-        """Classifies images.
+        """Classifies images, as densejax.models says; the keys are for dropout.
 
-        Args:
-          image: float [batch, height, width, channels], normalised.
-          train: batch statistics and dropout; updates the collection "batch_stats".
-          keys: one random key per example, typed [batch] or uint32 [batch, 2]; needed for dropout.
-
-        Returns:
-          logits float32 [batch, num_classes], and the features after "stem", "block1",
-          "transition1", ..., the last norm and ReLU ("final") and pooling ("pooled").
+        Features: "stem", "block1", "transition1", "block2", ..., the last norm and ReLU ("final")
+        and pooling ("pooled").
         """
-        bound = Layers(
-            train=train,
-            dtype=self.dtype,
-            batch_norm_axis=self.batch_norm_axis,
-            epsilon=self.batch_norm_epsilon,
-            convolution_bias=self.convolution_bias,
-            dropout_rate=self.dropout_rate,
-            keys=one_for_each(keys, image),
-        )
-        block = OneShotBlock if self.join == "one_shot" else BLOCKS[self.block]
+        builder = Layers.of(self, train, keys, image)
         features = {}
-        features["stem"] = x = layers.STEMS[self.stem](self.widths()[0], bound, name="stem")(image)
+        stem = layers.STEMS[self.stem](self.widths()[0], builder, name="stem")
+        features["stem"] = x = stem(image)
         for index in range(len(self.block_depths())):
-            stage = functools.partial(_stage, bound, block, self.block == "in_place", index)
+            stage = functools.partial(_stage, builder, index)
             stage = nn.remat(stage) if self.recompute == "block" else stage
             results, x = stage(self, x)
             features |= results
@@ -191,21 +170,34 @@ class DenseNet(nn.Module):
         return logits, features
 
 
-def _stage(bound: Layers, block, pool_first: bool, index: int, network: DenseNet, x: jax.Array):
+def _stage(builder: Layers, index: int, network: DenseNet, x: jax.Array):
     """(features by name, the next stage's input): a block, and what follows it.
 
-    They are made again together: the gradient of what follows needs the block's features.
+    `recompute = "block"` computes both again: the gradient of what follows reads the features.
     """
-    depths, growth_rates, widths = network.block_depths(), network.growth_rates(), network.widths()
-    before, total = sum(depths[:index]), sum(depths)
-    numbers = range(before + 1, before + depths[index] + 1)  # l of each layer
-    survivals = tuple(1 - number / total * (1 - network.survival) for number in numbers)
-    bottleneck_width = network.bottleneck_width if network.bottleneck else 0
-    policy = (growth_rates[index], bottleneck_width, bound, survivals, network.recompute)
-    features, seen = block(depths[index], *policy, name=f"block{index + 1}")(x)
+    depths, before = network.block_depths(), sum(network.block_depths()[:index])
+    survivals = layers.survival_probabilities(network.survival, sum(depths))
+    block = DenseBlock(
+        depths[index],
+        network.growth_rates()[index],
+        network.bottleneck,
+        network.bottleneck_width,
+        network.dropout_rate,
+        survivals[before : before + depths[index]],
+        network.convolution_bias,
+        network.batch_norm_epsilon,
+        network.join,
+        network.block,
+        "none" if network.recompute == "block" else network.recompute,
+        network.dtype,
+        network.batch_norm_axis,
+        name=f"block{index + 1}",
+    )
+    features, statistics = block(x, builder.train, builder.keys, return_statistics=True)
     if index + 1 == len(depths):
-        name, x = "final", bound.norm(name="norm")(features, seen, relu=True)
+        name, x = "final", builder.norm(name="norm")(features, statistics, relu=True)
     else:
-        name = f"transition{index + 1}"
-        x = Transition(widths[index + 1], bound, pool_first, name=name)(features, seen)
+        name, width = f"transition{index + 1}", network.widths()[index + 1]
+        pool_first = network.block == "in_place"
+        x = Transition(width, builder, pool_first, name=name)(features, statistics)
     return {f"block{index + 1}": features, name: x}, x

@@ -1,16 +1,18 @@
-"""What every network shares: its policy of convolutions and norms, stems and the head."""
+"""What every network shares: how its layers are built, stems, the head, and checks of fields."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from densejax.config import UserError
 from densejax.models.convolution import Convolution
 from densejax.models.normalization import BatchNorm
 from densejax.models.pooling import max_pool
-from densejax.models.regularization import Dropout, StochasticDepth
+from densejax.models.regularization import Dropout, StochasticDepth, raw_keys
 
 # He et al. 2015 with fan-out, std = sqrt(2 / (k * k * c_out)): as in the DenseNet authors' code.
 fan_out_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -20,37 +22,45 @@ fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """The policy of one forward pass, and the layers that a network builds by it.
+    """Builds the layers of a network for one forward pass, all by the same settings.
 
     Attributes:
       train: batch statistics, dropout and stochastic depth if true; running statistics if false.
       dtype: precision of the computation; parameters and statistics stay float32.
       batch_norm_axis: mapped axis (or axes) over which BatchNorm averages its statistics; None:
         this replica's examples only.
-      epsilon: added to BatchNorm's variance.
+      batch_norm_epsilon: added to BatchNorm's variance.
       convolution_bias: whether convolutions add a bias.
       dropout_rate: fraction of elements that are dropped when `train`.
       keys: uint32 [batch, 2], one random key per example; needed for dropout and stochastic depth.
     """
 
     train: bool
-    dtype: Any
-    batch_norm_axis: Any
-    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+    batch_norm_axis: Any = None
+    batch_norm_epsilon: float = 1e-5
     convolution_bias: bool = False
     dropout_rate: float = 0.0
     keys: jax.Array | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module, train: bool, keys: jax.Array | None, images: jax.Array):
+        """The settings that a module has among its fields, by the same names."""
+        names = {field.name for field in dataclasses.fields(cls)} - {"train", "keys"}
+        settings = {name: getattr(module, name) for name in names if hasattr(module, name)}
+        return cls(train=train, keys=raw_keys(keys, images), **settings)
 
     def conv(
         self, features: int, size: tuple[int, int], strides: int = 1, name: str | None = None
     ) -> Convolution:
         """A convolution with a kernel of (height, width)."""
-        policy = (self.convolution_bias, self.dtype, fan_out_normal)
-        return Convolution(features, size, strides, *policy, name=name)
+        settings = (self.convolution_bias, self.dtype, fan_out_normal)
+        return Convolution(features, size, strides, *settings, name=name)
 
-    def norm(self, **keywords) -> BatchNorm:
+    def norm(self, **fields) -> BatchNorm:
         """BatchNorm with statistics in float32."""
-        return BatchNorm(self.train, self.batch_norm_axis, self.epsilon, self.dtype, **keywords)
+        settings = (self.train, self.batch_norm_axis, self.batch_norm_epsilon, self.dtype)
+        return BatchNorm(*settings, **fields)
 
     def normalised(
         self, conv: Convolution, norm: BatchNorm, x: jax.Array, relu: bool = False
@@ -65,9 +75,34 @@ class Layers:
         """Dropout in training, one independent draw per element."""
         return Dropout(self.dropout_rate if self.train else 0.0, name=name)(x, self.keys)
 
-    def survive(self, x: jax.Array, probability: float, name: str) -> jax.Array:
-        """Stochastic depth: one draw per example."""
+    def stochastic_depth(self, x: jax.Array, probability: float, name: str) -> jax.Array:
+        """Stochastic depth, one draw per example."""
         return StochasticDepth(probability, name=name)(x, self.train, self.keys)
+
+
+def survival_probabilities(last: float, number: int) -> tuple[float, ...]:
+    """p_l = 1 - l / L (1 - p_L) of each of so many layers: stochastic depth's linear rule."""
+    return tuple(1 - index / number * (1 - last) for index in range(1, number + 1))
+
+
+def require(network: nn.Module, field: str, holds: bool, what: str) -> None:
+    """Raises UserError about a field of a network unless a condition holds; `what` is wanted."""
+    if not holds:
+        raise UserError(f"model.{field} = {getattr(network, field)!r}: {what}")
+
+
+def require_choices(network: nn.Module, **allowed: Iterable[str]) -> None:
+    """Raises UserError unless each named field of a network has one of the allowed values."""
+    for field, names in allowed.items():
+        holds = getattr(network, field) in names
+        require(network, field, holds, f"allowed are {', '.join(names)}")
+
+
+def require_positive(network: nn.Module, field: str, number: int) -> None:
+    """Raises UserError unless a field of a network is so many positive integers."""
+    value = getattr(network, field)
+    holds = len(value) == number and all(isinstance(n, int) and n > 0 for n in value)
+    require(network, field, holds, f"give {number} positive integers")
 
 
 class CifarStem(nn.Module):
@@ -91,11 +126,8 @@ class ImageNetStem(nn.Module):
     @nn.compact
     def __call__(self, image):
         """Maps image [batch, height, width, channels] to a quarter of its height and width."""
-        conv, norm = (
-            self.layers.conv(self.width, (7, 7), 2, name="conv"),
-            self.layers.norm(name="norm"),
-        )
-        x = self.layers.normalised(conv, norm, image, relu=True)
+        conv = self.layers.conv(self.width, (7, 7), 2, name="conv")
+        x = self.layers.normalised(conv, self.layers.norm(name="norm"), image, relu=True)
         return max_pool(x, ((1, 1), (1, 1)))
 
 
@@ -110,8 +142,8 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, features):
         """Maps features [batch, height, width, channels] to (logits, pooled features)."""
-        wide = jnp.float64 if features.dtype == jnp.float64 else jnp.float32
-        pooled = features.mean((1, 2), dtype=wide)
+        dtype = jnp.float64 if features.dtype == jnp.float64 else jnp.float32
+        pooled = features.mean((1, 2), dtype=dtype)
         if self.num_classes == 0:
             return None, pooled
         classifier = nn.Dense(self.num_classes, kernel_init=fan_in_uniform, name="classifier")

@@ -18,24 +18,25 @@ class Statistics(NamedTuple):
     variance: jax.Array
 
 
-class Seen(NamedTuple):
-    """Statistics of features that are known when they come to a norm.
+class PrecomputedStatistics(NamedTuple):
+    """Batch statistics of features that the layer before a norm has already computed.
 
     Attributes:
       batch: what the norm uses; gradients flow through it.
-      running: the same numbers for the running statistics, known to be equal on all devices.
+      running: the same numbers, for the running statistics: JAX knows of these that they are equal
+        on all devices.
     """
 
     batch: Statistics
     running: Statistics
 
 
-def pixelwise(values: jax.Array) -> jax.Array:
-    """Values [channels] in the rank of features: JAX may be set to refuse another rank."""
+def per_channel(values: jax.Array) -> jax.Array:
+    """Values [channels] as [1, 1, 1, channels]: JAX may be set to refuse arrays of other ranks."""
     return values[None, None, None]
 
 
-def wide(x: jax.Array) -> jax.Array:
+def at_least_float32(x: jax.Array) -> jax.Array:
     """Casts x to float32, or leaves it at float64: the precision of statistics."""
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
@@ -43,16 +44,16 @@ def wide(x: jax.Array) -> jax.Array:
 def statistics(x: jax.Array, axis: Any = None) -> Statistics:
     """Statistics of x [batch, height, width, channels], over all devices of the mapped `axis`.
 
-    In two passes: E[x^2] - E[x]^2 cancels where the mean is large.
+    The variance takes a second pass: E[x^2] - E[x]^2 loses all digits where the mean is large.
     """
-    mean = mean_over(wide(x).mean(IMAGE_AXES), axis)
+    mean = mean_over(at_least_float32(x).mean(IMAGE_AXES), axis)
     return Statistics(mean, mean_over(_mean_square(x, mean), axis))
 
 
 @jax.custom_vjp
 def _mean_square(x, mean):
-    """The mean of (x - mean)^2. As a function of the mean it is stationary: x has that mean."""
-    return jnp.square(wide(x) - pixelwise(mean)).mean(IMAGE_AXES)
+    """The mean of (x - mean)^2. Its derivative by the mean is 0, since x has that mean."""
+    return jnp.square(at_least_float32(x) - per_channel(mean)).mean(IMAGE_AXES)
 
 
 def _mean_square_forward(x, mean):
@@ -61,23 +62,26 @@ def _mean_square_forward(x, mean):
 
 def _mean_square_backward(saved, gradient):
     x, mean = saved
-    x = _made_again(x)
-    slope = pixelwise(gradient * (2 * mean.size / max(x.size, 1)))
-    return ((wide(x) - pixelwise(mean)) * slope).astype(x.dtype), jnp.zeros_like(mean)
+    x = _read_again(x)
+    slope = per_channel(gradient * (2 * mean.size / max(x.size, 1)))
+    dx = (at_least_float32(x) - per_channel(mean)) * slope
+    return dx.astype(x.dtype), jnp.zeros_like(mean)
 
 
 _mean_square.defvjp(_mean_square_forward, _mean_square_backward)
 
 
-def _made_again(x):
-    """For a backward pass: XLA would else keep x - mean from the forward pass, and read that."""
+def _read_again(x):
+    """x, for a backward pass. Else XLA would keep x - mean of the forward pass and read that."""
     return lax.optimization_barrier(x)
 
 
-def varying_as(x: jax.Array, tree: Any) -> Any:
-    """The arrays of a tree, varying over mapped devices as x does, as a gradient by hand will.
+def varying_like(x: jax.Array, tree: Any) -> Any:
+    """The arrays of a tree, marked as different on each device wherever x is.
 
-    x must vary at least as they do.
+    `jax.shard_map` tracks which arrays may differ between devices. A gradient by hand is each
+    device's own, so JAX expects the same of what it is the gradient of. Adding a zero of x works
+    under `jax.pmap`, too. x must be marked with at least the axes of the tree.
     """
     zero = jnp.zeros_like(x, shape=(), dtype=jnp.float32)
     return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
@@ -95,13 +99,13 @@ def sum_over(x: jax.Array, axis: Any) -> jax.Array:
 
 def normalise(x: jax.Array, stats: Statistics, params: dict[str, jax.Array], epsilon: float):
     """BatchNorm of x with given statistics and params {"scale", "bias"}; at least float32."""
-    slope, shift = map(pixelwise, (_slope(stats, params, epsilon), params["bias"]))
-    return (wide(x) - pixelwise(stats.mean)) * slope + shift
+    slope, shift = map(per_channel, (_slope(stats, params, epsilon), params["bias"]))
+    return (at_least_float32(x) - per_channel(stats.mean)) * slope + shift
 
 
 def normalise_relu(x, stats: Statistics, params: dict[str, jax.Array], epsilon: float) -> jax.Array:
-    """ReLU of `normalise`, in the precision of x: its gradient keeps nothing but x."""
-    return _normalise_relu(x, *varying_as(x, (stats, params)), epsilon)
+    """ReLU of `normalise`, in the precision of x; the backward pass keeps nothing but x."""
+    return _normalise_relu(x, *varying_like(x, (stats, params)), epsilon)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -115,11 +119,11 @@ def _normalise_relu_forward(x, stats, params, epsilon):
 
 def _normalise_relu_backward(epsilon, saved, dz):
     x, stats, params = saved
-    x = _made_again(x)
-    # Written otherwise than in `normalise`: XLA:CPU would make the difference an array for both.
-    centred = wide(x) + pixelwise(-stats.mean)
-    dz, sums = through_relu(_normalise_relu(x, stats, params, epsilon), dz, centred)
-    dx = (wide(dz) * pixelwise(_slope(stats, params, epsilon))).astype(x.dtype)
+    x = _read_again(x)
+    # A sum where `normalise` has a difference: XLA:CPU would store what both have in common.
+    centred = at_least_float32(x) + per_channel(-stats.mean)
+    dz, sums = relu_backward(_normalise_relu(x, stats, params, epsilon), dz, centred)
+    dx = (at_least_float32(dz) * per_channel(_slope(stats, params, epsilon))).astype(x.dtype)
     gradients = norm_gradients(stats, params, epsilon, sums)
     return dx, *jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), gradients, (stats, params))
 
@@ -127,22 +131,33 @@ def _normalise_relu_backward(epsilon, saved, dz):
 _normalise_relu.defvjp(_normalise_relu_forward, _normalise_relu_backward)
 
 
-def through_relu(z, dz, centred):
-    """dz where z is positive, and its sums: with 1 for the bias, with x - mean for the scale."""
+def relu_backward(z, dz, centred):
+    """The gradient in front of the ReLU that follows a norm, and what the norm's gradients need.
+
+    Args:
+      z: the ReLU's result.
+      dz: the gradient of z.
+      centred: the norm's input less its mean.
+
+    Returns:
+      dz where z is positive, else 0; for each channel its sums, alone ("bias") and times `centred`
+      ("scale").
+    """
     dz = jnp.where(z > 0, dz, 0)
-    return dz, {"scale": (wide(dz) * centred).sum(IMAGE_AXES), "bias": wide(dz).sum(IMAGE_AXES)}
+    scale = (at_least_float32(dz) * centred).sum(IMAGE_AXES)
+    return dz, {"scale": scale, "bias": at_least_float32(dz).sum(IMAGE_AXES)}
 
 
 def norm_gradients(stats, params, epsilon, sums) -> tuple[Statistics, dict[str, jax.Array]]:
-    """Gradients of a norm's statistics and parameters, from the sums of `through_relu`."""
+    """Gradients of a norm's statistics and parameters, from the sums of `relu_backward`."""
     rate = lax.rsqrt(stats.variance + epsilon)
     slope = params["scale"] * rate
-    of_stats = Statistics(-slope * sums["bias"], -0.5 * slope * rate**2 * sums["scale"])
-    return of_stats, {"scale": sums["scale"] * rate, "bias": sums["bias"]}
+    d_stats = Statistics(-slope * sums["bias"], -0.5 * slope * rate**2 * sums["scale"])
+    return d_stats, {"scale": sums["scale"] * rate, "bias": sums["bias"]}
 
 
 def affine(stats: Statistics, params: dict[str, jax.Array], epsilon: float):
-    """(slope, shift) of the map of each channel that BatchNorm with given statistics is."""
+    """(slope, shift) of each channel: with given statistics BatchNorm is slope * x + shift."""
     slope = _slope(stats, params, epsilon)
     return slope, params["bias"] - stats.mean * slope
 
@@ -151,7 +166,7 @@ def _slope(stats, params, epsilon):
     return params["scale"] * lax.rsqrt(stats.variance + epsilon)
 
 
-def update(running: dict[str, jax.Array], batch: Statistics) -> dict[str, jax.Array]:
+def update_running(running: dict[str, jax.Array], batch: Statistics) -> dict[str, jax.Array]:
     """Running statistics {"mean", "var"} after a batch; 0.9 is a momentum of 0.1 in PyTorch."""
     mean, variance = map(lax.stop_gradient, batch)
     return {
@@ -161,13 +176,14 @@ def update(running: dict[str, jax.Array], batch: Statistics) -> dict[str, jax.Ar
 
 
 class BatchNorm(nn.Module):
-    """BatchNorm with nn.BatchNorm's variables, that takes statistics which are known already.
+    """BatchNorm with nn.BatchNorm's variables, which can take precomputed statistics.
 
     Attributes:
       train: batch statistics, which update the collection "batch_stats"; false: running ones.
       axis: mapped axis or axes over which batch statistics are averaged; None: none.
       epsilon: added to the variance.
       dtype: of the result.
+      scale_init: initial values of the scale.
     """
 
     train: bool
@@ -177,7 +193,9 @@ class BatchNorm(nn.Module):
     scale_init: nn.initializers.Initializer = nn.initializers.ones
 
     @nn.compact
-    def __call__(self, x: jax.Array, seen: Seen | None = None, relu: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, precomputed: PrecomputedStatistics | None = None, relu: bool = False
+    ) -> jax.Array:
         """Normalises the last axis of x [batch, height, width, channels]; then ReLU, if asked."""
         shape = x.shape[-1:]
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
@@ -188,19 +206,19 @@ class BatchNorm(nn.Module):
         }
         stats = Statistics(mean.value, variance.value)
         if self.train:
-            if seen is None:
-                # Initialisation runs outside of the mapped axis.
+            if precomputed is None:
+                # The mapped axis does not exist while variables are initialised.
                 batch = statistics(x, None if self.is_initializing() else self.axis)
-                seen = Seen(batch, batch)
-            stats = seen.batch
-        if self.train and not self.is_initializing():
-            new = update({"mean": mean.value, "var": variance.value}, seen.running)
-            mean.value, variance.value = new["mean"], new["var"]
+                precomputed = PrecomputedStatistics(batch, batch)
+            stats = precomputed.batch
+            if not self.is_initializing():
+                running = {"mean": mean.value, "var": variance.value}
+                running = update_running(running, precomputed.running)
+                mean.value, variance.value = running["mean"], running["var"]
         function = normalise_relu if relu else normalise
         return function(x, stats, params, self.epsilon).astype(self.dtype)
 
     def affine(self) -> tuple[jax.Array, jax.Array]:
         """(slope, shift) of each channel by the running statistics."""
-        stats = self.variables["batch_stats"]
-        stats = Statistics(stats["mean"], stats["var"])
-        return affine(stats, self.variables["params"], self.epsilon)
+        stats, params = self.variables["batch_stats"], self.variables["params"]
+        return affine(Statistics(stats["mean"], stats["var"]), params, self.epsilon)

@@ -1,4 +1,4 @@
-"""Dropout and stochastic depth, with one random key per example."""
+"""Dropout and stochastic depth, with one random key for each example."""
 
 import math
 import zlib
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from densejax.config import UserError
 
 
-def hash_bits(keys: jax.Array, salt: int, size: int) -> jax.Array:
-    """Random bits from a counter: uint32 [batch, size] from keys uint32 [batch, 2].
+def random_bits(keys: jax.Array, seed: int, size: int) -> jax.Array:
+    """Random bits uint32 [batch, size] from keys uint32 [batch, 2] and the seed of a layer.
 
     MurmurHash3's finaliser (Appleby), applied to the element's number with each word of its
-    example's key. A mask depends on the example's key and place alone, never on how the batch is
-    laid out over devices, and it compiles in a blink where a threefry draw takes seconds.
+    example's key. Bits depend on the example's key and the layer alone, never on how devices share
+    the batch, and they compile at once, where a threefry draw takes seconds.
     """
 
     def mix(bits):
@@ -23,12 +23,12 @@ def hash_bits(keys: jax.Array, salt: int, size: int) -> jax.Array:
         bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
         return bits ^ (bits >> 16)
 
-    first, second = (mix(keys[:, i : i + 1] ^ jnp.uint32(salt)) for i in range(2))
+    first, second = (mix(keys[:, i : i + 1] ^ jnp.uint32(seed)) for i in range(2))
     counter = jnp.arange(size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
     return mix(mix(counter[None] ^ first) + second)
 
 
-def one_for_each(keys: jax.Array | None, images: jax.Array) -> jax.Array | None:
+def raw_keys(keys: jax.Array | None, images: jax.Array) -> jax.Array | None:
     """Raw keys uint32 [batch, words] of raw or typed ones; UserError where they are not as many."""
     if keys is None:
         return None
@@ -40,48 +40,56 @@ def one_for_each(keys: jax.Array | None, images: jax.Array) -> jax.Array | None:
     return keys
 
 
-def salt(path: tuple[str, ...]) -> int:
-    """A number of its own for every place in a network, by its path of module names."""
+def layer_seed(path: tuple[str, ...]) -> int:
+    """The seed of a layer: a number of its own for each path of module names."""
     return zlib.crc32("/".join(path).encode())
 
 
-def dropout(x: jax.Array, rate: float, salt: int, keys: jax.Array | None) -> jax.Array:
-    """Drops elements of x [batch, ...]; linear in x and diagonal, so its own transpose."""
+def dropout(x: jax.Array, rate: float, seed: int, keys: jax.Array | None) -> jax.Array:
+    """Drops elements of x [batch, ...] and scales up the others; this is its own transpose."""
     if rate == 0.0:
         return x
-    if keys is None:
-        raise ValueError("dropout in training needs `keys`, one for each example")
-    bits = hash_bits(keys, salt, math.prod(x.shape[1:])).reshape(x.shape)
-    keep = bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
-    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros_like(x))
+    bits = random_bits(_given(keys, "dropout"), seed, math.prod(x.shape[1:])).reshape(x.shape)
+    return jnp.where(_kept(bits, rate), x / jnp.asarray(1 - rate, x.dtype), jnp.zeros_like(x))
 
 
-def survive(x: jax.Array, probability: float, salt: int, keys: jax.Array | None) -> jax.Array:
-    """Drops whole examples of x [batch, ...]; linear in x and diagonal, so its own transpose."""
+def stochastic_depth(
+    x: jax.Array, probability: float, seed: int, keys: jax.Array | None
+) -> jax.Array:
+    """Keeps whole examples of x [batch, ...] with a probability; this is its own transpose."""
     if probability == 1.0:
         return x
+    bits = random_bits(_given(keys, "stochastic depth"), seed, 1)
+    bits = bits.reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.where(_kept(bits, 1 - probability), x, jnp.zeros_like(x))
+
+
+def _given(keys, reader):
     if keys is None:
-        raise ValueError("stochastic depth in training needs `keys`, one for each example")
-    bits = hash_bits(keys, salt, 1).reshape(-1, *(1,) * (x.ndim - 1))
-    keep = bits >= jnp.uint32(min(round((1 - probability) * 2**32), 2**32 - 1))
-    return jnp.where(keep, x, jnp.zeros_like(x))
+        raise ValueError(f"{reader} in training needs `keys`, one for each example")
+    return keys
+
+
+def _kept(bits, rate):
+    """Whether each element is kept, where a fraction `rate` is dropped."""
+    return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 class Dropout(nn.Module):
-    """Element-wise dropout (Srivastava et al. 2014) with one key per example."""
+    """Element-wise dropout (Srivastava et al. 2014); the module's path is its seed."""
 
     rate: float
 
     def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """Drops elements of x [batch, ...] with keys uint32 [batch, 2]; scales up what is left."""
-        return dropout(x, self.rate, salt(self.path), keys) if self.rate else x
+        """Drops elements of x [batch, ...] with keys uint32 [batch, 2]; scales up the others."""
+        return dropout(x, self.rate, layer_seed(self.path), keys) if self.rate else x
 
 
 class StochasticDepth(nn.Module):
     """Drops whole branches at random (Huang et al., arXiv:1603.09382), each example by itself.
 
-    As in the paper a branch that survives is not scaled in training, and every branch is scaled by
-    its probability of survival afterwards. The paper draws once for a mini-batch.
+    As in the paper, a branch that is kept is not scaled in training, and every branch is scaled by
+    its probability afterwards. The paper draws once for a mini-batch.
     """
 
     probability: float
@@ -92,4 +100,4 @@ class StochasticDepth(nn.Module):
             return x
         if not train:
             return x * jnp.asarray(self.probability, x.dtype)
-        return survive(x, self.probability, salt(self.path), keys)
+        return stochastic_depth(x, self.probability, layer_seed(self.path), keys)

@@ -10,10 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from densejax.config import UserError
 from densejax.models import layers
 from densejax.models.layers import Layers
-from densejax.models.regularization import one_for_each
 
 
 def _convolutions(block: str, width: int, stride: int, stride_on: str) -> tuple[tuple, ...]:
@@ -65,7 +63,7 @@ class Block(nn.Module):
                 project = conv(width, (1, 1), stride, name="projection")
                 after = None if self.preactivation else norm(name="projection_norm")
                 x = self.layers.normalised(project, after, x) if after else project(x)
-            y = x + self.layers.survive(y, self.survival, name="survival")
+            y = x + self.layers.stochastic_depth(y, self.survival, name="survival")
         return y if self.preactivation else nn.relu(y)
 
 
@@ -112,23 +110,19 @@ class ResNet(nn.Module):
 
     def check(self) -> None:
         """Raises UserError for fields that describe no network."""
-        for field, allowed in {
-            "block": ("basic", "bottleneck"),
-            "stride_on": ("3x3", "1x1"),
-            "stem": layers.STEMS,
-            "shortcut": ("projection", "identity", "identity_middle"),
-            "join": ("add", "none"),
-        }.items():
-            if (value := getattr(self, field)) not in allowed:
-                raise UserError(f"model.{field} = {value!r}: allowed are {', '.join(allowed)}")
+        layers.require_choices(
+            self,
+            block=("basic", "bottleneck"),
+            stride_on=("3x3", "1x1"),
+            stem=layers.STEMS,
+            shortcut=("projection", "identity", "identity_middle"),
+            join=("add", "none"),
+        )
         for field in ("blocks", "widths"):
-            value, stages = getattr(self, field), len(self.blocks) or 3
-            if len(value) != stages or any(not isinstance(n, int) or n < 1 for n in value):
-                raise UserError(f"model.{field} = {value}: give {stages} positive integers")
-        if self.shortcut != "projection" and sorted(self.widths) != list(self.widths):
-            raise UserError(f"model.widths = {self.widths}: must not fall with identity shortcuts")
-        if not 0 < self.survival <= 1:
-            raise UserError(f"model.survival = {self.survival}: must be in (0, 1]")
+            layers.require_positive(self, field, len(self.blocks) or 3)
+        widens = self.shortcut == "projection" or sorted(self.widths) == list(self.widths)
+        layers.require(self, "widths", widens, "must not fall with identity shortcuts")
+        layers.require(self, "survival", 0 < self.survival <= 1, "must be in (0, 1]")
         for field, reader, reads in (
             ("stride_on", "block = 'bottleneck'", self.block == "bottleneck"),
             ("shortcut", "join = 'add'", self.join == "add"),
@@ -136,49 +130,34 @@ class ResNet(nn.Module):
             ("zero_init", "join = 'add'", self.join == "add"),
             ("zero_init", "preactivation = False", not self.preactivation),
         ):
-            if not reads and (value := getattr(self, field)) != getattr(ResNet, field):
-                raise UserError(f"model.{field} = {value!r}: only model.{reader} reads it")
+            unset = getattr(self, field) == getattr(ResNet, field)
+            layers.require(self, field, reads or unset, f"only model.{reader} reads it")
 
     @nn.compact
     def __call__(
         self, image: jax.Array, train: bool = False, keys: jax.Array | None = None
     ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
-        """Classifies images.
+        """Classifies images, as densejax.models says; the keys are for stochastic depth.
 
-        Args:
-          image: float [batch, height, width, channels], normalised.
-          train: batch statistics and stochastic depth; updates the collection "batch_stats".
-          keys: one random key per example, typed [batch] or uint32 [batch, 2]; for stochastic
-            depth.
-
-        Returns:
-          logits float32 [batch, num_classes], and the features after "stem", "stage1", "stage2",
-          ..., the last norm and ReLU ("final"; the last stage's without pre-activation) and
-          pooling ("pooled").
+        Features: "stem", "stage1", "stage2", ..., the last norm and ReLU ("final"; the last
+        stage's without pre-activation) and pooling ("pooled").
         """
-        bound = Layers(
-            train=train,
-            dtype=self.dtype,
-            batch_norm_axis=self.batch_norm_axis,
-            epsilon=self.batch_norm_epsilon,
-            convolution_bias=self.convolution_bias,
-            keys=one_for_each(keys, image),
-        )
-        policy = (self.preactivation, self.shortcut, self.join, self.zero_init, bound)
-        x = layers.STEMS[self.stem](self.widths[0], bound, name="stem")(image)
+        builder = Layers.of(self, train, keys, image)
+        settings = (self.preactivation, self.shortcut, self.join, self.zero_init, builder)
+        x = layers.STEMS[self.stem](self.widths[0], builder, name="stem")(image)
         if self.stem == "cifar" and not self.preactivation:
-            x = bound.norm(name="stem_norm")(x, relu=True)
+            x = builder.norm(name="stem_norm")(x, relu=True)
         features = {"stem": x}
+        survivals = iter(layers.survival_probabilities(self.survival, sum(self.blocks)))
         for stage, (depth, width) in enumerate(zip(self.blocks, self.widths, strict=True), 1):
             for index in range(1, depth + 1):
-                number = sum(self.blocks[: stage - 1]) + index  # l in the paper
-                survival = 1 - number / sum(self.blocks) * (1 - self.survival)
                 stride = 2 if stage > 1 and index == 1 else 1
                 convolutions = _convolutions(self.block, width, stride, self.stride_on)
-                x = Block(convolutions, survival, *policy, name=f"stage{stage}_block{index}")(x)
+                name = f"stage{stage}_block{index}"
+                x = Block(convolutions, next(survivals), *settings, name=name)(x)
             features[f"stage{stage}"] = x
         if self.preactivation:
-            x = bound.norm(name="norm")(x, relu=True)
+            x = builder.norm(name="norm")(x, relu=True)
         features["final"] = x
         logits, features["pooled"] = layers.Head(self.num_classes, name="head")(x)
         return logits, features

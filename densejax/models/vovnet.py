@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from densejax.config import UserError
 from densejax.models import layers
 from densejax.models.layers import Layers
 from densejax.models.pooling import max_pool
@@ -85,54 +84,33 @@ class VoVNet(nn.Module):
 
     def check(self) -> None:
         """Raises UserError for fields that describe no network."""
-        stages = len(self.modules)
+        stages = len(self.modules) or 4
         numbers = {"modules": stages, "widths": stages, "output_widths": stages, "stem_widths": 3}
         for field, number in numbers.items():
-            value = getattr(self, field)
-            positive = all(isinstance(n, int) and n > 0 for n in value)
-            if not positive or not value or len(value) != number:
-                raise UserError(f"model.{field} = {value}: give {number or 4} positive integers")
-        if self.module_depth < 1:
-            raise UserError(f"model.module_depth = {self.module_depth}: must be at least 1")
+            layers.require_positive(self, field, number)
+        layers.require(self, "module_depth", self.module_depth >= 1, "must be at least 1")
 
     @nn.compact
     def __call__(
         self, image: jax.Array, train: bool = False, keys: jax.Array | None = None
     ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
-        """Classifies images.
+        """Classifies images, as densejax.models says.
 
-        Args:
-          image: float [batch, height, width, channels], normalised.
-          train: batch statistics; updates the collection "batch_stats".
-          keys: uint32 [batch, 2], one random key per example; nothing here draws from them.
-
-        Returns:
-          logits float32 [batch, num_classes], and the features after "stem", "stage1" (OSA2 in the
-          paper), "stage2", ..., the last of them again ("final") and pooling ("pooled").
+        Features: "stem", "stage1" (OSA2 in the paper), "stage2", ..., the last of them again
+        ("final") and pooling ("pooled"). Nothing is drawn from the keys.
         """
-        bound = Layers(
-            train=train,
-            dtype=self.dtype,
-            batch_norm_axis=self.batch_norm_axis,
-            epsilon=self.batch_norm_epsilon,
-            keys=keys,
-        )
+        builder = Layers.of(self, train, keys, image)
         x = image
         for index, (width, stride) in enumerate(zip(self.stem_widths, (2, 1, 2), strict=True), 1):
-            x = ConvNorm(width, 3, bound, stride, name=f"stem{index}")(x)
+            x = ConvNorm(width, 3, builder, stride, name=f"stem{index}")(x)
         features = {"stem": x}
         stages = zip(self.modules, self.widths, self.output_widths, strict=True)
         for stage, (number, width, output_width) in enumerate(stages, 1):
             x = x if stage == 1 else ceil_max_pool(x)
             for index in range(1, number + 1):
-                x = OneShotAggregation(
-                    self.module_depth,
-                    width,
-                    output_width,
-                    self.identity and index > 1,
-                    bound,
-                    name=f"stage{stage}_module{index}",
-                )(x)
+                fields = (self.module_depth, width, output_width, self.identity and index > 1)
+                name = f"stage{stage}_module{index}"
+                x = OneShotAggregation(*fields, builder, name=name)(x)
             features[f"stage{stage}"] = x
         features["final"] = x
         logits, features["pooled"] = layers.Head(self.num_classes, name="head")(x)

@@ -43,12 +43,12 @@ def expand(text: str, work: Work, recompute: str = "none") -> list[str]:
             names += [f"{first}:{layout}" for layout in ([rest] if rest else LAYOUTS)]
         elif name in ("flax", "keras", "densejax"):
             names.append(name)
-        elif first in (*networks.BLOCKS, "densejax"):
+        elif first in (*networks.IMPLEMENTATIONS, "densejax"):
             full = name if rest or recompute == "none" else f"{name}:{recompute}"
             networks.changes(full, work.model)
             names.append(full)
         else:
-            allowed = ", ".join(("densejax", *networks.BLOCKS, "flax", *PEERS))
+            allowed = ", ".join(("densejax", *networks.IMPLEMENTATIONS, "flax", *PEERS))
             raise UserError(f"--implementations: {name!r} is unknown; allowed are {allowed}")
     if len(set(names)) < len(names):
         raise UserError(f"--implementations={text}: names one twice")

@@ -139,7 +139,7 @@ def main() -> None:
     """Prints a table of bytes by depth and their growth."""
     parser = script.Parser(__doc__)
     levels = [f":{level}" if level != "none" else "" for level in networks.RECOMPUTE]
-    every = [block + level for block in networks.BLOCKS for level in levels]
+    every = [block + level for block in networks.IMPLEMENTATIONS for level in levels]
     parser.add_argument(
         "--output", type=script.path, required=True, help="JSON that figures are kept in"
     )

@@ -20,7 +20,7 @@ from densejax import config as schema
 from densejax import models
 from densejax.config import UserError
 from densejax.data.augment import Preparation
-from densejax.models.densenet import BLOCKS, RECOMPUTE, DenseNet
+from densejax.models.densenet import IMPLEMENTATIONS, RECOMPUTE, DenseNet
 from densejax.topology import targets
 from densejax.training import experiment, optimizer, parallel, step
 from densejax.weights import conversion
@@ -97,7 +97,10 @@ def changes(name: str, model: str) -> dict[str, str]:
         return {}
     block, _, recompute = name.partition(":")
     recompute = recompute or "none"
-    for what, value, allowed in (("block", block, BLOCKS), ("recompute", recompute, RECOMPUTE)):
+    for what, value, allowed in (
+        ("block", block, IMPLEMENTATIONS),
+        ("recompute", recompute, RECOMPUTE),
+    ):
         if value not in allowed:
             raise UserError(f"{name}: {value!r} is no {what}; allowed are {', '.join(allowed)}")
     if models.fields(model).family != "densenet":

@@ -1,0 +1,433 @@
+"""A dense block in one buffer, with its gradients written by hand.
+
+In the paper's form every layer reads a concatenation of all maps before it. Automatic
+differentiation keeps all of these concatenations, so that memory grows with the square of the
+depth. Here it grows linearly, and every feature map is stored once:
+
+- One buffer. `features` holds all maps of the block. A layer reads the channels that were written
+  before it and writes its new maps behind them.
+- Each map's statistics once. Mean and variance over the batch are the same for every layer that
+  reads a map, so they are computed when the map is written.
+- The backward pass walks the layers in reverse. `d_features` is the gradient of `features`; a layer
+  adds its part to the channels that it read. When the walk comes to a layer, all of its readers
+  have done so, and the gradient of its own maps is complete but for the path through their
+  statistics. That path is summed up too, as two numbers for each channel (`d_stats`), and is added
+  to the map's gradient at this moment, once for all readers.
+- Norms are computed again. The forward pass keeps `features`, the statistics and what the 1x1
+  convolutions give (`hidden`), but nothing that a norm, ReLU or dropout gives.
+
+A layer is norm1-ReLU-conv1, or with a bottleneck norm1-ReLU-conv1-norm2-ReLU-conv2, where `hidden`
+is the output of conv1. `d_x` always means the gradient of x. On a CPU a batch goes through a layer
+in pieces that stay in the processor's cache.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from densejax.models.convolution import (
+    Params,
+    Plan,
+    arrange_kernel,
+    conv3x3,
+    conv3x3_backward,
+    divisor,
+    fold,
+    per_platform,
+    pointwise,
+    pointwise_backward,
+    restore_kernel,
+)
+from densejax.models.normalization import (
+    PrecomputedStatistics,
+    Statistics,
+    affine,
+    at_least_float32,
+    norm_gradients,
+    normalise,
+    per_channel,
+    relu_backward,
+    statistics,
+    sum_over,
+    varying_like,
+)
+from densejax.models.regularization import dropout, stochastic_depth
+
+LayerParams = dict[str, Params]  # "norm1", "conv1" and, with a bottleneck, "norm2", "conv2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is fixed when a block is traced.
+
+    Attributes:
+      epsilon: added to BatchNorm's variance.
+      axis: mapped axis or axes that batch statistics are averaged over; None: none.
+      dropout_rate: of elements after every convolution.
+      seeds: of each layer: those of its first and last dropout and of its stochastic depth.
+      survivals: of each layer: the probability that an example keeps its new maps.
+      keep_hidden: keep what the 1x1 convolutions give; else the backward pass computes it again.
+    """
+
+    epsilon: float
+    axis: Any
+    dropout_rate: float
+    seeds: tuple[tuple[int, int, int], ...]
+    survivals: tuple[float, ...]
+    keep_hidden: bool
+
+
+def evaluate(
+    epsilon: float,
+    survivals: tuple[float, ...],
+    x: jax.Array,
+    layers: list[LayerParams],
+    running: list[LayerParams],
+) -> jax.Array:
+    """The block with running statistics; a bottleneck's second norm is folded into its 1x1.
+
+    Args:
+      epsilon: added to BatchNorm's variance.
+      survivals: of each layer: what its new maps are scaled by.
+      x: [batch, height, width, channels], in the precision of the computation.
+      layers: float32, of each layer.
+      running: its statistics, {"norm1": {"mean", "var"}, ...}.
+
+    Returns:
+      The block's features, x first.
+    """
+    return per_platform(functools.partial(_evaluate, epsilon, survivals), x, layers, running)
+
+
+def _evaluate(epsilon, survivals, plan, x, layers, running):
+    features, channels = _with_room(x, layers), x.shape[-1]
+    for params, stats, survival in zip(layers, running, survivals, strict=True):
+        norms = {name: Statistics(pair["mean"], pair["var"]) for name, pair in stats.items()}
+        features = _evaluate_layer(epsilon, plan, features, channels, params, norms, survival)
+        channels += _growth_rate(params)
+    return features
+
+
+def _evaluate_layer(epsilon, plan, features, channels, params, norms, survival):
+    """Features with a layer's new maps behind the channels that it reads."""
+    first, last = params["conv1"], params[_last_conv(params)]
+    last = arrange_kernel(jax.tree.map(lambda leaf: leaf * survival, last), plan)
+    if "conv2" in params:
+        first = fold(first, *affine(norms["norm2"], params["norm2"], epsilon))
+
+    def new_maps(piece, features):
+        x = piece(features, channels)
+        z = _relu(normalise(x, norms["norm1"], params["norm1"], epsilon), x)
+        if "conv2" in params:
+            z = _relu(pointwise(z, first), x)
+        return (), conv3x3(z, last)
+
+    return _in_pieces(plan, features, new_maps, (), features, channels)[1]
+
+
+def train(
+    settings: Settings, x: jax.Array, layers: list[LayerParams], keys: jax.Array | None
+) -> tuple[jax.Array, PrecomputedStatistics, list[Statistics | None]]:
+    """The block with batch statistics.
+
+    Args:
+      settings: what is fixed.
+      x: [batch, height, width, channels], in the precision of the computation.
+      layers: float32, of each layer.
+      keys: uint32 [batch, 2], one random key per example; None where nothing is random.
+
+    Returns:
+      The block's features, x first; their statistics; those of each layer's hidden maps.
+    """
+    return _train(settings, x, varying_like(x, layers), keys)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _train(settings, x, layers, keys):
+    return _train_forward(settings, x, layers, keys)[0]
+
+
+def _train_forward(settings, x, layers, keys):
+    forward = functools.partial(_forward, settings)
+    features, stats, hidden, hidden_stats = per_platform(forward, x, layers, keys)
+    # Gradients flow through the first of the two, and are then each device's own: the backward
+    # pass adds them up.
+    both = PrecomputedStatistics(varying_like(features, stats), stats)
+    saved = features, stats, hidden, hidden_stats, layers, keys
+    return (features, both, hidden_stats), saved
+
+
+def _train_backward(settings, saved, gradients):
+    d_features, d_stats, _ = gradients
+    backward = functools.partial(_backward, settings)
+    dx, d_layers = per_platform(backward, saved, d_features, d_stats.batch)
+    return dx, d_layers, None
+
+
+_train.defvjp(_train_forward, _train_backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """One layer of a block in training: the parts of its forward and of its backward pass."""
+
+    settings: Settings
+    plan: Plan
+    keys: jax.Array | None
+    index: int
+    params: LayerParams
+    channels: int  # that it reads
+
+    def norm_relu(self, number: int, x: jax.Array, stats: Statistics) -> jax.Array:
+        """ReLU of the first or second norm of x."""
+        return _relu(normalise(x, stats, self.params[f"norm{number}"], self.settings.epsilon), x)
+
+    def drop_hidden(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """Dropout after a bottleneck's 1x1 convolution; it is its own transpose."""
+        return dropout(x, self.settings.dropout_rate, self.settings.seeds[self.index][0], keys)
+
+    def drop_new(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """Dropout and stochastic depth of the new maps; they are their own transpose."""
+        first, second, survival = self.settings.seeds[self.index]
+        seed = second if "conv2" in self.params else first
+        x = dropout(x, self.settings.dropout_rate, seed, keys)
+        return stochastic_depth(x, self.settings.survivals[self.index], survival, keys)
+
+    def hidden(self, features: jax.Array, stats: Statistics, after: jax.Array) -> jax.Array:
+        """The output of the 1x1 convolution; no memory is taken for it before `after` is there."""
+        output = _unset(after, self.params["conv1"]["kernel"].shape[-1])
+
+        def part(piece, _):
+            z = self.norm_relu(1, piece(features, self.channels), stats)
+            return (), self.drop_hidden(pointwise(z, self.params["conv1"]), piece(self.keys))
+
+        return _in_pieces(self.plan, features, part, (), output)[1]
+
+    def write(self, features: jax.Array, hidden: jax.Array | None, stats: Statistics) -> jax.Array:
+        """Features with the new maps, made from `hidden` or, without a bottleneck, from features.
+
+        `stats` are of what they are made from.
+        """
+        number = 1 if hidden is None else 2
+        conv = arrange_kernel(self.params[_last_conv(self.params)], self.plan)
+
+        def part(piece, features):
+            x = piece(features, self.channels) if hidden is None else piece(hidden)
+            y = conv3x3(self.norm_relu(number, x, stats), conv)
+            return (), self.drop_new(y, piece(self.keys))
+
+        return _in_pieces(self.plan, features, part, (), features, self.channels)[1]
+
+    def backward_conv2(self, hidden, stats, d_new, output):
+        """From the new maps' gradient: those of norm2 and conv2, and that before norm2's ReLU."""
+        conv = arrange_kernel(self.params["conv2"], self.plan)
+
+        def part(piece, _):
+            x, dy = piece(hidden), self.drop_new(piece(d_new), piece(self.keys))
+            z = self.norm_relu(2, x, stats)
+            dz, d_conv = conv3x3_backward(z, dy, conv)
+            dz, sums = relu_backward(z, dz, at_least_float32(x) - per_channel(stats.mean))
+            return (d_conv, sums), dz
+
+        sums = _zeros(conv, self.params["norm2"])
+        (d_conv, sums), dz = _in_pieces(self.plan, hidden, part, sums, output)
+        _, d_norm = norm_gradients(stats, self.params["norm2"], self.settings.epsilon, sums)
+        return {"norm2": d_norm, "conv2": restore_kernel(d_conv, self.plan)}, dz
+
+    def backward_norm2(self, hidden, stats, d_norm):
+        """A function of pieces of `hidden` and of norm2's gradient: the gradient of that piece."""
+        rate = lax.rsqrt(stats.variance + self.settings.epsilon)
+        slope = per_channel(self.params["norm2"]["scale"] * rate)
+        sums = jnp.stack([d_norm["bias"], d_norm["scale"] * rate])
+        sums = sum_over(sums, self.settings.axis) / _pixels(self.settings, hidden)
+        through_mean, through_variance = map(per_channel, sums)
+
+        def backward(x, dz):
+            centred = at_least_float32(x) - per_channel(stats.mean)
+            dx = at_least_float32(dz) - through_mean - centred * through_variance
+            return (dx * slope).astype(x.dtype)
+
+        return backward
+
+    def backward_conv1(self, features, stats, dy, d_features, d_stats, backward_norm2, hidden):
+        """Gradients of norm1 and conv1, `d_features` and `d_stats` with this layer's part added.
+
+        dy is the gradient of the new maps or, with a bottleneck, that before norm2's ReLU.
+        """
+        conv = self.params["conv1"]
+        if hidden is None:
+            conv = arrange_kernel(conv, self.plan)
+
+        def part(piece, d_features):
+            x, keys = piece(features, self.channels), piece(self.keys)
+            z = self.norm_relu(1, x, stats)
+            if hidden is None:
+                dz, d_conv = conv3x3_backward(z, self.drop_new(piece(dy), keys), conv)
+            else:
+                d_hidden = self.drop_hidden(backward_norm2(piece(hidden), piece(dy)), keys)
+                dz, d_conv = pointwise_backward(z, d_hidden, conv)
+            dz, sums = relu_backward(z, dz, at_least_float32(x) - per_channel(stats.mean))
+            dx, before = at_least_float32(dz) * slope, piece(d_features, self.channels)
+            if self.plan.new_gradients:  # XLA:TPU would write a rounded dx as one more array
+                return (d_conv, sums), (at_least_float32(before) + dx).astype(x.dtype)
+            return (d_conv, sums), before + dx.astype(x.dtype)
+
+        rate = lax.rsqrt(stats.variance + self.settings.epsilon)
+        slope = per_channel(self.params["norm1"]["scale"] * rate)
+        sums = _zeros(conv, self.params["norm1"])
+        if self.plan.new_gradients:
+            d_features = d_features[..., : self.channels]
+        (d_conv, sums), d_features = _in_pieces(self.plan, features, part, sums, d_features)
+        d_conv = restore_kernel(d_conv, self.plan) if hidden is None else d_conv
+        parts, d_norm = norm_gradients(stats, self.params["norm1"], self.settings.epsilon, sums)
+        d_stats = jax.tree.map(
+            lambda leaf, part: leaf.at[: self.channels].add(part), d_stats, parts
+        )
+        return {"norm1": d_norm, "conv1": d_conv}, d_features, d_stats
+
+
+def _layers(settings, plan, layers, keys, channels):
+    """The layers of a block, the first of which reads so many channels."""
+    for index, params in enumerate(layers):
+        yield _Layer(settings, plan, keys, index, params, channels)
+        channels += _growth_rate(params)
+
+
+def _forward(settings: Settings, plan: Plan, x, layers, keys):
+    """(features, their statistics, each layer's hidden maps or None, their statistics)."""
+    features = plan.with_layout(_with_room(x, layers))
+    stats, all_hidden, all_hidden_stats = statistics(x, settings.axis), [], []
+    for layer in _layers(settings, plan, layers, keys, x.shape[-1]):
+        hidden = hidden_stats = None
+        if "conv2" in layer.params:
+            hidden = layer.hidden(features, stats, features[..., layer.channels - 1 :])
+            hidden_stats = statistics(hidden, settings.axis)
+        features = layer.write(features, hidden, stats if hidden is None else hidden_stats)
+        new = features[..., layer.channels : layer.channels + _growth_rate(layer.params)]
+        new_stats = statistics(new, settings.axis)
+        stats = Statistics(*map(jnp.concatenate, zip(stats, new_stats, strict=True)))
+        all_hidden.append(hidden if settings.keep_hidden else None)
+        all_hidden_stats.append(hidden_stats)
+    return features, stats, all_hidden, all_hidden_stats
+
+
+def _backward(settings: Settings, plan: Plan, saved, d_features, d_stats):
+    """Gradients of the block's input and of its layers' parameters."""
+    features, stats, all_hidden, all_hidden_stats, layers, keys = saved
+    d_features = plan.with_layout(d_features)
+    end = features.shape[-1]
+    first = end - sum(map(_growth_rate, layers))
+    d_layers, buffer = [], None
+
+    def complete_gradient(channels):
+        """The gradient of some channels, with that through their batch statistics."""
+        x, dx = (at_least_float32(leaf[..., channels]) for leaf in (features, d_features))
+        sums = sum_over(jnp.stack([leaf[channels] for leaf in d_stats]), settings.axis)
+        through_mean, through_variance = map(per_channel, sums / _pixels(settings, features))
+        dx += through_mean + (x - per_channel(stats.mean[channels])) * (2 * through_variance)
+        return dx.astype(features.dtype)
+
+    for layer in reversed(list(_layers(settings, plan, layers, keys, first))):
+        dy, end = complete_gradient(slice(layer.channels, end)), layer.channels
+        hidden, hidden_stats = all_hidden[layer.index], all_hidden_stats[layer.index]
+        stats_read = Statistics(*(leaf[: layer.channels] for leaf in stats))
+        # Without the barrier XLA would keep what the forward pass made instead of making it again.
+        features, hidden, dy = lax.optimization_barrier((features, hidden, dy))
+        d_conv2, backward_norm2 = {}, None
+        if hidden_stats is not None:
+            if hidden is None:
+                hidden = layer.hidden(features, stats_read, dy)
+            if buffer is None:  # one for all layers
+                buffer = _unset(dy, hidden.shape[-1])
+            d_conv2, dy = layer.backward_conv2(hidden, hidden_stats, dy, buffer)
+            backward_norm2 = layer.backward_norm2(hidden, hidden_stats, d_conv2["norm2"])
+            buffer = dy
+        d_conv1, d_features, d_stats = layer.backward_conv1(
+            features, stats_read, dy, d_features, d_stats, backward_norm2, hidden
+        )
+        d_layers.append(d_conv2 | d_conv1)
+    return complete_gradient(slice(0, first)), d_layers[::-1]
+
+
+def _with_room(x, layers):
+    """x with room behind it for all layers' new maps."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, sum(map(_growth_rate, layers)))))
+
+
+def _relu(x, like):
+    return jnp.maximum(x, 0).astype(like.dtype)
+
+
+def _last_conv(params):
+    return "conv2" if "conv2" in params else "conv1"
+
+
+def _growth_rate(params):
+    return params[_last_conv(params)]["kernel"].shape[-1]
+
+
+def _pixels(settings, x):
+    """The pixels that a batch statistic is taken over, on all devices."""
+    pixels = jnp.full((), x.size // x.shape[-1], at_least_float32(x).dtype)
+    return sum_over(pixels, settings.axis)
+
+
+def _zeros(conv, norm):
+    return jax.tree.map(jnp.zeros_like, (conv, norm))
+
+
+def _unset(x, channels):
+    """An array whose values do not matter, since it is written; it is made after x."""
+    return jnp.broadcast_to(x[:1, :1, :1, :1], (*x.shape[:3], channels))
+
+
+def _in_pieces(plan: Plan, features, function, sums, output, channel: int = 0):
+    """Applies a function to pieces of the batch that stay in the cache.
+
+    Args:
+      plan: says how many bytes of `features` a piece has.
+      features: [batch, height, width, channels].
+      function: (piece, output) -> (terms, new channels of the output). `piece(array, channels)` is
+        the part of an array [batch, ...] that is the function's turn, its first channels or all.
+      sums: what the terms of all pieces are added to.
+      output: [batch, height, width, channels], updated in place.
+      channel: of the output, the first that is written.
+
+    Returns:
+      The sums over all pieces, and the output.
+    """
+    batch = features.shape[0]
+    size = _piece_size(plan, features)
+
+    def step(number, state):
+        sums, output = state
+        start = number * size
+
+        def piece(array, channels=None):
+            if array is None:
+                return None
+            lengths = (size, *array.shape[1:-1], channels or array.shape[-1])
+            return lax.dynamic_slice(array, (start, *(0,) * (array.ndim - 1)), lengths)
+
+        terms, new = function(piece, output)
+        output = lax.dynamic_update_slice(output, new, (start, 0, 0, channel))
+        return jax.tree.map(jnp.add, sums, terms), output
+
+    if size == batch:
+        return step(0, (sums, output))
+    return lax.fori_loop(0, batch // size, step, (sums, output))
+
+
+def _piece_size(plan, features):
+    """The examples of a piece: a divisor of the batch."""
+    batch = features.shape[0]
+    # An exported program may leave the batch open; it may be empty.
+    if plan.piece_bytes == math.inf or not isinstance(batch, int) or not batch:
+        return batch
+    # Two pieces at least: outside of a loop XLA:CPU copies the output of each layer.
+    return divisor(batch, min(batch / 2, plan.piece_bytes / features.nbytes * batch))
