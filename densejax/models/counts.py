@@ -1,4 +1,4 @@
-"""Exact counts of a network from its abstract evaluation: no array is ever made."""
+"""Exact counts of a network's parameters and computation, from its trace: no array is made."""
 
 import collections
 import dataclasses
@@ -22,24 +22,23 @@ def parameters(variables: Any) -> int:
 def multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:
     """Multiply-adds of the convolutions and matrix products in a function's trace.
 
-    Args:
-      function: traced on the abstract arguments; loops count once per iteration of `scan`.
-      *arguments: pytrees of arrays or jax.ShapeDtypeStruct.
+    Arguments are pytrees of arrays or jax.ShapeDtypeStruct. A `scan` counts each of its iterations.
     """
     return _by_scope(jax.make_jaxpr(function)(*arguments).jaxpr, _multiply_adds).total()
 
 
 def memory_access_cost(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """MAC of Lee et al., arXiv:1904.09730, section 2.2, without the classifier.
+    """Values that a network's convolutions read and write for one image, weights included.
 
-    Values that a network's convolutions read and write for one image, weights included: the sum of
-    h w (c_in + c_out) + k^2 c_in c_out (at stride 2 inputs and outputs each count at their size).
+    This is MAC of Lee et al., arXiv:1904.09730, section 2.2: the sum of h w (c_in + c_out) +
+    k^2 c_in c_out, where at stride 2 inputs and outputs each count at their size. It is without the
+    classifier.
     """
     return _by_scope(_trace(model.clone(num_classes=0), image_shape)[1], _values).total()
 
 
 def convolution_inputs(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Values that all convolutions and products of a network read for one image, without weights.
+    """Values, other than weights, that convolutions and products of a network read for one image.
 
     A feature map counts once for every layer that reads it.
     """
@@ -48,9 +47,9 @@ def convolution_inputs(model: nn.Module, image_shape: tuple[int, int, int]) -> i
 
 
 def _trace(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[Any, Any]:
-    """(abstract variables, jaxpr of the forward pass on one image) of a network's literal form."""
+    """(shapes of the variables, jaxpr of the forward pass on one image), as the paper writes it."""
     model, image = models.reference(model), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    # One trace for both: the draws of the variables are neither convolutions nor products.
+    # One trace for both: drawing the variables takes no convolution and no product.
     trace = jax.make_jaxpr(model.init_with_output, return_shape=True)
     jaxpr, (_, variables) = trace(jax.random.key(0), image)
     return variables, jaxpr.jaxpr
@@ -69,9 +68,9 @@ def _by_scope(
         if equation.primitive.name in ("conv_general_dilated", "dot_general"):
             total[scope] += times * cost(equation)
         else:
-            turns = times * equation.params.get("length", 1)
+            iterations = times * equation.params.get("length", 1)  # of a scan
             for inner in jaxprs_in_params(equation.params):
-                total += _by_scope(inner, cost, scope, turns)
+                total += _by_scope(inner, cost, scope, iterations)
     return total
 
 
@@ -98,7 +97,7 @@ def of_network(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int
 
 @dataclasses.dataclass
 class Layer:
-    """A named part of a network; `output_shape` is of one image, None where it is not known."""
+    """A named part of a network; `output_shape` is that of one image, None where not known."""
 
     name: str
     output_shape: tuple[int, ...] | None = None
@@ -109,10 +108,8 @@ class Layer:
 def layers(model: nn.Module, image_shape: tuple[int, int, int], depth: int = 2) -> list[Layer]:
     """What each part of a network holds and computes for one image, in the network's order.
 
-    Args:
-      model: from densejax.models.create.
-      image_shape: height, width, channels.
-      depth: names are cut after so many parts; what lies deeper is added up.
+    Names have at most `depth` parts; deeper modules are added up. Images are [height, width,
+    channels].
     """
     shapes = {}
 
@@ -137,10 +134,10 @@ def layers(model: nn.Module, image_shape: tuple[int, int, int], depth: int = 2) 
 
 
 def recomputed(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Multiply-adds of one image that a network's `recompute` does again, by the level's meaning.
+    """Multiply-adds of one image that the backward pass of a network computes again.
 
-    The output of a layer's last convolution is no input of its backward pass: "layer" computes the
-    1x1 of every bottleneck again, "block" every convolution of the dense blocks, "norm" none.
+    With `recompute` "layer" it is the 1x1 of every bottleneck, since the output of a layer's last
+    convolution is not needed for its gradients; with "block" every convolution of the dense blocks.
     """
     wanted = {"layer": "conv1", "block": "conv"}.get(getattr(model, "recompute", "none"))
     if wanted is None or (wanted == "conv1" and not model.bottleneck):
@@ -150,16 +147,17 @@ def recomputed(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
 
 
 def pooled_first(model: nn.Module, image_shape: tuple[int, int, int], trains: bool) -> int:
-    """Multiply-adds of one image that an in-place DenseNet's forward pass does without.
+    """Multiply-adds of one image that the forward pass of a DenseNet saves by pooling first.
 
-    Its transitions pool before their 1x1 convolution, which commutes but for dropout.
+    With in-place blocks a transition pools before its 1x1 convolution, which gives the same result
+    without dropout.
     """
     if getattr(model, "block", None) != "in_place" or (trains and model.dropout_rate):
         return 0
-    left_out = 0
+    saved = 0
     for row in layers(model, image_shape, depth=2):
         if row.name.startswith("transition") and row.multiply_adds:
             height, width = row.output_shape[:2]
-            a_pixel = row.multiply_adds // (height * width)
-            left_out += row.multiply_adds - a_pixel * (height // 2) * (width // 2)
-    return left_out
+            of_a_pixel = row.multiply_adds // (height * width)
+            saved += row.multiply_adds - of_a_pixel * (height // 2) * (width // 2)
+    return saved

@@ -1,5 +1,6 @@
 """The dense block as a linen module, for DenseNet and for any other network."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from flax.core import unfreeze
 from jax.ad_checkpoint import checkpoint_name
 
-from densejax.models import in_place
+from densejax.models import in_place, layers
 from densejax.models.layers import Layers
 from densejax.models.normalization import PrecomputedStatistics, Statistics, update_running
 from densejax.models.regularization import layer_seed
@@ -108,33 +109,45 @@ class DenseBlock(nn.Module):
           return_statistics: return (features, their PrecomputedStatistics for the norm that
             follows, or None where they are not known), and not the features alone.
         """
-        survivals = self.survival
-        if isinstance(survivals, float | int):
-            survivals = (survivals,) * self.depth
+        survivals = _survivals(self)
         is_random = self.dropout_rate > 0 or min(survivals) < 1
-        if train and is_random and keys is None and not self.is_initializing():
+        if train and is_random and keys is None:
             keys = jax.random.split(self.make_rng("dropout"), len(x))
-        layers, x = Layers.of(self, train, keys, x), x.astype(self.dtype)
+        builder, x = Layers.of(self, train, keys, x), x.astype(self.dtype)
         if self.is_initializing() or self.block == "concat" or self.join == "one_shot":
-            features, statistics = _concatenate(self, layers, survivals, x), None
+            features, statistics = _concatenate(self, builder, survivals, x), None
         else:
-            features, statistics = _compute_in_place(self, layers, survivals, x)
+            features, statistics = _compute_in_place(self, builder, survivals, x)
         return (features, statistics) if return_statistics else features
+
+
+def _survivals(block: DenseBlock) -> tuple[float, ...]:
+    """The probability of stochastic depth of each layer; UserError for fields of no block."""
+    require = functools.partial(layers.require, block, owner="DenseBlock")
+    require("depth", block.depth >= 1, "must be at least 1")
+    require("growth_rate", block.growth_rate >= 1, "must be at least 1")
+    choices = {"join": JOINS, "block": IMPLEMENTATIONS, "recompute": RECOMPUTE}
+    layers.require_choices(block, "DenseBlock", **choices)
+    if isinstance(block.survival, float | int):
+        return (block.survival,) * block.depth
+    each = f"give one number, or one for each of the {block.depth} layers"
+    require("survival", len(block.survival) == block.depth, each)
+    return tuple(block.survival)
 
 
 def _names(block: DenseBlock) -> list[str]:
     return [f"layer{index}" for index in range(1, block.depth + 1)]
 
 
-def _concatenate(block, layers, survivals, x) -> jax.Array:
+def _concatenate(block, builder, survivals, x) -> jax.Array:
     """The block's features as the paper writes them."""
     features = [x]
-    for layer in _dense_layers(block, layers, survivals):
+    for layer in _dense_layers(block, builder, survivals):
         features.append(layer(*(features[-1:] if block.join == "one_shot" else features)))
     return jnp.concatenate(features, axis=-1)
 
 
-def _dense_layers(block, layers, survivals) -> Iterator[DenseLayer]:
+def _dense_layers(block, builder, survivals) -> Iterator[DenseLayer]:
     layer, policy = DenseLayer, None
     if block.recompute == "norm":
         policy = jax.checkpoint_policies.save_only_these_names("convolution")
@@ -142,11 +155,11 @@ def _dense_layers(block, layers, survivals) -> Iterator[DenseLayer]:
         layer = nn.remat(DenseLayer, policy=policy)
     width = block.bottleneck_width if block.bottleneck else 0
     for name, survival in zip(_names(block), survivals, strict=True):
-        yield layer(block.growth_rate, width, layers, survival, name=name)
+        yield layer(block.growth_rate, width, builder, survival, name=name)
 
 
 def _compute_in_place(
-    block, layers, survivals, x
+    block, builder, survivals, x
 ) -> tuple[jax.Array, PrecomputedStatistics | None]:
     """The block's features and, in training, their statistics (densejax.models.in_place)."""
     # Gradients by hand are dictionaries; the user's variables may be frozen ones.
@@ -154,7 +167,7 @@ def _compute_in_place(
     params = [variables["params"][name] for name in names]
     running = [variables["batch_stats"][name] for name in names]
     epsilon = block.batch_norm_epsilon
-    if not layers.train:
+    if not builder.train:
         return in_place.evaluate(epsilon, survivals, x, params, running), None
     drops = ("dropout1", "dropout2", "survival")
     settings = in_place.Settings(
@@ -165,7 +178,7 @@ def _compute_in_place(
         survivals=survivals,
         keep_hidden=block.recompute != "layer",
     )
-    features, statistics, hidden = in_place.train(settings, x, params, layers.keys)
+    features, statistics, hidden = in_place.train(settings, x, params, builder.keys)
     for name, old, norm2 in zip(names, running, hidden, strict=True):
         norm1 = Statistics(*(leaf[: len(old["norm1"]["mean"])] for leaf in statistics.running))
         new = {"norm1": norm1, "norm2": norm2}

@@ -18,6 +18,9 @@ from densejax.models.pooling import average_pool
 RECOMPUTE = dense_block.RECOMPUTE | {
     "block": "all but each block's input, through the transition or norm that follows it"
 }
+# Fields that every block has as the network has them.
+OF_BLOCKS = ("bottleneck", "bottleneck_width", "dropout_rate", "convolution_bias")
+OF_BLOCKS += ("batch_norm_epsilon", "join", "block", "dtype", "batch_norm_axis")
 
 
 class Transition(nn.Module):
@@ -94,17 +97,17 @@ class DenseNet(nn.Module):
                 f"model.depth = {self.depth} and model.blocks = {self.blocks}: give exactly one"
             )
         if self.blocks is not None:
-            if not self.blocks or min(self.blocks) < 1:
-                raise UserError(f"model.blocks = {self.blocks}: give positive numbers of layers")
+            positive = min(self.blocks, default=0) >= 1
+            layers.require(self, "blocks", positive, "give positive numbers of layers")
             return tuple(self.blocks)
         unit = 6 if self.bottleneck else 3
         layers_per_block, left = divmod(self.depth - 4, unit)
-        if left or layers_per_block < 1:
-            lower = max(self.depth - 4 - left, unit) + 4
-            raise UserError(
-                f"model.depth = {self.depth}: with model.bottleneck = {self.bottleneck} it must "
-                f"be {unit}n + 4, n >= 1; the nearest are {lower} and {lower + unit}"
-            )
+        lower = max(self.depth - 4 - left, unit) + 4
+        wanted = (
+            f"with model.bottleneck = {self.bottleneck} it must be {unit}n + 4, n >= 1; "
+            f"the nearest are {lower} and {lower + unit}"
+        )
+        layers.require(self, "depth", not left and layers_per_block >= 1, wanted)
         return (layers_per_block,) * 3
 
     def growth_rates(self) -> tuple[int, ...]:
@@ -112,11 +115,8 @@ class DenseNet(nn.Module):
         number = len(self.block_depths())
         rates = self.growth_rate
         rates = (rates,) * number if isinstance(rates, int) else tuple(rates)
-        if len(rates) != number or min(rates) < 1:
-            raise UserError(
-                f"model.growth_rate = {self.growth_rate}: give one positive integer, or one for "
-                f"each of the {number} blocks"
-            )
+        wanted = f"give one positive integer, or one for each of the {number} blocks"
+        layers.require(self, "growth_rate", len(rates) == number and min(rates) >= 1, wanted)
         return rates
 
     def widths(self) -> tuple[int, ...]:
@@ -180,18 +180,10 @@ def _stage(builder: Layers, index: int, network: DenseNet, x: jax.Array):
     block = DenseBlock(
         depths[index],
         network.growth_rates()[index],
-        network.bottleneck,
-        network.bottleneck_width,
-        network.dropout_rate,
-        survivals[before : before + depths[index]],
-        network.convolution_bias,
-        network.batch_norm_epsilon,
-        network.join,
-        network.block,
-        "none" if network.recompute == "block" else network.recompute,
-        network.dtype,
-        network.batch_norm_axis,
+        survival=survivals[before : before + depths[index]],
+        recompute="none" if network.recompute == "block" else network.recompute,
         name=f"block{index + 1}",
+        **{field: getattr(network, field) for field in OF_BLOCKS},
     )
     features, statistics = block(x, builder.train, builder.keys, return_statistics=True)
     if index + 1 == len(depths):

@@ -85,17 +85,17 @@ def survival_probabilities(last: float, number: int) -> tuple[float, ...]:
     return tuple(1 - index / number * (1 - last) for index in range(1, number + 1))
 
 
-def require(network: nn.Module, field: str, holds: bool, what: str) -> None:
-    """Raises UserError about a field of a network unless a condition holds; `what` is wanted."""
+def require(module: nn.Module, field: str, holds: bool, what: str, owner: str = "model") -> None:
+    """Raises UserError about a field of a module unless a condition holds; `what` is wanted."""
     if not holds:
-        raise UserError(f"model.{field} = {getattr(network, field)!r}: {what}")
+        raise UserError(f"{owner}.{field} = {getattr(module, field)!r}: {what}")
 
 
-def require_choices(network: nn.Module, **allowed: Iterable[str]) -> None:
-    """Raises UserError unless each named field of a network has one of the allowed values."""
+def require_choices(module: nn.Module, owner: str = "model", **allowed: Iterable[str]) -> None:
+    """Raises UserError unless each named field of a module has one of the allowed values."""
     for field, names in allowed.items():
-        holds = getattr(network, field) in names
-        require(network, field, holds, f"allowed are {', '.join(names)}")
+        what = f"allowed are {', '.join(names)}"
+        require(module, field, getattr(module, field) in names, what, owner)
 
 
 def require_positive(network: nn.Module, field: str, number: int) -> None:

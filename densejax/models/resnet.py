@@ -23,7 +23,7 @@ def _convolutions(block: str, width: int, stride: int, stride_on: str) -> tuple[
 
 
 class Block(nn.Module):
-    """H_l, conv-BN with ReLU between (BN-ReLU-conv with pre-activation), and how it is joined."""
+    """H_l: conv-BN with ReLU between (BN-ReLU-conv with pre-activation), and its shortcut."""
 
     convolutions: tuple[tuple[int, int, int], ...]  # (channels, kernel size, stride) of each
     survival: float  # p_l of stochastic depth
@@ -45,7 +45,7 @@ class Block(nn.Module):
             if self.preactivation:
                 y = norm(name=f"norm{index}")(y, relu=True)
                 if index == 1 and changes and self.shortcut == "projection":
-                    x = y  # as the authors' code: a projection shares the first norm and ReLU
+                    x = y  # as the authors' code: a projection reads the first norm and ReLU
             convolve = conv(channels, (size, size), step, name=f"conv{index}")
             if self.preactivation:
                 y = convolve(y)
@@ -80,8 +80,8 @@ class ResNet(nn.Module):
       stem: "cifar" (3x3) or "imagenet" (7x7 stride 2, norm, ReLU, max-pooling). Without
         pre-activation a norm and a ReLU follow the CIFAR stem.
       shortcut: where shapes change: "projection" (option B, a 1x1 convolution) or "identity"
-        (option A, every stride-th pixel, new channels last and zero) or "identity_middle" (the same
-        with half of the new channels first, as in pytorch_resnet_cifar10).
+        (option A, every stride-th pixel; new channels are zero and come last) or
+        "identity_middle" (half of the new channels come first, as in pytorch_resnet_cifar10).
       join: "add", or "none": a plain network of the same layers.
       zero_init: each block's last BatchNorm scale starts at 0, so that it starts as its shortcut.
       survival: p_L of stochastic depth: block l of L is kept with p_l = 1 - l / L (1 - p_L), each

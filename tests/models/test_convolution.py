@@ -11,13 +11,13 @@ from jax import lax
 from densejax.models.convolution import (
     PLANS,
     Convolution,
+    arrange_kernel,
     conv3x3,
     conv3x3_backward,
-    from_taps,
     per_platform,
     pointwise,
     pointwise_backward,
-    taps,
+    restore_kernel,
     tracing_for,
 )
 
@@ -40,10 +40,10 @@ def by(platform):
     plan = PLANS[platform]
 
     def backward(x, dy, params):
-        dx, gradient = conv3x3_backward(x, dy, taps(params, plan))
-        return dx, from_taps(gradient, plan)
+        dx, gradient = conv3x3_backward(x, dy, arrange_kernel(params, plan))
+        return dx, restore_kernel(gradient, plan)
 
-    return lambda x, params: conv3x3(x, taps(params, plan)), backward
+    return lambda x, params: conv3x3(x, arrange_kernel(params, plan)), backward
 
 
 FORMS = pytest.mark.parametrize(

@@ -10,9 +10,8 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from densejax.models import convolution
-from densejax.models.blocks import BLOCKS
+from densejax.models.dense_block import IMPLEMENTATIONS, DenseBlock
 from densejax.models.densenet import DenseNet
-from densejax.models.layers import Layers
 from tests import small
 from tests.models.oracle import random_variables
 
@@ -120,8 +119,8 @@ def test_results_statistics_and_gradients_are_those_of_concatenation(
     double, monkeypatch, name, train, recompute, piece_bytes, products
 ):
     variables, images, keys, expected = by_concatenation(name, train)
-    of_a_tpu = {} if products else {"shrink": True, "lanes": len(images)}
-    plan = convolution.Plan(piece_bytes, products, **of_a_tpu)
+    of_a_tpu = () if products else (True, len(images))
+    plan = convolution.Plan(piece_bytes, products, *of_a_tpu)
     monkeypatch.setitem(convolution.PLANS, "cpu", plan)
     model = tiny(**NETWORKS[name], block="in_place", recompute=recompute)
     assert_close(compiled(pull(model, train))(variables, images, keys), expected)
@@ -176,30 +175,26 @@ def test_every_level_of_recomputation_keeps_less(double, block, levels):
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
 
 
-def temp_bytes(block, depth):
+def temporary_bytes(block, depth):
     """Temporary memory of a compiled gradient, of a block of so many layers."""
-    model = tiny(
-        blocks=(depth,),
-        growth_rate=2,
-        bottleneck=False,
-        block=block,
-        dtype=jnp.float32,
-        stem_width=2,
-    )
+    fields = {"bottleneck": False, "block": block, "dtype": jnp.float32, "stem_width": 2}
+    model = tiny(blocks=(depth,), growth_rate=2, **fields)
     images = jax.ShapeDtypeStruct((64, 8, 8, 2), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     lowered = compiled(pull(model, True)).lower(variables, images, None)
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 1e9], ids=["examples", "halves"])
+@pytest.mark.parametrize(
+    "piece_bytes", [1, pytest.param(1e9, marks=pytest.mark.slow)], ids=["examples", "halves"]
+)
 def test_memory_grows_linearly_with_depth(monkeypatch, piece_bytes):
     """Twice the layers take twice the memory that is added; concatenated, four times."""
     monkeypatch.setitem(convolution.PLANS, "cpu", convolution.Plan(piece_bytes, True))
     growth = {}
-    for block in BLOCKS:
-        small, medium, large = (temp_bytes(block, depth) for depth in (4, 8, 16))
-        growth[block] = (large - medium) / (medium - small)
+    for block in IMPLEMENTATIONS:
+        first, second, third = (temporary_bytes(block, depth) for depth in (3, 6, 12))
+        growth[block] = (third - second) / (second - first)
     assert growth["concat"] > 3
     assert growth["in_place"] < 2.2
 
@@ -212,9 +207,9 @@ def on_one_device(model, parts):
     value = pull(model, True)
 
     def run(variables, images, keys):
-        cut = lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:])  # noqa: E731
+        split = lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:])  # noqa: E731
         (loss, (logits, stats)), (dparams, dx) = jax.vmap(value, (None, 0, 0))(
-            variables, cut(images), cut(keys)
+            variables, split(images), split(keys)
         )
         dparams = jax.tree.map(lambda leaf: leaf.sum(0), dparams)
         stats = jax.tree.map(lambda leaf: leaf.mean(0), stats)
@@ -249,25 +244,30 @@ def one_device(parts):
     return inputs, jax.device_get(on_one_device(model, parts)(*inputs))
 
 
-@pytest.mark.parametrize("norm, parts", [("global", 1), ("group", 2), ("replica", 4)])
-@pytest.mark.parametrize("mode", ["varying", "replicated", "pmap", "vmap"])
-def test_four_devices_compute_what_one_does(double, pieces, norm, parts, mode):
+# Where batch statistics are taken, over which axes, and the parts of the batch on one device.
+NORMS = {"global": (("group", "member"), 1), "group": ("member", 2), "replica": (None, 4)}
+FAST = [("global", "varying"), ("group", "replicated"), ("replica", "pmap"), ("global", "vmap")]
+SLOW = [("global", "replicated"), ("global", "pmap"), ("group", "varying")]
+SLOW += [("replica", "varying"), ("replica", "replicated"), ("replica", "vmap")]
+
+
+@pytest.mark.parametrize(
+    "norm, mode", FAST + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
+)
+def test_four_devices_compute_what_one_does(double, pieces, norm, mode):
     """One device takes parts of the batch with concatenating blocks: other code throughout."""
-    axes = ("group", "member")
-    axis = {"global": axes, "group": "member", "replica": None}[norm]
+    axes, (axis, parts) = ("group", "member"), NORMS[norm]
     if mode in ("pmap", "vmap"):
-        if norm == "group":
-            pytest.skip("it has one axis")
         axes, axis = "data", axis and "data"
     model = tiny(blocks=(1, 1), block="in_place", batch_norm_axis=axis, **RANDOM)
     (variables, images, keys), expected = one_device(parts)
     if mode in ("pmap", "vmap"):
         over, given = (jax.pmap, "varying") if mode == "pmap" else (jax.vmap, "mapped")
-        step = jax.jit(of_replica(model, axes, given))
-        cut = lambda leaf: leaf.reshape(4, -1, *leaf.shape[1:])  # noqa: E731
+        step = compiled(of_replica(model, axes, given))
+        split = lambda leaf: leaf.reshape(4, -1, *leaf.shape[1:])  # noqa: E731
         out_axes = (None, None, None, 0, 0)
         mapped = over(step, axis_name="data", in_axes=(None, 0, 0), out_axes=out_axes)
-        *shared, logits, dx = mapped(variables, cut(images), cut(keys))
+        *shared, logits, dx = mapped(variables, split(images), split(keys))
         result = (*shared, *(leaf.reshape(BATCH, *leaf.shape[2:]) for leaf in (logits, dx)))
     else:
         mesh = jax.make_mesh((2, 2), axes, axis_types=2 * (AxisType.Auto,))
@@ -302,21 +302,19 @@ def test_a_second_call_and_one_under_vmap_repeat_the_first(double, pieces):
 # Precision.
 
 
-def block(name, dtype, **changes):
-    """A block, alone, in training."""
-    bound = Layers(train=True, dtype=dtype, batch_norm_axis=None, convolution_bias=True, **changes)
-    return BLOCKS[name](depth=2, growth_rate=3, bottleneck_width=2, layers=bound)
+def block(dtype):
+    """A block, alone."""
+    return DenseBlock(2, 3, bottleneck_width=2, convolution_bias=True, dtype=dtype)
 
 
 def block_pull(module):
-    """((features, new statistics), gradients of variables and of x) of a block."""
+    """((features, new statistics), gradients of variables and of x) of a block in training."""
 
     def loss_of(params, x, stats, weights):
-        (features, seen), updates = module.apply(
-            {"params": params, "batch_stats": stats}, x, mutable=["batch_stats"]
-        )
-        # A norm's share: gradients flow through the statistics, too.
-        batch = seen.batch
+        variables, mutable = {"params": params, "batch_stats": stats}, ["batch_stats"]
+        (features, known), updates = module.apply(variables, x, True, None, True, mutable=mutable)
+        # As the norm that follows reads them: gradients flow through the statistics, too.
+        batch = known.batch
         normal = (features.astype(batch.mean.dtype) - batch.mean) / jnp.sqrt(batch.variance + 1e-5)
         return (normal * weights).sum(), (features, updates["batch_stats"])
 
@@ -325,7 +323,7 @@ def block_pull(module):
 
 def block_inputs(dtype, mean=0.0):
     """Parameters, x, running statistics and weights of the loss."""
-    module = block("in_place", jnp.float32)
+    module = block(jnp.float32)
     x = np.asarray(mean + draws(BATCH, 4, 4, 5), dtype)
     variables = random_variables(module, x.astype(np.float32))
     # So does a bottleneck's output, whose standard deviation is 0.3 and more.
@@ -346,10 +344,10 @@ def batch_variances(old, new):
 def test_a_large_mean_leaves_variances_and_gradients_right(mean, tolerance):
     params, x, stats, weights = block_inputs(np.float32, mean)
     small = weights.astype(np.float32)
-    result = block_pull(block("in_place", jnp.float32))(params, x, stats, small)
+    result = block_pull(block(jnp.float32))(params, x, stats, small)
     gradients, (_, updated) = jax.device_get(result)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        exact = block_pull(block("in_place", jnp.float64))(
+        exact = block_pull(block(jnp.float64))(
             wide(params), x.astype(np.float64), wide(stats), weights
         )
         exact_gradients, (_, exact_updated) = jax.device_get(exact)
@@ -369,7 +367,7 @@ def test_bfloat16_takes_statistics_in_float32():
     params, x, stats, weights = block_inputs(jnp.bfloat16, mean=3.0)
     weights = weights.astype(np.float32)
     narrow, (features, updated) = jax.device_get(
-        block_pull(block("in_place", jnp.bfloat16))(params, x, stats, weights)
+        block_pull(block(jnp.bfloat16))(params, x, stats, weights)
     )
     assert features.dtype == narrow[1].dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves((narrow[0], updated))} == {np.dtype("float32")}
@@ -384,7 +382,7 @@ def test_bfloat16_is_as_near_to_float32_as_that_of_concatenation():
     wide_model = tiny(dtype=jnp.float32)
     variables, images, _ = example(wide_model)
     variables, images = jax.tree.map(lambda leaf: leaf.astype(np.float32), (variables, images))
-    models = [wide_model, *(tiny(dtype=jnp.bfloat16, block=name) for name in BLOCKS)]
+    models = [wide_model, *(tiny(dtype=jnp.bfloat16, block=name) for name in IMPLEMENTATIONS)]
     results = [compiled(pull(model, True))(variables, images, None) for model in models]
     (_, (logits, stats)), (gradients, _) = results[1]
     assert logits.dtype == jnp.float32
@@ -421,6 +419,7 @@ def curve(block):
     return np.asarray(losses)
 
 
+@pytest.mark.slow
 def test_twenty_steps_follow_the_same_curve():
     """Rounding of float32 grows from 1e-7 to 1e-4; a wrong gradient is off by the second step."""
     ours, theirs = curve("in_place"), curve("concat")

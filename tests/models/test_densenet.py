@@ -11,8 +11,9 @@ from flax.traverse_util import flatten_dict
 
 from densejax import models
 from densejax.config import UserError
-from densejax.models import fields, layers
-from densejax.models.densenet import BLOCKS, DenseNet
+from densejax.models import fields
+from densejax.models.dense_block import IMPLEMENTATIONS, DenseBlock
+from densejax.models.densenet import DenseNet
 from densejax.models.regularization import Dropout
 
 tiny = functools.partial(DenseNet, num_classes=10, growth_rate=4, blocks=(2, 2))
@@ -76,16 +77,16 @@ def forward(variables, image, train, depths, rates, bottleneck, stem):
         x = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))[:, ::2, ::2]
         x = x.max((-2, -1))
     for number, (depth, rate) in enumerate(zip(depths, rates, strict=True), 1):
-        seen = [x]  # the outputs of all layers so far
+        outputs = [x]  # of all layers so far
         for layer in range(1, depth + 1):
             path = f"block{number}/layer{layer}"
-            y = norm_relu(np.concatenate(seen, axis=-1), f"{path}/norm1")
+            y = norm_relu(np.concatenate(outputs, axis=-1), f"{path}/norm1")
             y = conv(y, f"{path}/conv1")
             if bottleneck:
                 y = conv(norm_relu(y, f"{path}/norm2"), f"{path}/conv2")
             assert y.shape[-1] == rate
-            seen.append(y)
-        x = np.concatenate(seen, axis=-1)
+            outputs.append(y)
+        x = np.concatenate(outputs, axis=-1)
         if number < len(depths):
             path = f"transition{number}"
             x = conv(norm_relu(x, f"{path}/norm"), f"{path}/conv")
@@ -198,13 +199,12 @@ def test_compression_rounds_down():
     assert features["block1"].shape[-1] == 11 and features["transition1"].shape[-1] == 5
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_block_of_d2l(name):
     # d2l.ai, section 8.7.2: DenseBlock(2, 10) on 3 channels gives 23.
-    bound = layers.Layers(train=False, dtype=jnp.float32, batch_norm_axis=None)
-    block = BLOCKS[name](2, 10, 0, bound)
+    block = DenseBlock(2, 10, bottleneck=False, block=name)
     image = jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32)
-    (features, _), _ = jax.eval_shape(block.init_with_output, jax.random.key(0), image)
+    features, _ = jax.eval_shape(block.init_with_output, jax.random.key(0), image)
     assert features.shape == (4, 8, 8, 23)
 
 
@@ -337,7 +337,7 @@ def test_every_parameter_has_a_gradient():
         ({"depth": 40, "growth_rate": 0}, ["model.growth_rate = 0", "positive integer"]),
         ({"depth": 40, "growth_rate": (12, 12)}, ["growth_rate = (12, 12)", "each of the 3"]),
         ({"depth": 40, "stem": "vgg"}, ["model.stem = 'vgg'", "cifar, imagenet"]),
-        ({"depth": 40, "block": "sum"}, ["model.block = 'sum'", ", ".join(BLOCKS)]),
+        ({"depth": 40, "block": "sum"}, ["model.block = 'sum'", ", ".join(IMPLEMENTATIONS)]),
         ({"depth": 40, "compression": 0.0}, ["model.compression = 0.0", "(0, 1]"]),
         ({"depth": 40, "compression": 1.5}, ["model.compression = 1.5", "(0, 1]"]),
         ({"depth": 40, "dropout_rate": 1.0}, ["model.dropout_rate = 1.0", "[0, 1)"]),

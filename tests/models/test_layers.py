@@ -28,7 +28,7 @@ def test_convolution_pads_as_pytorch(size, stride, edge):
     image, kernel = draws(edge, edge), draws(size, size, seed=1)
     windows, shape = naive_windows(image, size, stride, size // 2, 0.0)
     expected = np.reshape([(window * kernel).sum() for window in windows], shape)
-    conv = layers.Layers(False, jnp.float32, None).conv(1, (size, size), stride)
+    conv = layers.Layers(False).conv(1, (size, size), stride)
     variables = {"params": {"kernel": kernel[:, :, None, None]}}
     result = jax.jit(conv.apply)(variables, image[None, :, :, None])
     np.testing.assert_allclose(result[0, :, :, 0], expected, rtol=1e-4, atol=1e-5)
@@ -39,7 +39,7 @@ def test_imagenet_stem_equals_loops():
     image = draws(16, 16)
     kernel = np.zeros((7, 7, 1, 2), np.float32)
     kernel[3, 3, 0] = [1, 2]
-    bound = layers.Layers(train=False, dtype=jnp.float32, batch_norm_axis=None, epsilon=0.0)
+    bound = layers.Layers(train=False, batch_norm_epsilon=0.0)
     norm = {"scale": jnp.ones(2), "bias": jnp.full(2, 20.0)}
     variables = {
         "params": {"conv": {"kernel": kernel}, "norm": norm},
@@ -55,7 +55,7 @@ def test_imagenet_stem_equals_loops():
 
 
 def test_cifar_stem_is_one_convolution():
-    bound = layers.Layers(train=False, dtype=jnp.float32, batch_norm_axis=None)
+    bound = layers.Layers(train=False)
     image = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
     features, variables = jax.eval_shape(
         layers.STEMS["cifar"](5, bound).init_with_output, jax.random.key(0), image
@@ -73,8 +73,8 @@ def test_norm_over_an_axis_sees_the_whole_batch():
         "batch_stats": {"mean": jnp.zeros(5), "var": jnp.ones(5)},
     }
 
-    def apply(x, axis, epsilon=1e-5):
-        bound = layers.Layers(train=True, dtype=jnp.float32, batch_norm_axis=axis, epsilon=epsilon)
+    def apply(x, axis):
+        bound = layers.Layers(train=True, batch_norm_axis=axis)
         return bound.norm().apply(variables, x, mutable=["batch_stats"])
 
     together, stats = jax.vmap(lambda x: apply(x, "data"), axis_name="data")(x)

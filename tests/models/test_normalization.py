@@ -1,4 +1,4 @@
-"""BatchNorm against flax's, in training and after, and with statistics that are known already."""
+"""BatchNorm against flax's, in training and after, and with precomputed statistics."""
 
 import functools
 import types
@@ -12,13 +12,13 @@ from jax.sharding import AxisType, PartitionSpec
 
 from densejax.models.normalization import (
     BatchNorm,
-    Seen,
+    PrecomputedStatistics,
     Statistics,
     mean_over,
     normalise,
     normalise_relu,
     statistics,
-    update,
+    update_running,
 )
 
 
@@ -124,7 +124,7 @@ def test_gradients_over_devices_are_those_of_plain_operations(double, axis, vary
     assert_close(first, second, 1e-11)
 
 
-def test_statistics_that_were_seen_have_gradients_of_their_own(double):
+def test_given_statistics_have_gradients_of_their_own(double):
     def loss_of(function, stats, params, x):
         return (function(x, stats, params) * WEIGHTS).sum()
 
@@ -155,11 +155,11 @@ def test_variables_are_flaxs_and_initialisation_keeps_them():
     assert_close(ours[0], flaxs[0], 1e-5)
 
 
-def test_statistics_that_were_seen_are_used_and_stored(double):
+def test_precomputed_statistics_are_used_and_stored(double):
     batch = Statistics(draws(6, seed=6), np.exp(draws(6, seed=7)))
     running = Statistics(draws(6, seed=8), np.exp(draws(6, seed=9)))
     norm = BatchNorm(True, None, 1e-3, jnp.float64)
-    y, updates, _ = run(norm, VARIABLES, X, Seen(batch, running))
+    y, updates, _ = run(norm, VARIABLES, X, PrecomputedStatistics(batch, running))
     scale = VARIABLES["params"]["scale"] / np.sqrt(batch.variance + 1e-3)
     assert_close(y, (X - batch.mean) * scale + VARIABLES["params"]["bias"])
     old = VARIABLES["batch_stats"]
@@ -170,23 +170,22 @@ def test_statistics_that_were_seen_are_used_and_stored(double):
     assert_close(updates, {"batch_stats": expected})
 
 
-def test_gradients_flow_through_statistics_that_were_seen(double):
+def test_gradients_flow_through_precomputed_statistics(double):
     norm = BatchNorm(True, None, 1e-3, jnp.float64)
 
     def loss_of(x, known):
         stats = statistics(x)
-        y, _ = norm.apply(
-            VARIABLES, x, Seen(stats, stats) if known else None, mutable=["batch_stats"]
-        )
+        precomputed = PrecomputedStatistics(stats, stats) if known else None
+        y, _ = norm.apply(VARIABLES, x, precomputed, mutable=["batch_stats"])
         return (y * WEIGHTS).sum()
 
-    seen, own = (jax.jit(jax.grad(lambda x, k=known: loss_of(x, k)))(X) for known in (True, False))
-    assert_close(seen, own)
+    given, own = (jax.jit(jax.grad(lambda x, k=known: loss_of(x, k)))(X) for known in (True, False))
+    assert_close(given, own)
 
 
 def test_running_statistics_take_no_gradient(double):
     running = VARIABLES["batch_stats"]
-    loss_of = lambda x: sum(leaf.sum() for leaf in update(running, statistics(x)).values())  # noqa: E731
+    loss_of = lambda x: sum(leaf.sum() for leaf in update_running(running, statistics(x)).values())  # noqa: E731
     np.testing.assert_array_equal(jax.grad(loss_of)(X), np.zeros_like(X))
 
 

@@ -26,8 +26,8 @@ KEYS = {
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_hash_bits_look_random(name):
-    bits = np.asarray(regularization.hash_bits(KEYS[name], salt=0xDECAF, size=4096))
+def test_random_bits_look_random(name):
+    bits = np.asarray(regularization.random_bits(KEYS[name], seed=0xDECAF, size=4096))
     assert bits.dtype == np.uint32 and bits.shape == (256, 4096)
     planes = np.unpackbits(bits.view(np.uint8).reshape(-1, 4), axis=1)
     assert np.abs(planes.mean(0) - 0.5).max() < 5 * 0.5 / np.sqrt(len(planes))
@@ -39,14 +39,14 @@ def test_hash_bits_look_random(name):
     assert len(np.unique(bits, axis=0)) == 256
 
 
-def test_hash_bits_read_both_words_the_salt_and_the_place():
-    def bits(first, second, salt=1):
+def test_random_bits_read_both_words_the_seed_and_the_place():
+    def bits(first, second, seed=1):
         return np.asarray(
-            regularization.hash_bits(jnp.asarray([[first, second]], jnp.uint32), salt, 1024)
+            regularization.random_bits(jnp.asarray([[first, second]], jnp.uint32), seed, 1024)
         )
 
     base = bits(3, 4)
-    for other in (bits(2, 4), bits(3, 5), bits(4, 3), bits(3, 4, salt=2)):
+    for other in (bits(2, 4), bits(3, 5), bits(4, 3), bits(3, 4, seed=2)):
         assert (base == other).mean() < 0.01
     assert len(np.unique(base)) == base.size
 
@@ -120,7 +120,7 @@ def test_dropout_is_independent_between_layers_examples_and_places():
 def test_no_dropout_without_training_or_rate():
     x = draws(2, 2, 2, 2)
     np.testing.assert_array_equal(dropout(x, None, 0.0), x)
-    bound = layers.Layers(train=False, dtype=jnp.float32, batch_norm_axis=None, dropout_rate=0.5)
+    bound = layers.Layers(train=False, dropout_rate=0.5)
     assert bound.dropout(x, name="place") is x
 
 
@@ -148,12 +148,12 @@ def test_stochastic_depth_scales_by_its_probability_after_training():
 
 def test_masks_are_their_own_transposes():
     x, y = draws(8, 3, 3, 2), draws(8, 3, 3, 2, seed=1)
-    for mask in (regularization.dropout, regularization.survive):
+    for mask in (regularization.dropout, regularization.stochastic_depth):
         pull = jax.vjp(lambda x, mask=mask: mask(x, 0.5, 7, KEY_DATA[:8]), x)[1]
         np.testing.assert_array_equal(pull(y)[0], mask(y, 0.5, 7, KEY_DATA[:8]))
 
 
-@pytest.mark.parametrize("mask", [regularization.dropout, regularization.survive])
+@pytest.mark.parametrize("mask", [regularization.dropout, regularization.stochastic_depth])
 def test_masks_need_keys(mask):
     with pytest.raises(ValueError, match="needs `keys`, one for each example"):
         mask(jnp.ones((2, 2)), 0.5, 1, None)
@@ -163,18 +163,18 @@ def test_typed_keys_are_as_good_as_raw_ones_and_each_example_has_its_own():
     images, key = jnp.zeros((4, 2, 2, 1)), jax.random.key(3)
     raw = jax.random.key_data(typed := jax.random.split(key, 4))
     for keys in (typed, raw, np.asarray(raw)):
-        np.testing.assert_array_equal(regularization.one_for_each(keys, images), raw)
-    assert regularization.one_for_each(None, images) is None
+        np.testing.assert_array_equal(regularization.raw_keys(keys, images), raw)
+    assert regularization.raw_keys(None, images) is None
     for keys in (key, raw[0], typed[:3], raw[:3]):
         with pytest.raises(UserError, match=r"keys \[.*\]: give one for each example"):
-            regularization.one_for_each(keys, images)
+            regularization.raw_keys(keys, images)
 
 
-def test_every_path_has_a_salt_of_its_own():
+def test_every_path_has_a_seed_of_its_own():
     paths = [
         (f"block{block}", f"layer{layer}", name)
         for block in range(1, 5)
         for layer in range(1, 100)
         for name in ("dropout1", "dropout2", "survival")
     ]
-    assert len(set(map(regularization.salt, paths))) == len(paths)
+    assert len(set(map(regularization.layer_seed, paths))) == len(paths)

@@ -22,7 +22,7 @@ ORIGINAL = ((3, 1, 2), (3, 3, 1), (12, 1, 1))
 
 
 def bind(train=False, keys=None):
-    return layers.Layers(train=train, dtype=jnp.float32, batch_norm_axis=None, keys=keys)
+    return layers.Layers(train=train, keys=keys)
 
 
 def block(convolutions, **fields):
@@ -160,7 +160,7 @@ class Branches(nn.Module):
 
     @nn.compact
     def __call__(self, x, keys):
-        survive = bind(self.train, keys).survive
+        survive = bind(self.train, keys).stochastic_depth
         return survive(x, self.probability, name="a"), survive(x, self.probability, name="b")
 
 
