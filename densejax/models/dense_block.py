@@ -1,7 +1,6 @@
 """The dense block as a linen module, for DenseNet and for any other network."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -141,21 +140,17 @@ def _names(block: DenseBlock) -> list[str]:
 
 def _concatenate(block, builder, survivals, x) -> jax.Array:
     """The block's features as the paper writes them."""
-    features = [x]
-    for layer in _dense_layers(block, builder, survivals):
-        features.append(layer(*(features[-1:] if block.join == "one_shot" else features)))
-    return jnp.concatenate(features, axis=-1)
-
-
-def _dense_layers(block, builder, survivals) -> Iterator[DenseLayer]:
     layer, policy = DenseLayer, None
     if block.recompute == "norm":
         policy = jax.checkpoint_policies.save_only_these_names("convolution")
     if block.recompute != "none":
         layer = nn.remat(DenseLayer, policy=policy)
-    width = block.bottleneck_width if block.bottleneck else 0
+    width, features = block.bottleneck_width if block.bottleneck else 0, [x]
     for name, survival in zip(_names(block), survivals, strict=True):
-        yield layer(block.growth_rate, width, builder, survival, name=name)
+        inputs = features[-1:] if block.join == "one_shot" else features
+        new = layer(block.growth_rate, width, builder, survival, name=name)(*inputs)
+        features.append(new)
+    return jnp.concatenate(features, axis=-1)
 
 
 def _compute_in_place(

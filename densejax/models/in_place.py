@@ -89,7 +89,7 @@ def evaluate(
     layers: list[LayerParams],
     running: list[LayerParams],
 ) -> jax.Array:
-    """The block with running statistics; a bottleneck's second norm is folded into its 1x1.
+    """The block's features, x first, with running statistics.
 
     Args:
       epsilon: added to BatchNorm's variance.
@@ -97,24 +97,21 @@ def evaluate(
       x: [batch, height, width, channels], in the precision of the computation.
       layers: float32, of each layer.
       running: its statistics, {"norm1": {"mean", "var"}, ...}.
-
-    Returns:
-      The block's features, x first.
     """
-    return per_platform(functools.partial(_evaluate, epsilon, survivals), x, layers, running)
 
+    def compute(plan, x, layers, running):
+        features, channels = _with_room(x, layers), x.shape[-1]
+        for params, stats, survival in zip(layers, running, survivals, strict=True):
+            norms = {name: Statistics(pair["mean"], pair["var"]) for name, pair in stats.items()}
+            features = _evaluate_layer(epsilon, plan, features, channels, params, norms, survival)
+            channels += _growth_rate(params)
+        return features
 
-def _evaluate(epsilon, survivals, plan, x, layers, running):
-    features, channels = _with_room(x, layers), x.shape[-1]
-    for params, stats, survival in zip(layers, running, survivals, strict=True):
-        norms = {name: Statistics(pair["mean"], pair["var"]) for name, pair in stats.items()}
-        features = _evaluate_layer(epsilon, plan, features, channels, params, norms, survival)
-        channels += _growth_rate(params)
-    return features
+    return per_platform(compute, x, layers, running)
 
 
 def _evaluate_layer(epsilon, plan, features, channels, params, norms, survival):
-    """Features with a layer's new maps behind the channels that it reads."""
+    """Features with a layer's new maps; a bottleneck's second norm is folded into its 1x1."""
     first, last = params["conv1"], params[_last_conv(params)]
     last = arrange_kernel(jax.tree.map(lambda leaf: leaf * survival, last), plan)
     if "conv2" in params:

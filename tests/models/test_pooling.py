@@ -57,7 +57,7 @@ def test_the_first_of_equal_values_is_the_first_in_the_order_of_rows():
     assert np.argwhere(dx).tolist() == [[0, 0, 2, 0]] and dx.sum() == 1
 
 
-@pytest.mark.parametrize("size", [3, 4, 5, 6, 7])
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 6, 7])
 def test_ceil_max_pool_lets_the_last_window_reach_over_the_edge(size):
     """PyTorch's ceil_mode: ceil((size - 3) / 2) + 1 windows, from the first pixel."""
     x = draws(1, size, size + 1, 2)

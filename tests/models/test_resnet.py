@@ -9,7 +9,6 @@ from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
 from densejax import models
-from densejax.config import UserError
 from densejax.models import layers
 from densejax.models.regularization import StochasticDepth
 from densejax.models.resnet import Block, ResNet
@@ -82,18 +81,6 @@ def test_block_equals_numpy(convolutions, channels, fields):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [1, 3, 7])
-@pytest.mark.parametrize("edge", [5, 6])
-def test_stride_two_starts_at_the_first_pixel(size, edge):
-    """As in PyTorch: a kernel of its centre alone keeps every second pixel, the first included."""
-    x = np.arange(edge * edge, dtype=np.float32).reshape(1, edge, edge, 1)
-    module = bind().conv(1, (size, size), 2)
-    kernel = np.zeros((size, size, 1, 1), np.float32)
-    kernel[size // 2, size // 2] = 1
-    found = module.apply({"params": {"kernel": kernel}}, x)
-    np.testing.assert_array_equal(found, x[:, ::2, ::2])
-
-
 def test_zero_init_starts_as_the_shortcut():
     x = np.random.default_rng(0).normal(size=(2, 6, 6, 4)).astype(np.float32)
     module = block(BASIC, zero_init=True, shortcut="identity")
@@ -152,36 +139,9 @@ def test_a_bias_is_added():
 # Stochastic depth.
 
 
-class Branches(nn.Module):
-    """Two branches of ones, dropped by one probability each."""
-
-    probability: float
-    train: bool
-
-    @nn.compact
-    def __call__(self, x, keys):
-        survive = bind(self.train, keys).stochastic_depth
-        return survive(x, self.probability, name="a"), survive(x, self.probability, name="b")
-
-
 def random_keys(number, seed=0):
     generator = np.random.default_rng(seed)
     return generator.integers(2**32, size=(number, 2), dtype=np.uint32)
-
-
-@pytest.mark.parametrize("probability", [0.5, 0.8, 0.95])
-def test_survival_is_per_example_at_its_probability_and_independent_between_blocks(probability):
-    number = 20_000
-    x = jnp.ones((number, 1, 2, 1))
-    a, b = Branches(probability, True).apply({}, x, random_keys(number))
-    assert set(np.unique(a)) == {0.0, 1.0}  # not scaled
-    np.testing.assert_array_equal(a[:, 0, 0], a[:, 0, 1])  # an example as a whole
-    spread = np.sqrt(probability * (1 - probability) / number)
-    for branch in (a, b):
-        assert abs(branch.mean() - probability) < 4 * spread
-    assert abs(np.corrcoef(a[:, 0, 0, 0], b[:, 0, 0, 0])[0, 1]) < 4 / np.sqrt(number)
-    test = Branches(probability, False).apply({}, x, None)[0]
-    np.testing.assert_allclose(test, probability, rtol=1e-6)  # the mean of training
 
 
 def test_survival_falls_linearly_with_depth():
@@ -244,31 +204,3 @@ def test_survival_does_not_depend_on_the_layout_over_devices():
     np.testing.assert_allclose(spread, alone, rtol=1e-4, atol=1e-4)
     other = jax.jit(logits(None))(variables, image, random_keys(8, seed=1))
     assert np.abs(other - alone).max() > 0.1
-
-
-@pytest.mark.parametrize(
-    "changes, said",
-    [
-        ({"block": "wide"}, ["model.block = 'wide'", "basic, bottleneck"]),
-        ({"stem": "vgg"}, ["model.stem = 'vgg'", "cifar, imagenet"]),
-        ({"join": "concat"}, ["model.join = 'concat'", "add, none"]),
-        ({"shortcut": "C"}, ["model.shortcut = 'C'", "projection, identity"]),
-        ({"block": "bottleneck", "stride_on": "2x2"}, ["model.stride_on = '2x2'", "3x3, 1x1"]),
-        ({"stride_on": "1x1"}, ["model.stride_on = '1x1'", "model.block = 'bottleneck'"]),
-        ({"blocks": ()}, ["model.blocks = ()", "positive integers"]),
-        ({"blocks": (1, 0, 1)}, ["model.blocks = (1, 0, 1)", "3 positive integers"]),
-        ({"widths": (16, 32)}, ["model.widths = (16, 32)", "3 positive integers"]),
-        ({"widths": (8, 4, 4), "shortcut": "identity"}, ["model.widths = (8, 4, 4)", "identity"]),
-        ({"survival": 0.0}, ["model.survival = 0.0", "(0, 1]"]),
-        ({"survival": 1.5}, ["model.survival = 1.5", "(0, 1]"]),
-        ({"join": "none", "survival": 0.5}, ["model.survival = 0.5", "model.join = 'add'"]),
-        ({"join": "none", "zero_init": True}, ["model.zero_init = True", "model.join = 'add'"]),
-        ({"join": "none", "shortcut": "identity"}, ["model.shortcut", "model.join = 'add'"]),
-        ({"preactivation": True, "zero_init": True}, ["model.zero_init", "preactivation = False"]),
-    ],
-)
-def test_bad_fields_are_said_in_one_line(changes, said):
-    with pytest.raises(UserError) as error:
-        ResNet(10, **changes).check()
-    line = str(error.value)
-    assert "\n" not in line and all(part in line for part in said), line

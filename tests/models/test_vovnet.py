@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from densejax import models
-from densejax.config import UserError
 from densejax.models import counts, layers
 from densejax.models.dense_block import DenseBlock
-from densejax.models.vovnet import OneShotAggregation, VoVNet, ceil_max_pool
+from densejax.models.vovnet import OneShotAggregation, ceil_max_pool
 from tests.models import oracle
 
 BOUND = layers.Layers(train=False)
@@ -50,19 +49,6 @@ def test_one_shot_block_of_densenet_equals_numpy():
     np.testing.assert_allclose(jax.jit(module.apply)(variables, x), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("height", range(2, 10))
-def test_ceil_max_pool(height):
-    """PyTorch's rule: ceil((size - 3) / 2) + 1 windows; what reaches over the edge is cut off."""
-    x = np.random.default_rng(height).normal(size=(1, height, 7, 2)).astype(np.float32)
-    rows, columns = -(-(height - 3) // 2) + 1, 3
-    expected = np.empty((1, rows, columns, 2), np.float32)
-    for i in range(rows):
-        for j in range(columns):
-            window = x[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
-            expected[:, i, j] = window.max((1, 2))
-    np.testing.assert_array_equal(ceil_max_pool(jnp.asarray(x)), expected)
-
-
 def test_a_single_pixel_stays():
     x = jnp.ones((1, 1, 1, 2))
     np.testing.assert_array_equal(ceil_max_pool(x), x)
@@ -91,21 +77,3 @@ def test_identity_is_added_where_a_stage_repeats_its_module():
         jax.eval_shape(model.init, jax.random.key(0), image)
     assert len(modules) == 9
     assert all(identity != name.endswith("module1") for name, identity in modules)
-
-
-@pytest.mark.parametrize(
-    "changes, said",
-    [
-        ({"modules": ()}, ["model.modules = ()", "positive integers"]),
-        ({"modules": (1, 1, 0, 1)}, ["model.modules = (1, 1, 0, 1)", "4 positive integers"]),
-        ({"widths": (4, 4)}, ["model.widths = (4, 4)", "4 positive integers"]),
-        ({"output_widths": (4, 4, 4, 4.5)}, ["model.output_widths", "4 positive integers"]),
-        ({"stem_widths": (4, 4)}, ["model.stem_widths = (4, 4)", "3 positive integers"]),
-        ({"module_depth": 0}, ["model.module_depth = 0", "at least 1"]),
-    ],
-)
-def test_bad_fields_are_said_in_one_line(changes, said):
-    with pytest.raises(UserError) as error:
-        VoVNet(10, **changes).check()
-    line = str(error.value)
-    assert "\n" not in line and all(part in line for part in said), line
