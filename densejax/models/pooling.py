@@ -94,7 +94,7 @@ def _max_pool_backward(rows, columns, saved, dy):
     margins = ((0, 0), (1, height - rows), (1, width - columns), (0, 0))
     place, dy = jnp.pad(place, margins, constant_values=9), jnp.pad(dy, margins)
 
-    def share(i, j):
+    def part(i, j):
         """The gradient of the windows whose largest value is at (i, j), for each 2x2 pixels."""
         row, column = 1 - i // 2, 1 - j // 2
         window = (slice(None), slice(row, row + height), slice(column, column + width))
@@ -103,7 +103,7 @@ def _max_pool_backward(rows, columns, saved, dy):
     # In each direction an even pixel is in two windows: it is the first (0) of one and the last (2)
     # of the window before. An odd pixel is the middle (1) of one window.
     places = ((0, 2), (1,))
-    parts = [[sum(share(i, j) for i in row for j in column) for column in places] for row in places]
+    parts = [[sum(part(i, j) for i in row for j in column) for column in places] for row in places]
     dx = jnp.stack([jnp.stack(pair, axis=3) for pair in parts], axis=2)
     return (dx.reshape(dy.shape[0], 2 * height, 2 * width, dy.shape[-1]),)
 

@@ -134,7 +134,7 @@ def test_convolutions_of_images_have_xlas_gradients(
 
 def test_the_gradient_of_a_bfloat16_kernel_is_summed_in_float32(monkeypatch):
     monkeypatch.setitem(PLANS, "cpu", dataclasses.replace(PLANS["cpu"], piece_bytes=1))
-    # Positive, or what is lost in a long sum would be lost on both sides of zero.
+    # All positive, so that rounding errors of a long sum in bfloat16 do not cancel.
     x, kernel = (np.abs(draws(*shape)) for shape in ((512, 6, 6, 3), (3, 3, 3, 2)))
     module = Convolution(2, (3, 3), 1, False, jnp.bfloat16, jax.nn.initializers.ones)
 

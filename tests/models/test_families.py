@@ -89,9 +89,9 @@ def test_without_a_classifier_the_features_stay(twin):
 @pytest.mark.parametrize("twin", TWINS)
 def test_feature_info_names_channels_and_reduction_in_order(twin):
     info = models.feature_info(build(TWINS[twin], num_classes=0), (64, 64, 3))
-    wide = 4 if TWINS[twin].get("block") == "bottleneck" else 1
+    times = 4 if TWINS[twin].get("block") == "bottleneck" else 1
     first = {"bottleneck": 4, "vovnet": 4}.get(twin, 1)
-    channels = {"vovnet": (8, 8, 12)}.get(twin, (4, 4 * wide, 8 * wide))
+    channels = {"vovnet": (8, 8, 12)}.get(twin, (4, 4 * times, 8 * times))
     expected = {
         "stem": (channels[0], first),
         "stage1": (channels[1], first),

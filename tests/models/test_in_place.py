@@ -37,7 +37,7 @@ def pieces(monkeypatch):
     monkeypatch.setitem(convolution.PLANS, "cpu", plan)
 
 
-def wide(tree):
+def float64(tree):
     return jax.tree.map(lambda leaf: leaf.astype(np.float64), tree)
 
 
@@ -52,7 +52,7 @@ def example(model, size=8, seed=0):
         narrow = model.clone(dtype=jnp.float32)
         variables = random_variables(narrow, images.astype(np.float32), seed=seed)
     keys = np.random.default_rng(seed).integers(0, 2**32, (BATCH, 2), np.uint32)
-    return wide(variables), images, keys
+    return float64(variables), images, keys
 
 
 def loss_of(model, train, params, image, stats, keys):
@@ -73,7 +73,7 @@ def pull(model, train):
 
 
 def assert_close(first, second, tolerance=1e-11, least=1e-2):
-    """Entries differ by less than a share of their array's largest or, if more, of `least`."""
+    """Entries differ by at most `tolerance` times the largest of their array, or times `least`."""
     first, second = small.named(first), small.named(second)
     assert first.keys() == second.keys()
     for name, leaf in second.items():
@@ -198,7 +198,7 @@ def test_memory_grows_linearly_with_depth(monkeypatch, piece_bytes):
     assert growth["in_place"] < 2.2
 
 
-# Many devices. Losses of replicas are summed; batches are cut in order.
+# Many devices. Losses of replicas are summed; a batch is split in order.
 
 
 def on_one_device(model, parts):
@@ -348,12 +348,12 @@ def test_a_large_mean_leaves_variances_and_gradients_right(mean, tolerance):
     gradients, (_, updated) = jax.device_get(result)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         exact = block_pull(block(jnp.float64))(
-            wide(params), x.astype(np.float64), wide(stats), weights
+            float64(params), x.astype(np.float64), float64(stats), weights
         )
         exact_gradients, (_, exact_updated) = jax.device_get(exact)
     variances = batch_variances(stats, updated)
     np.testing.assert_allclose(variances[0], x.astype(np.float64).var((0, 1, 2)), rtol=1e-3)
-    right = batch_variances(wide(stats), exact_updated)
+    right = batch_variances(float64(stats), exact_updated)
     # Later ones inherit what rounding the first mean, to 5e-4, moves.
     for ours, exact, rtol in zip(variances, right, (1e-3, 1e-2, 1e-2, 1e-2), strict=True):
         assert (ours > 0).all()
