@@ -434,14 +434,14 @@ import ctypes, time
 from densejax.runs import hosts, interrupt
 
 interrupt.watch()
-mutex = ctypes.create_string_buffer(64)
+mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+lock(mutex)
 with hosts.Stop() as stop:
     print("ready", flush=True)
     while not stop.received:
         time.sleep(0.01)
     print("first", flush=True)
-    for _ in range(2):  # the second time it waits for ever
-        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    lock(mutex)  # the second time it waits forever
 """
 
 
