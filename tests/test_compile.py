@@ -21,7 +21,7 @@ from tests import small
 from tests.test_command_line import ROOT, command, one_line  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-DEVICES = 8
+DEVICES = 4
 TINY = {"train__batch_size": 30 * DEVICES, "evaluate__batch_size": 32 * DEVICES}
 
 
@@ -37,8 +37,8 @@ def compiled(folder, topology, *flags):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return compiled(tmp_path_factory.mktemp("compile"), f"cpu:{DEVICES}")
+def found():
+    return steps.report(small.tiny(**TINY), f"cpu:{DEVICES}")
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +86,13 @@ def test_flops_are_six_per_multiply_add(found):
 
 
 def test_every_figure_is_of_one_device(found):
-    assert (found["devices"], found["global_batch"], found["images"]) == (8, 240, 30)
+    assert (found["devices"], found["global_batch"], found["images"]) == (4, 120, 30)
     for step in (found, found["evaluation"]):
         assert step["fits"] and step["unknown_loops"] == 0
         assert step["hbm_bytes"] >= step["argument_bytes"] + step["temp_bytes"] > 0
         assert step["bytes_accessed"] > step["argument_bytes"]
     table = steps.table(found)
-    assert "global batch 240" in table and "wrong" not in table
+    assert "global batch 120" in table and "wrong" not in table
 
 
 class Fake:
@@ -173,6 +173,13 @@ def test_out_of_memory_is_an_answer(fake, command, monkeypatch, tmp_path):  # no
 def test_bad_input_is_one_line(command, tmp_path, flags, says):  # noqa: F811
     card = f"--config={small.card(tmp_path)}"
     assert one_line(command(card, *flags, main=compile.main)).startswith(says)
+
+
+@pytest.mark.slow
+def test_the_real_command_forces_the_devices_of_a_cpu(tmp_path, found):
+    others = compiled(tmp_path, "cpu:8", "--config.train.batch_size=240")
+    assert others["collective_bytes"] == found["collective_bytes"]
+    assert (others["devices"], others["images"]) == (8, 30)
 
 
 @pytest.mark.slow

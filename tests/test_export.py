@@ -131,6 +131,7 @@ def test_bad_input_is_one_line(run_export, arguments, says):
     assert one_line(run_export(*arguments)).startswith(says)
 
 
+@pytest.mark.slow
 def test_the_real_command_needs_no_card():
     words = [sys.executable, "-m", "densejax.export"]
     answer = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)

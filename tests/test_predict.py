@@ -311,6 +311,7 @@ def test_bad_input_is_one_line(classify, digits, arguments, says):
     assert one_line(classify(*arguments)).startswith(says)
 
 
+@pytest.mark.slow
 def test_the_real_command_takes_files(tmp_path):
     words = [sys.executable, "-m", "densejax.predict", f"--workdir={tmp_path}", "a.png"]
     answer = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)

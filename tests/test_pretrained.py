@@ -4,6 +4,7 @@
 
 import functools
 import hashlib
+import subprocess
 import sys
 import types
 
@@ -19,7 +20,7 @@ from densejax.config import UserError
 from densejax.weights import conversion
 from densejax.weights import files as weight_files
 from tests import small
-from tests.test_command_line import command, one_line
+from tests.test_command_line import ROOT, command, one_line
 from tests.weights.test_files import torch_file
 from tests.weights.test_store import file, state_dict, variables_of
 
@@ -192,6 +193,14 @@ def test_the_hub_is_asked_for_safetensors(file, monkeypatch):
     hub.hf_hub_download = lambda *_: 1 / 0
     with pytest.raises(UserError, match="--weights=hf-hub:a/b: cannot be read .ZeroDivision"):
         weight_files.read("hf-hub:a/b")
+
+
+@pytest.mark.slow
+def test_the_real_command_needs_no_card():
+    words = [sys.executable, "-m", "densejax.pretrained", "--model=small"]
+    answer = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    line = one_line((answer.returncode, answer.stdout, answer.stderr))
+    assert line.startswith("--weights: give a value")
 
 
 # The network is a part of what was saved.

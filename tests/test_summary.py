@@ -142,6 +142,7 @@ def test_bad_input_is_one_line(summarise, arguments, says):
     assert one_line(summarise(*arguments)).startswith(says)
 
 
+@pytest.mark.slow
 def test_the_real_command_needs_no_card():
     words = [sys.executable, "-m", "densejax.summary", "--model=resnet20_cifar", "--depth=1"]
     answer = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)

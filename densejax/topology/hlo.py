@@ -30,7 +30,6 @@ class _Array(NamedTuple):
 
 
 class _Instruction(NamedTuple):
-    name: str
     arrays: list[_Array]  # of its result
     opcode: str
     operands: list[str]  # names, or what stands in the parentheses of a parameter or constant
@@ -41,7 +40,12 @@ class _Instruction(NamedTuple):
         return re.findall(r"[\w.\-]+", names)
 
 
-_Computation = Mapping[str, _Instruction]  # by name; the last one also as "ROOT"
+class _Computation(dict[str, _Instruction]):
+    """Instructions by name."""
+
+    root: _Instruction
+
+
 _Program = Mapping[str, _Computation]
 
 
@@ -65,9 +69,9 @@ def read(text: str) -> Counts:
     @functools.cache
     def count(name: str) -> Counts:
         total, computation = Counts(), program[name]
-        for key, line in computation.items():
+        for line in computation.values():
             kind = line.opcode.removesuffix("-start")
-            if key == "ROOT" or kind in _FREE or kind.endswith("-done"):
+            if kind in _FREE or kind.endswith("-done"):
                 continue
             if kind in _CALLS:
                 turns = _turns(program, line, computation) if kind == "while" else 1
@@ -91,15 +95,15 @@ def _parse(text: str) -> tuple[_Program, str]:
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
             entry = match[2] if match[1] else entry
-            computation = program[match[2]] = {}
+            computation = program[match[2]] = _Computation()
         elif match := _INSTRUCTION.match(line):
-            computation[match[2]] = _instruction(match[2], match[3])
+            computation[match[2]] = _instruction(match[3])
             if match[1]:
-                computation["ROOT"] = computation[match[2]]
+                computation.root = computation[match[2]]
     return program, entry
 
 
-def _instruction(name: str, text: str) -> _Instruction:
+def _instruction(text: str) -> _Instruction:
     def closing(start):  # the place of the parenthesis that closes the one at `start`
         depth = 0
         for place in range(start, len(text)):
@@ -119,7 +123,7 @@ def _instruction(name: str, text: str) -> _Instruction:
         shape = tuple(int(size.strip("<=")) for size in sizes.split(",") if size)
         size = math.prod(shape) * (1 if kind == "pred" else int(bits) / 8)
         arrays.append(_Array(shape, size, "on_chip_bytes" if "S(" in layout else "bytes"))
-    return _Instruction(name, arrays, opcode, operands, text[end + 1 :])
+    return _Instruction(arrays, opcode, operands, text[end + 1 :])
 
 
 def _turns(program: _Program, line: _Instruction, computation: _Computation) -> int | None:
@@ -127,7 +131,7 @@ def _turns(program: _Program, line: _Instruction, computation: _Computation) -> 
     if match := re.search(r'known_trip_count":\{"n":"(\d+)"', line.attributes):
         return int(match[1])
     condition = program[re.search(r"condition=%?([\w.\-]+)", line.attributes)[1]]
-    test = condition["ROOT"]
+    test = condition.root
     if test.opcode != "compare" or "direction=LT" not in test.attributes:
         return None
     counter, limit = (condition[name] for name in test.operands)
@@ -146,8 +150,8 @@ def _arithmetic(program: _Program, line: _Instruction, computation: _Computation
     total, attributes, target = Counts(), line.attributes, ""
     if line.opcode == "fusion":
         inner = program[line.called()[0]]
-        for key, each in inner.items():
-            total.update(_arithmetic(program, each, inner) if key != "ROOT" else {})
+        for each in inner.values():
+            total.update(_arithmetic(program, each, inner))
     elif line.opcode == "custom-call":
         target = re.search(r'custom_call_target="([^"]*)"', attributes)[1]
         total["custom_calls"] = 1
@@ -209,13 +213,12 @@ def _traffic(program: _Program, line: _Instruction, computation: _Computation) -
         return _size(line.arrays + sum(operands, []))
     inner, total = program[line.called()[0]], Counts()
     for key, each in inner.items():
-        if each.opcode == "parameter" and key != "ROOT":
+        if each.opcode == "parameter":
             operand, slices = operands[int(each.operands[0])], _slices_read(program, key, inner)
             total.update(_size(operand if slices is None else _in_memory_of(operand[0], slices)))
-    root = inner["ROOT"]
-    results = [root] * len(line.arrays)  # one instruction may reduce several arrays
-    if root.opcode == "tuple":
-        results = [inner[name] for name in root.operands]
+    results = [inner.root] * len(line.arrays)  # one instruction may reduce several arrays
+    if inner.root.opcode == "tuple":
+        results = [inner[name] for name in inner.root.operands]
     for result, array in zip(results, line.arrays, strict=True):
         while result.opcode == "bitcast":
             result = inner[result.operands[0]]
@@ -240,7 +243,7 @@ def _slices_read(program: _Program, name: str, computation: _Computation) -> lis
             inner = program[use.called()[0]]
             numbers = [str(number) for number, of in enumerate(use.operands) if of == called]
             for key, each in inner.items():
-                if each.opcode == "parameter" and key != "ROOT" and each.operands[0] in numbers:
+                if each.opcode == "parameter" and each.operands[0] in numbers:
                     more = _slices_read(program, key, inner)
                     if more is None:
                         return None
@@ -253,11 +256,11 @@ def _slices_read(program: _Program, name: str, computation: _Computation) -> lis
 def _uses(name: str, computation: _Computation) -> Iterator[tuple[str, _Instruction]]:
     """(name of the value there, instruction) of all that read a value, also through bitcasts."""
     for key, use in computation.items():
-        if key != "ROOT" and name in use.operands:
+        if name in use.operands:
             yield from _uses(key, computation) if use.opcode == "bitcast" else [(name, use)]
 
 
 def _only_updates(line: _Instruction, name: str) -> bool:
     """Whether an instruction replaces a part of the value in place and keeps the rest."""
-    is_target = line.opcode == "dynamic-update-slice" and line.operands[0] == name
-    return is_target and name not in line.operands[1:]
+    is_updated = line.opcode == "dynamic-update-slice" and line.operands[0] == name
+    return is_updated and name not in line.operands[1:]

@@ -3,6 +3,7 @@
 Every array must be used and every variable filled; otherwise the weights are refused.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from densejax.models.layers import fan_in_uniform
 from densejax.weights.names import LAYOUTS, Layout
 
 Weights = Mapping[str, np.ndarray]
+# Variables by path: "params/block1/layer3/conv2/kernel", "batch_stats/..."; and back.
+flatten = functools.partial(traverse_util.flatten_dict, sep="/")
+unflatten = functools.partial(traverse_util.unflatten_dict, sep="/")
 STEMS = ("params/stem/conv/kernel", "params/stem1/conv/kernel")
 CLASSIFIER = ("params/head/classifier/kernel", "params/head/classifier/bias")
 
@@ -52,11 +56,7 @@ def from_keras(model: nn.Module, weights: Any, **adapt: Any) -> dict[str, Any]:
       **adapt: see `convert`.
     """
     if not isinstance(weights, Mapping):
-        weights = {
-            f"{layer.name}/{variable.name}": np.asarray(variable)
-            for layer in weights.layers
-            for variable in layer.weights
-        }
+        weights = {variable.path: np.asarray(variable) for variable in weights.weights}
     layout, found, _ = recognise(_layouts(model, is_torch=False), weights)
     return convert(model, found, layout, **adapt)
 
@@ -162,10 +162,10 @@ def convert(
       weights: arrays by the layout's names.
       layout: their names and axes.
       image_channels: of the images; None: as many as the weights are for.
-      adapt: fit the weights to the network. A classifier of another length, or a missing one, is
-        drawn; one that the network does not have is dropped. The first kernel becomes one of grey
-        images by the sum over its channels, and one of several channels by an equal share for each,
-        so that grey images give the same result.
+      adapt: fit the weights to the network. A classifier that is missing or of another length is
+        drawn; one that the network does not have is dropped. The first kernel is summed over its
+        channels for grey images; a kernel for grey images is divided equally among the channels.
+        Grey images then give the same result.
       seed: of a new classifier.
 
     Raises:
@@ -190,13 +190,14 @@ def convert(
 
 
 def _adapt_classifier(found: dict, expected: Mapping, layout: Layout, seed: int) -> None:
-    if CLASSIFIER[0] not in expected:
+    kernel, bias = CLASSIFIER
+    if kernel not in expected:
         for path in CLASSIFIER:
             found.pop(layout.name(path), None)
     elif any(p not in found or found[p].shape != expected[p].shape for p in CLASSIFIER):
-        shape = expected[CLASSIFIER[0]].shape
-        found[CLASSIFIER[0]] = np.asarray(fan_in_uniform(jax.random.key(seed), shape))
-        found[CLASSIFIER[1]] = np.zeros(shape[-1:], np.float32)
+        shape = expected[kernel].shape
+        found[kernel] = np.asarray(fan_in_uniform(jax.random.key(seed), shape))
+        found[bias] = np.zeros(shape[-1:], np.float32)
 
 
 def _adapt_channels(found: dict, expected: Mapping) -> None:
@@ -241,9 +242,9 @@ def check_fit(
         rest = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
         lists += [f"{problem}: {', '.join(shown)}{rest}"] if paths else []
     if lists:
-        wrong = {path for paths in problems.values() for path in paths}
-        hint = "; `adapt` fits the classifier and the image channels"
-        hint = hint if wrong <= {*STEMS, *CLASSIFIER} else ""
+        wrong, hint = {path for paths in problems.values() for path in paths}, ""
+        if wrong <= {*STEMS, *CLASSIFIER}:
+            hint = "; `adapt` fits the classifier and the image channels"
         raise UserError(f"{what} do not fit the network: {'; '.join(lists)}{hint}")
 
 
@@ -256,16 +257,6 @@ def abstract(model: nn.Module, image_channels: int) -> dict[str, jax.ShapeDtypeS
 def first_kernel(flat: Mapping[str, Any]) -> Any:
     """The kernel that reads the images, among a network's variables by path."""
     return next(flat[path] for path in STEMS if path in flat)
-
-
-def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables by path: "params/block1/layer3/conv2/kernel", "batch_stats/..."."""
-    return traverse_util.flatten_dict(dict(variables), sep="/")
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
 def _family(model: nn.Module) -> str:

@@ -129,7 +129,7 @@ def test_weights_are_opened_by_their_description(weights):
     images = np.full((1, 8, 8, 3), 13, np.uint8)
     prepared = network.preparation.evaluation(images)
     np.testing.assert_allclose(prepared[0, 0, 0], [12 / 4, 11 / 5, 10 / 6], rtol=1e-6)
-    logits = network.logits(network.variables, images)
+    logits = jax.jit(network.logits)(network.variables, images)
     assert (logits.shape, logits.dtype) == ((1, 3), np.float32)
 
 
