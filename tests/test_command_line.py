@@ -70,7 +70,6 @@ CASES = {
         [DIGITS, "--config.train.epoch=3"],
         "train.epoch: unknown key; allowed are train.accumulate_steps, train.batch_size,",
     ),
-    "wrong section": ([DIGITS, "--config.trian.epochs=3"], "trian.epochs: unknown key; allowed"),
     "wrong field": ([DIGITS, "--config.model.width=3"], "model.width: unknown key; allowed"),
     "text for a number": (
         [DIGITS, "--config.train.epochs=three"],
@@ -121,6 +120,17 @@ CASES = {
     ),
     "an empty value": ([DIGITS, "--workdir="], "--workdir=: give a value, or leave the flag out"),
     "an empty card": (["--config="], "--config=: there is no such file"),
+    "blocks in place of the depth": (
+        [
+            *(DIGITS, "--config.model.depth=None", "--config.model.blocks=(1,1)"),
+            "--config.train.epochs=0",
+        ],
+        "train.epochs = 0: ",
+    ),
+    "drops that are no numbers": (
+        [CIFAR, "--config.optimizer.drop_at=(0.5,'x')"],
+        "optimizer.drop_at = (0.5, 'x'): ",
+    ),
     "blocks and depth": (
         [DIGITS, "--config.model.blocks=(2,2)"],
         "model.depth = 22 and model.blocks = (2, 2): give exactly one",
@@ -129,18 +139,10 @@ CASES = {
         [DIGITS, "--config.model.growth_rate=(4,4)"],
         "model.growth_rate = (4, 4): give one positive integer, or one for each of the 3 blocks",
     ),
-    "dropout of 2": ([DIGITS, "--config.model.dropout_rate=2"], "model.dropout_rate = 2.0: "),
-    "no epsilon": (
-        [CIFAR + ":model=resnet20_cifar", "--config.model.batch_norm_epsilon=0"],
-        "model.batch_norm_epsilon = 0.0: must be above 0",
-    ),
     "epsilon is no number": (
         [CIFAR + ":model=vovnet39", "--config.model.batch_norm_epsilon=nan"],
         "model.batch_norm_epsilon = nan: give a finite number",
     ),
-    "unknown stem": ([DIGITS, "--config.model.stem=vgg"], "model.stem = 'vgg': allowed are"),
-    "unknown family": ([DIGITS, "--config.model.family=x"], "model.family = 'x': allowed are"),
-    "batch of 0": ([DIGITS, "--config.train.batch_size=0"], "train.batch_size = 0: allowed is"),
     "batch that does not divide": (
         [DIGITS, READY, "--config.train.batch_size=30"],
         "train.batch_size = 30: must be a multiple of 4, for the 4 devices, such as 32",
@@ -153,10 +155,6 @@ CASES = {
         [DIGITS, READY, "--config.data.validation_size=1437"],
         "data.validation_size = 1437: must be below the 1437 training images",
     ),
-    "best without validation": (
-        [DIGITS, "--config.checkpoint.select=best"],
-        "checkpoint.select = 'best': set data.validation_size above 0",
-    ),
     "crops larger than the images": (
         [DIGITS, "--config.evaluate.crop_size=9"],
         "evaluate.crop_size = 9: must be at most the images' 8; data.image_size enlarges them",
@@ -164,14 +162,6 @@ CASES = {
     "colours of grey images": (
         [DIGITS, "--config.augmentation.jitter=0.2"],
         "augmentation.jitter and augmentation.lighting: these images are not RGB",
-    ),
-    "unknown schedule": (
-        [DIGITS, READY, "--config.optimizer.schedule=cos"],
-        "optimizer.schedule = 'cos': allowed are step, cosine, linear, constant",
-    ),
-    "warm-up as long as training": (
-        [DIGITS, READY, "--config.optimizer.warmup_epochs=30"],
-        "optimizer.warmup_epochs = 30.0: must be below train.epochs",
     ),
     "unknown data set": (
         [DIGITS, READY, "--config.data.name=mnist"],
@@ -275,7 +265,7 @@ def test_bad_input_is_one_line(command, tmp_path, monkeypatch, case):
 
 
 @hypothesis.settings(
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], max_examples=60
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], max_examples=40
 )
 @hypothesis.given(
     key=st.sampled_from([*schema.flatten(schema.default()), "model.blocks", "train", "data.x", ""]),
@@ -337,17 +327,6 @@ def test_another_configuration_is_one_line(command, tmp_path):
         pass
     card = f"--config={small.card(tmp_path)}"
     assert "seed: 7 -> 0" in one_line(command(card, f"--workdir={tmp_path}"))
-
-
-def test_drops_that_are_no_numbers_are_one_line(command, tmp_path):
-    drops = "--config.optimizer.drop_at=(0.5,'x')"
-    assert "optimizer.drop_at" in one_line(command(CIFAR, drops, f"--workdir={tmp_path}"))
-
-
-def test_blocks_can_replace_depth(command, tmp_path):
-    arguments = [DIGITS, "--config.model.depth=None", "--config.model.blocks=(1,1)"]
-    line = one_line(command(*arguments, "--config.train.epochs=0", f"--workdir={tmp_path}"))
-    assert line.startswith("train.epochs = 0")
 
 
 def test_a_good_command_trains_and_writes_into_its_run_alone(command, tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Every key is checked, is used, and every mistake names the key and the value."""
 
-import ast
-import importlib
+import functools
 import itertools
 import math
 import pathlib
@@ -10,6 +9,7 @@ import sys
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import pytest
 from ml_collections import config_dict
 
@@ -48,7 +48,7 @@ OUT_OF_RANGE = {
     "optimizer.reference_batch_size": [-1],
     "optimizer.momentum": [-0.1, 1.0],
     "optimizer.weight_decay": [-1e-4, float("nan")],
-    "optimizer.drop_at": [(0.0, 0.5), (0.5, 1.0), (0.75, 0.5)],
+    "optimizer.drop_at": [(0.0, 0.5), (0.5, 1.0), (0.75, 0.5), (0.5, 0.5), (0.5, "x")],
     "optimizer.beta2": [-0.1, 1.0],
     "optimizer.epsilon": [0.0, -1e-8],
     "optimizer.clip_norm": [-1.0],
@@ -171,18 +171,10 @@ def test_an_integer_is_a_number_too(key):
     schema.check(config)
 
 
-def test_drops_that_are_no_numbers_are_refused():
-    assert "optimizer.drop_at" in message(with_value("optimizer.drop_at", (0.5, "x")))
-
-
 @pytest.mark.parametrize("key", NUMBERS)
 def test_every_number_is_finite_and_fits_the_devices(key):
     for value in (10**30, -(10**30)) if type(KEYS[key]) is int else (float("inf"), float("nan")):
         assert message(with_value(key, value)).startswith(f"{key} = {value!r}: allowed is ")
-
-
-def test_two_drops_at_the_same_place_are_refused():
-    assert "optimizer.drop_at" in message(with_value("optimizer.drop_at", (0.5, 0.5)))
 
 
 def test_an_unknown_key_lists_its_section():
@@ -368,7 +360,7 @@ ANYTHING = st.recursive(
 FIELDS = [f"model.{name}" for name in small.tiny().model]
 
 
-@hypothesis.settings(max_examples=400)
+@hypothesis.settings(max_examples=200)
 @hypothesis.given(
     st.dictionaries(st.sampled_from([*KEYS, *FIELDS]), ANYTHING, min_size=1, max_size=3)
 )
@@ -417,13 +409,8 @@ def test_arguments_take_the_types_of_their_defaults():
     assert parse_arg(None, **defaults).to_dict() == defaults
     assert parse_arg("", **defaults).to_dict() == defaults
     given = parse_arg("depth=40,rate=2,augment=False,variant=plain,width=16", **defaults)
-    assert given.to_dict() == {
-        "depth": 40,
-        "rate": 2,
-        "augment": False,
-        "variant": "plain",
-        "width": 16,
-    }
+    changed = {"depth": 40, "rate": 2, "augment": False, "variant": "plain", "width": 16}
+    assert given.to_dict() == changed
     assert parse_arg("width=wide", **defaults).width == "wide"
 
 
@@ -502,15 +489,19 @@ def test_the_recorder_would_notice_a_key_that_nobody_reads(monkeypatch):
     assert "log.seconds" not in reads and "checkpoint.keep_latest" not in reads
 
 
-def test_every_field_of_a_network_is_read_by_its_module():
-    for family, module in models.FAMILIES.items():
-        tree = ast.parse(
-            pathlib.Path(importlib.import_module(module.__module__).__file__).read_text()
-        )
-        read = {
-            node.attr
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "self"
-        }
-        name = next(name for name in models.MODELS if models.MODELS[name]["family"] == family)
-        assert set(models.fields(name)) - {"family"} <= read
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_every_field_of_a_network_is_read_by_its_module(family, monkeypatch):
+    names = {"densenet": "densenet_bc_40_12", "resnet": "resnet20_cifar", "vovnet": "vovnet39"}
+    fields = models.fields(names[family])
+    model = models.create(fields, 10)
+    file, reads = sys.modules[type(model).__module__].__file__, set()
+
+    def getattribute(self, field):
+        if sys._getframe(1).f_code.co_filename == file:
+            reads.add(field)
+        return object.__getattribute__(self, field)
+
+    monkeypatch.setattr(type(model), "__getattribute__", getattribute)
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), "float32")
+    jax.eval_shape(functools.partial(model.init, train=True), jax.random.key(0), image)
+    assert set(fields) - {"family"} <= reads

@@ -247,8 +247,8 @@ def tiny_card(tmp_path, monkeypatch, name, set_name, python=False):
     ("name", "set_name", "python", "steps"),
     [
         ("cifar10", "cifar10", False, 10),
-        ("cifar10", "cifar10", True, 10),
-        ("cifar100", "cifar100", False, 10),
+        pytest.param("cifar10", "cifar10", True, 10, marks=pytest.mark.slow),
+        pytest.param("cifar100", "cifar100", False, 10, marks=pytest.mark.slow),
         ("svhn", "svhn", False, 10),  # 30 - 6 + 20 images: five batches of 8, and 4 left
         ("fashion_mnist", "fashion_mnist", False, 6),
         ("d2l_fashion_mnist", "fashion_mnist", False, 6),

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import pathlib
-import random
 import shutil
 import signal
 import subprocess
@@ -26,6 +25,18 @@ from densejax.training.loop import due
 from tests import small
 
 ROOT = pathlib.Path(loop.__file__).parents[2]
+
+
+def run(path, config=None, mode="train", **options):
+    """A tiny run, or that of another configuration, in this process; returns the exit code."""
+    return loop.run(config or small.tiny(), str(path), mode, **options)
+
+
+def evaluate(path, capsys, config=None):
+    """What an evaluation prints."""
+    capsys.readouterr()
+    assert run(path, config, "eval") == 0
+    return json.loads(capsys.readouterr().out)
 
 
 def summary(path):
@@ -51,7 +62,7 @@ def assert_same_run(path, other):
 def finished(tmp_path_factory):
     """A run that nothing interrupted."""
     path = tmp_path_factory.mktemp("finished") / "run"
-    assert loop.run(small.tiny(), str(path), "train") == 0
+    assert run(path) == 0
     return path
 
 
@@ -103,7 +114,7 @@ def test_the_summary_holds_the_result_and_what_it_depends_on(finished):
 
 
 def test_metrics_are_deterministic_and_timings_are_elsewhere(finished, tmp_path):
-    assert loop.run(small.tiny(), str(tmp_path / "twin"), "train") == 0
+    assert run(tmp_path / "twin") == 0
     assert_same_run(finished, tmp_path / "twin")
     assert [(line["step"], line["epoch"]) for line in records(finished)] == [
         *((3, 0.6), (5, 1.0), (6, 1.2), (9, 1.8), (10, 2.0), (10, 2.0))
@@ -150,40 +161,30 @@ def interrupted(monkeypatch, path, number, step, config=None):
     """A run that gets a signal during a step; returns its exit code and the steps it took."""
     with monkeypatch.context() as patch:
         taken = spy_on_steps(patch, lambda now: now == step and signal.raise_signal(number))
-        return loop.run(config or small.tiny(), str(path), "train"), taken
+        return run(path, config), taken
 
 
-@pytest.mark.parametrize(
-    ("number", "step", "code"),
-    [
+def test_a_run_that_is_interrupted_again_and_again_ends_as_if_it_had_not_been(
+    finished, tmp_path, monkeypatch, capsys
+):
+    path, done = tmp_path / "run", 0
+    for number, step, code in (
         (signal.SIGTERM, 1, 0),
         (signal.SIGTERM, 5, 0),  # an epoch ends: saved now, evaluated by the next start
         (signal.SIGHUP, 6, 0),  # the terminal is closed
         (signal.SIGINT, 7, 130),
         (signal.SIGINT, 10, 130),  # the last step: the result alone is missing
-    ],
-)
-def test_an_interrupted_run_ends_as_if_it_had_not_been(
-    finished, tmp_path, monkeypatch, capsys, number, step, code
-):
-    path, before = tmp_path / "run", signal.getsignal(number)
-    assert interrupted(monkeypatch, path, number, step) == (code, list(range(1, step + 1)))
-    assert f"{number.name}: saved step {step};" in capsys.readouterr().out
-    assert not (path / "summary.json").exists() and not (path / "lock").exists()
-    assert signal.getsignal(number) is before
+    ):
+        before = signal.getsignal(number)
+        taken = list(range(done + 1, step + 1))
+        assert interrupted(monkeypatch, path, number, step) == (code, taken)
+        assert f"{number.name}: saved step {step};" in capsys.readouterr().out
+        assert not (path / "summary.json").exists() and not (path / "lock").exists()
+        assert signal.getsignal(number) is before
+        done = step
     taken = spy_on_steps(monkeypatch)
-    assert loop.run(small.tiny(), str(path), "train") == 0
-    assert taken == list(range(step + 1, 11))
+    assert run(path) == 0 and taken == []
     assert_same_run(finished, path)
-
-
-def test_many_interruptions_are_one_run(finished, tmp_path, monkeypatch):
-    step, random_ = 0, random.Random(5)
-    while (step := step + random_.randint(1, 3)) < 10:
-        code, taken = interrupted(monkeypatch, tmp_path, signal.SIGTERM, step)
-        assert (code, taken[-1]) == (0, step)
-    assert loop.run(small.tiny(), str(tmp_path), "train") == 0
-    assert_same_run(finished, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -203,15 +204,15 @@ def test_a_signal_during_a_save_waits_for_a_step_and_one_cuts_an_evaluation(
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, killed)
-        assert loop.run(small.tiny(), str(tmp_path), "train") == 0
+        assert run(tmp_path) == 0
     assert f"SIGTERM: saved step {step};" in capsys.readouterr().out
     assert (tmp_path / "checkpoints" / str(step)).exists()
-    assert loop.run(small.tiny(), str(tmp_path), "train") == 0
+    assert run(tmp_path) == 0
     assert_same_run(finished, tmp_path)
 
 
-def test_a_signal_during_the_last_measurement_is_heard(finished, tmp_path, monkeypatch, capsys):
-    changes = {"evaluate__every_epochs": 0}
+def test_a_signal_during_the_only_measurement_is_heard(finished, tmp_path, monkeypatch, capsys):
+    config = small.tiny(evaluate__every_epochs=0)
 
     def killed(self, plain=memory.MemorySet.evaluation):
         signal.raise_signal(signal.SIGINT)
@@ -219,9 +220,10 @@ def test_a_signal_during_the_last_measurement_is_heard(finished, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(memory.MemorySet, "evaluation", killed)
-        assert loop.run(small.tiny(**changes), str(tmp_path), "train") == 130
+        assert run(tmp_path, config) == 130
     assert "SIGINT: saved step 10;" in capsys.readouterr().out
-    assert loop.run(small.tiny(**changes), str(tmp_path), "train") == 0
+    assert run(tmp_path, config) == 0
+    assert not any("test_accuracy" in line for line in records(tmp_path))
     assert summary(tmp_path)["test_loss"] == summary(finished)["test_loss"]
 
 
@@ -242,7 +244,7 @@ def test_a_batch_that_is_not_finite_is_skipped_named_and_counted(tmp_path, monke
 
     monkeypatch.setattr(memory.MemorySet, "batch", poisoned)
     config = small.tiny(log__every_steps=1, train__max_skipped_steps=2)
-    assert loop.run(config, str(tmp_path), "train") == 0
+    assert run(tmp_path, config) == 0
     assert "Step 5 is skipped: it is not finite (1 in a row)." in caplog.text
     assert caplog.text.count("is skipped") == 1 and summary(tmp_path)["skipped_steps"] == 1
     lines = [line for line in records(tmp_path) if "skipped_steps" in line]
@@ -263,11 +265,11 @@ def test_a_full_disk_delays_saves_and_the_run_ends_well_only_if_the_last_is_made
 
     monkeypatch.setattr(checkpoint, "_write_manifest", refuse)
     with pytest.raises(UserError, match="Step 10 could not be saved .* No space left on device"):
-        loop.run(small.tiny(), str(tmp_path), "train")
+        run(tmp_path)
     assert caplog.text.count("Step 5 could not be saved") == 1  # and the run went on
     assert not (tmp_path / "summary.json").exists()
     full.remove(10)
-    assert loop.run(small.tiny(), str(tmp_path), "train") == 0
+    assert run(tmp_path) == 0
     assert (tmp_path / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
     small.assert_same_bits(small.restored(tmp_path), small.restored(finished))
 
@@ -275,7 +277,7 @@ def test_a_full_disk_delays_saves_and_the_run_ends_well_only_if_the_last_is_made
 def test_divergence_ends_the_run_in_one_line(tmp_path):
     config = small.tiny(optimizer__learning_rate=2e9, train__max_skipped_steps=3)
     with pytest.raises(UserError, match="train.max_skipped_steps = 3: .* up to 4, ") as caught:
-        loop.run(config, str(tmp_path / "run"), "train")
+        run(tmp_path / "run", config)
     assert "\n" not in str(caught.value) and "optimizer.learning_rate" in str(caught.value)
     assert not (tmp_path / "run" / "summary.json").exists()
     assert not (tmp_path / "run" / "lock").exists()
@@ -305,10 +307,13 @@ def test_a_thread_trains_without_handlers_of_its_own(tmp_path, finished):
 
 
 @pytest.mark.parametrize(
-    ("method", "call", "saved"),
-    [("batch", 7, 6), ("batch", 1, None), ("evaluation", 1, 5)],
+    ("method", "call", "saved", "starved"),
+    [
+        *(("batch", 7, 6, False), ("batch", 1, None, False), ("evaluation", 1, 5, False)),
+        *(("batch", 7, 6, True), ("batch", 1, None, True)),
+        pytest.param("evaluation", 1, 5, True, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("starved", [False, True])
 def test_an_input_that_fails_costs_no_step(
     finished, tmp_path, monkeypatch, capsys, method, call, saved, starved
 ):
@@ -326,14 +331,14 @@ def test_an_input_that_fails_costs_no_step(
     with monkeypatch.context() as patch:
         patch.setattr(memory.MemorySet, method, failing)
         if starved and saved:
-            assert loop.run(small.tiny(), str(tmp_path), "train") == 0
+            assert run(tmp_path) == 0
             assert f"SIGTERM: saved step {saved};" in capsys.readouterr().out
         else:
             with pytest.raises(builders.DataError) as caught:
-                loop.run(small.tiny(), str(tmp_path), "train")
+                run(tmp_path)
             assert not saved or str(caught.value).endswith(f"has ended; step {saved} is saved")
     taken = spy_on_steps(monkeypatch)
-    assert loop.run(small.tiny(), str(tmp_path), "train") == 0
+    assert run(tmp_path) == 0
     assert taken[0] == (saved or 0) + 1
     assert_same_run(finished, tmp_path)
 
@@ -344,7 +349,7 @@ def test_process_0_decides_whether_a_run_is_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(hosts, "require_same", lambda facts: None)
     monkeypatch.setattr(hosts, "gather", lambda value: [[True, True], value])
     monkeypatch.setattr(builders, "read", None)
-    assert loop.run(small.tiny(), str(tmp_path / "run"), "train") == 0
+    assert run(tmp_path / "run") == 0
 
 
 def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
@@ -355,7 +360,7 @@ def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
 
     taken = spy_on_steps(monkeypatch, twice)
     with pytest.raises(KeyboardInterrupt):
-        loop.run(small.tiny(), str(tmp_path), "train")
+        run(tmp_path)
     assert taken == [1, 2] and not (tmp_path / "checkpoints").exists()
 
 
@@ -378,17 +383,23 @@ memory.MemorySet.batch = batch
 """
 
 
-def command(card, path):
-    """The real command in a process of its own; returns (exit code, what it printed)."""
-    result = subprocess.run(
-        [sys.executable, "-m", "densejax.main", f"--config={card}", f"--workdir={path}"],
+def process(*words):
+    """A Python process of its own, whose output is read as text."""
+    return subprocess.Popen(
+        [sys.executable, *words],
         cwd=ROOT,
         env=os.environ | small.ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    return result.returncode, result.stdout
+
+
+def command(card, path):
+    """The real command in a process of its own; returns (exit code, what it printed)."""
+    with process("-m", "densejax.main", f"--config={card}", f"--workdir={path}") as started:
+        output = started.communicate()[0]
+    return started.returncode, output
 
 
 def test_a_real_process_is_killed_and_goes_on(tmp_path):
@@ -399,7 +410,7 @@ def test_a_real_process_is_killed_and_goes_on(tmp_path):
         "checkpoint__every_epochs": 3,
     }
     card = small.card(tmp_path, **changes)
-    assert loop.run(small.tiny(**changes), str(tmp_path / "reference"), "train") == 0
+    assert run(tmp_path / "reference", small.tiny(**changes)) == 0
     path, plain = tmp_path / "run", card.read_text()
     for number, step in (signal.SIGTERM, 37), (signal.SIGKILL, 78):
         card.write_text(plain + SIGNAL.format(number=int(number), step=step))
@@ -415,18 +426,11 @@ def test_a_real_process_is_killed_and_goes_on(tmp_path):
 def test_ctrl_c_before_training_is_one_line(tmp_path):
     card = tmp_path / "card.py"
     card.write_text("import time\n\nprint('card', flush=True)\ntime.sleep(600)\n")
-    with subprocess.Popen(
-        [sys.executable, "-m", "densejax.main", f"--config={card}"],
-        cwd=ROOT,
-        env=os.environ | small.ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        assert process.stdout.readline() == "card\n"
-        process.send_signal(signal.SIGINT)
-        assert process.communicate()[0] == "densejax: interrupted\n"
-    assert process.returncode == 130
+    with process("-m", "densejax.main", f"--config={card}") as started:
+        assert started.stdout.readline() == "card\n"
+        started.send_signal(signal.SIGINT)
+        assert started.communicate()[0] == "densejax: interrupted\n"
+    assert started.returncode == 130
 
 
 SECOND = """
@@ -447,19 +451,12 @@ with hosts.Stop() as stop:
 
 def test_a_second_ctrl_c_ends_at_once_whatever_library_is_at_work(tmp_path):
     """The main thread waits in C, where no handler of Python's is called."""
-    with subprocess.Popen(
-        [sys.executable, "-c", SECOND],
-        cwd=ROOT,
-        env=os.environ | small.ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
+    with process("-c", SECOND) as started:
         for line in ("ready\n", "first\n"):
-            assert process.stdout.readline() == line
-            process.send_signal(signal.SIGINT)
-        assert process.communicate()[0] == "densejax: interrupted\n"
-    assert process.returncode == 130
+            assert started.stdout.readline() == line
+            started.send_signal(signal.SIGINT)
+        assert started.communicate()[0] == "densejax: interrupted\n"
+    assert started.returncode == 130
 
 
 # --- A run that is there already.
@@ -469,7 +466,7 @@ def test_a_finished_run_prints_its_result_again(copy, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     taken = spy_on_steps(monkeypatch)
     monkeypatch.setattr(data, "create", None)  # no image is read
-    assert loop.run(small.tiny(), str(copy), "train") == 0
+    assert run(copy) == 0
     assert taken == []
     accuracy = summary(copy)["test_accuracy"]
     assert f"test accuracy {100 * accuracy:.2f} % on 360 images" in capsys.readouterr().out
@@ -485,13 +482,12 @@ def test_a_finished_run_of_other_code_is_refused_and_measured_again_only_when_as
     worse = layers.Head.__call__  # what a student changes by mistake: no feature reaches the logits
     monkeypatch.setattr(layers.Head, "__call__", lambda self, x: worse(self, 0 * x))
     with pytest.raises(UserError, match=f'versions.code: "{code}" -> "0123"') as caught:
-        loop.run(small.tiny(), str(copy), "train")
+        run(copy)
     assert "--resume=force" in str(caught.value) and "\n" not in str(caught.value)
     assert summary(copy) == before
-    assert loop.run(small.tiny(), str(copy), "eval") == 0
-    printed = json.loads(capsys.readouterr().out)
+    printed = evaluate(copy, capsys)
     assert printed["changes"] == [f'versions.code: "{code}" -> "0123"']
-    assert loop.run(small.tiny(), str(copy), "train", force=True) == 0
+    assert run(copy, force=True) == 0
     after = summary(copy)
     assert taken == [] and after["versions"]["code"] == "0123"
     assert after["changes"] == [f'versions.code: "{code}" -> "0123"']
@@ -513,22 +509,21 @@ def test_a_finished_run_of_other_data_or_precision_is_refused(copy, monkeypatch,
             monkeypatch.setattr(builders, "read", other)
         name = "matmul_precision" if precision else "data"
         with pytest.raises(UserError, match=f"of other .* .versions.{name}: "):
-            loop.run(small.tiny(), str(copy), "train")
+            run(copy)
 
 
-@pytest.mark.parametrize("content", ['"x"', "1", '{"config": null}', "{}", "", "[1]", None])
-def test_a_damaged_summary_is_named_and_its_loss_costs_a_measurement(copy, monkeypatch, content):
+def test_a_damaged_summary_is_named_and_its_loss_costs_a_measurement(copy, monkeypatch):
     before, file = summary(copy), copy / "summary.json"
-    if content is None:  # 51.39 % reads 71.39 % after one flipped bit
-        text = file.read_text()
-        place = text.index('"test_accuracy": 0.') + len('"test_accuracy": 0.')
-        content = text[:place] + chr(ord(text[place]) ^ 2) + text[place + 1 :]
-    file.write_text(content)
-    with pytest.raises(UserError, match="summary.json is damaged .*: delete it"):
-        loop.run(small.tiny(), str(copy), "train")
+    text = file.read_text()
+    place = text.index('"test_accuracy": 0.') + len('"test_accuracy": 0.')
+    one_bit = text[:place] + chr(ord(text[place]) ^ 2) + text[place + 1 :]  # 0.51 reads 0.71
+    for content in ('"x"', "1", '{"config": null}', "{}", "", "[1]", one_bit):
+        file.write_text(content)
+        with pytest.raises(UserError, match="summary.json is damaged .*: delete it"):
+            run(copy)
     file.unlink()
     taken = spy_on_steps(monkeypatch)
-    assert loop.run(small.tiny(), str(copy), "train") == 0
+    assert run(copy) == 0
     assert taken == [] and summary(copy)["test_accuracy"] == before["test_accuracy"]
 
 
@@ -538,39 +533,40 @@ def test_statistics_of_each_device_depend_on_how_many_there_are(tmp_path, monkey
     assert "devices" not in result.versions(small.tiny())
 
 
-def test_more_epochs_go_on(copy, monkeypatch):
+def test_more_epochs_go_on_also_in_a_run_that_is_older_than_data_json(
+    copy, finished, monkeypatch, capsys
+):
+    (copy / "data.json").unlink()
+    evaluate(copy, capsys)
+    assert not (copy / "data.json").exists()  # an evaluation writes nothing
     taken = spy_on_steps(monkeypatch)
-    assert loop.run(small.tiny(train__epochs=3), str(copy), "train") == 0
+    assert run(copy, small.tiny(train__epochs=3)) == 0
     assert taken == list(range(11, 16)) and summary(copy)["steps"] == 15
     assert summary(copy)["config"]["train"]["epochs"] == 3
     assert records(copy)[-1]["step"] == 15
+    assert (copy / "data.json").read_bytes() == (finished / "data.json").read_bytes()
 
 
-def test_fewer_epochs_than_done_are_refused(copy):
+def test_fewer_epochs_than_done_are_refused_and_leave_the_configuration_alone(copy):
     with pytest.raises(UserError, match="train.epochs = 1: .* has 10 steps behind it") as caught:
-        loop.run(small.tiny(train__epochs=1, optimizer__warmup_epochs=0.5), str(copy), "train")
+        run(copy, small.tiny(train__epochs=1))
     assert "\n" not in str(caught.value)
-
-
-def test_a_refused_start_leaves_the_configuration_alone(copy):
-    with pytest.raises(UserError):
-        loop.run(small.tiny(train__epochs=1), str(copy), "train")
     assert json.loads((copy / "config.json").read_text())["train"]["epochs"] == 2
 
 
 def test_a_refused_start_makes_no_directory(tmp_path):
     with pytest.raises(UserError, match="batch_size"):
-        loop.run(small.tiny(train__batch_size=5000), str(tmp_path / "run"), "train")
+        run(tmp_path / "run", small.tiny(train__batch_size=5000))
     assert not (tmp_path / "run").exists()
 
 
 def test_another_configuration_is_refused_with_the_difference_and_only_forced(copy, monkeypatch):
     other = small.tiny(optimizer__learning_rate=0.05, train__epochs=3)
     with pytest.raises(UserError, match="optimizer.learning_rate: 0.1 -> 0.05") as caught:
-        loop.run(other, str(copy), "train")
+        run(copy, other)
     assert "--resume=force" in str(caught.value)
     taken = spy_on_steps(monkeypatch)
-    assert loop.run(other, str(copy), "train", force=True) == 0
+    assert run(copy, other, force=True) == 0
     assert taken == list(range(11, 16))
     assert summary(copy)["config"]["optimizer"]["learning_rate"] == 0.05
     history = (copy / "history.jsonl").read_text().splitlines()
@@ -580,14 +576,14 @@ def test_another_configuration_is_refused_with_the_difference_and_only_forced(co
 def test_a_forced_change_that_means_more_steps_goes_on(copy, monkeypatch):
     taken = spy_on_steps(monkeypatch)
     config = small.tiny(train__batch_size=128)  # the same epochs are 22 steps, not 10
-    assert loop.run(config, str(copy), "train", force=True) == 0
+    assert run(copy, config, force=True) == 0
     assert taken == list(range(11, 23))
 
 
 def test_logging_may_differ(tmp_path, monkeypatch, finished):
     assert interrupted(monkeypatch, tmp_path, signal.SIGTERM, 4)[0] == 0
     config = small.tiny(log__every_steps=2, log__seconds=1.0, checkpoint__keep_latest=1)
-    assert loop.run(config, str(tmp_path), "train") == 0
+    assert run(tmp_path, config) == 0
     assert summary(tmp_path)["test_accuracy"] == summary(finished)["test_accuracy"]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["10"]
 
@@ -595,8 +591,7 @@ def test_logging_may_differ(tmp_path, monkeypatch, finished):
 def test_evaluation_alone_prints_the_result_as_json(finished, capsys, monkeypatch):
     before = sorted(path.stat().st_mtime_ns for path in finished.rglob("*"))
     taken = spy_on_steps(monkeypatch)
-    assert loop.run(small.tiny(), str(finished), "eval") == 0
-    printed = json.loads(capsys.readouterr().out)
+    printed = evaluate(finished, capsys)
     assert printed.pop("changes") == []
     assert printed["versions"].items() < summary(finished)["versions"].items()
     versions = printed.pop("versions")
@@ -609,16 +604,12 @@ def test_evaluation_alone_prints_the_result_as_json(finished, capsys, monkeypatc
 
 def test_a_trained_network_is_measured_in_other_ways(finished, capsys):
     ten_crops = small.tiny(evaluate__crop_size=6, evaluate__batch_size=128)
-    assert loop.run(ten_crops, str(finished), "eval") == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["changes"] == [
-        "evaluate.batch_size: 256 -> 128",
-        "evaluate.crop_size: 0 -> 6",
-    ]
+    printed = evaluate(finished, capsys, ten_crops)
+    assert printed["changes"] == ["evaluate.batch_size: 256 -> 128", "evaluate.crop_size: 0 -> 6"]
     assert printed["test_examples"] == 360
     assert printed["test_loss"] != summary(finished)["test_loss"]
     with pytest.raises(UserError, match="augmentation.shift: 1 -> 2") as caught:
-        loop.run(small.tiny(augmentation__shift=2), str(finished), "eval")
+        run(finished, small.tiny(augmentation__shift=2), "eval")
     assert "Give the run's own values" in str(caught.value)
     assert "--resume" not in str(caught.value)  # which --mode=eval would refuse as well
 
@@ -626,9 +617,9 @@ def test_a_trained_network_is_measured_in_other_ways(finished, capsys):
 def test_evaluation_needs_a_checkpoint(copy):
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(UserError, match="--mode=eval: there is no checkpoint to evaluate"):
-        loop.run(small.tiny(), str(copy), "eval")
+        run(copy, mode="eval")
     with pytest.raises(UserError, match="not a run directory"):
-        loop.run(small.tiny(), str(copy / "nowhere"), "eval")
+        run(copy / "nowhere", mode="eval")
 
 
 # --- Which model is measured.
@@ -678,15 +669,13 @@ def test_the_best_of_the_held_out_images_is_measured_once(
 ):
     if stop:
         assert interrupted(monkeypatch, tmp_path, signal.SIGTERM, stop, best())[0] == 0
-    assert loop.run(best(), str(tmp_path), "train") == 0
+    assert run(tmp_path, best()) == 0
     assert script == [*(("validation", step) for step in (5, 10, 15, 20)), ("test", 10)]
     result = summary(tmp_path)
     assert result["steps"] == 10 and result["test_examples"] == 360
     found = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert found == [10, 20]
-    capsys.readouterr()
-    assert loop.run(best(), str(tmp_path), "eval") == 0
-    assert json.loads(capsys.readouterr().out)["test_accuracy"] == result["test_accuracy"]
+    assert evaluate(tmp_path, capsys, best())["test_accuracy"] == result["test_accuracy"]
     assert script[-1] == ("test", 10)
 
 
@@ -699,21 +688,20 @@ def test_a_result_says_that_the_best_is_damaged_and_what_was_measured_instead(
     assert interrupted(monkeypatch, tmp_path, signal.SIGTERM, 12, best())[0] == 0
     (tmp_path / "checkpoints/10" / file).write_text("")
     capsys.readouterr()
-    assert loop.run(best(), str(tmp_path), "train") == 0
+    assert run(tmp_path, best()) == 0
     told = "at step 20, as the checkpoints of steps [10] are damaged"
     assert told in capsys.readouterr().out.splitlines()[-1]
     result = summary(tmp_path)
     assert (result["steps"], result["damaged_checkpoints"]) == (20, [10])
     assert script[-1] == ("test", 20)
-    assert loop.run(best(), str(tmp_path), "train") == 0  # the result again
+    assert run(tmp_path, best()) == 0  # the result again
     assert told in capsys.readouterr().out
-    assert loop.run(best(), str(tmp_path), "eval") == 0
-    assert json.loads(capsys.readouterr().out)["damaged_checkpoints"] == [10]
+    assert evaluate(tmp_path, capsys, best())["damaged_checkpoints"] == [10]
 
 
 def test_the_last_model_is_measured_where_that_is_asked_for(tmp_path, script):
     config = best(checkpoint__select="last")
-    assert loop.run(config, str(tmp_path), "train") == 0
+    assert run(tmp_path, config) == 0
     assert script[-1] == ("test", 20) and summary(tmp_path)["steps"] == 20
 
 
@@ -726,17 +714,10 @@ def test_tuning_never_reads_a_test_image(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builders, "read", spy)
     config = best(train__epochs=1, evaluate__final_split="validation")
-    assert loop.run(config, str(tmp_path), "train") == 0
+    assert run(tmp_path, config) == 0
     assert splits == ["train"]
     result = summary(tmp_path)
     assert result["validation_examples"] == 100 and "test_accuracy" not in result
-
-
-def test_without_evaluations_the_result_is_measured_at_the_end(tmp_path, finished):
-    config = small.tiny(evaluate__every_epochs=0)
-    assert loop.run(config, str(tmp_path), "train") == 0
-    assert not any("test_accuracy" in line for line in records(tmp_path))
-    assert summary(tmp_path)["test_accuracy"] == summary(finished)["test_accuracy"]
 
 
 def test_a_finished_run_of_other_weights_is_refused(tmp_path):
@@ -746,13 +727,13 @@ def test_a_finished_run_of_other_weights_is_refused(tmp_path):
     description = {"model": config.model.to_dict(), "num_classes": 10, "image_channels": 1}
     pretrained.save(tmp_path / "weights", description, variables)
     config.train.weights = str(tmp_path / "weights")
-    assert loop.run(config, str(tmp_path / "run"), "train") == 0
-    assert loop.run(config, str(tmp_path / "run"), "train") == 0
+    assert run(tmp_path / "run", config) == 0
+    assert run(tmp_path / "run", config) == 0
     shutil.rmtree(tmp_path / "weights")
     doubled = jax.tree.map(lambda leaf: 2 * leaf, variables)
     pretrained.save(tmp_path / "weights", description, doubled)
     with pytest.raises(UserError, match="of other code, data, weights .*versions.weights: "):
-        loop.run(config, str(tmp_path / "run"), "train")
+        run(tmp_path / "run", config)
 
 
 def test_a_run_s_classes_are_those_of_its_data(copy, finished):
@@ -763,14 +744,6 @@ def test_a_run_s_classes_are_those_of_its_data(copy, finished):
     more = small.tiny(train__epochs=3)
     for config, mode in ((small.tiny(), "eval"), (more, "train")):
         with pytest.raises(UserError, match=r"other classes .*\(missing x; new 9\)"):
-            loop.run(config, str(copy), mode)
-    assert loop.run(more, str(copy), "train", force=True) == 0
-    assert (copy / "data.json").read_bytes() == (finished / "data.json").read_bytes()
-
-
-def test_a_run_that_is_older_than_its_memory_goes_on(copy, finished):
-    (copy / "data.json").unlink()
-    assert loop.run(small.tiny(), str(copy), "eval") == 0
-    assert not (copy / "data.json").exists()  # an evaluation writes nothing
-    assert loop.run(small.tiny(train__epochs=3), str(copy), "train") == 0
+            run(copy, config, mode)
+    assert run(copy, more, force=True) == 0
     assert (copy / "data.json").read_bytes() == (finished / "data.json").read_bytes()
