@@ -18,10 +18,10 @@ train: $(READY) ## Train the digits example; more flags: make train ARGS="--conf
 	$(BIN)/python -m densejax.main --config=configs/digits.py $(ARGS)
 
 test: $(READY) ## Run the tests, without the slow ones
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-all: $(READY) ## Run all the tests, and say why some are skipped
-	$(BIN)/python -m pytest -n 2 -m "" -rs $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "" -rs $(ARGS)
 
 test-newest: $(READY) ## Run fast tests with Python 3.13 and the newest versions of what it installs
 	$(UV) run --isolated --no-project --python 3.13 --with-editable '.[dev]' \

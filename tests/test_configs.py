@@ -276,6 +276,12 @@ def test_a_card_runs_from_the_archive_to_the_result(
         assert result["steps"] == steps
 
 
+def created(config):
+    """The data of a configuration."""
+    mesh = parallel.mesh()
+    return data.create(config, parallel.replicated(mesh), parallel.split(mesh))
+
+
 def images_of(array):
     """The images as a set of bytes."""
     return {image.tobytes() for image in np.asarray(array)}
@@ -287,8 +293,7 @@ def test_held_out_images_of_svhn_are_of_its_first_part_whatever_the_seed(
 ):
     config, arrays = tiny_card(tmp_path, monkeypatch, "svhn", "svhn")
     config.seed = seed
-    mesh = parallel.mesh()
-    found = data.create(config, parallel.replicated(mesh), parallel.split(mesh))
+    found = created(config)
     held_out = images_of(found.evaluation["validation"]._images)
     trains = images_of(found.train._images)
     first, more = images_of(arrays["train"][0]), images_of(arrays["extra"][0])
@@ -302,8 +307,7 @@ def test_held_out_images_of_svhn_are_of_its_first_part_whatever_the_seed(
 
 def digits(seed=0, **changes):
     """(training images of a tiny run, its evaluation sets) as bytes and arrays."""
-    mesh, config = parallel.mesh(), small.tiny(seed=seed, **changes)
-    found = data.create(config, parallel.replicated(mesh), parallel.split(mesh))
+    found = created(small.tiny(seed=seed, **changes))
     return found.train, found.evaluation
 
 
@@ -342,8 +346,7 @@ def test_the_training_set_has_a_size_that_is_there():
 
 def test_labels_stay_with_their_images(tmp_path, monkeypatch):
     config, arrays = tiny_card(tmp_path, monkeypatch, "svhn", "svhn")
-    mesh = parallel.mesh()
-    found = data.create(config, parallel.replicated(mesh), parallel.split(mesh))
+    found = created(config)
     label_of = {
         image.tobytes(): label
         for split in ("train", "extra", "test")

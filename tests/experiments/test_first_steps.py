@@ -9,7 +9,6 @@ import pytest
 import densejax
 from densejax import models
 from densejax.config import UserError
-from tests import small  # noqa: F401  where compiled programs are kept
 
 SCRIPT = pathlib.Path(densejax.__file__).parents[1] / "experiments" / "first_steps.py"
 
