@@ -20,7 +20,7 @@ from densejax.data import builders, memory, stream
 from densejax.models import layers
 from densejax.runs import checkpoint, files, goodput, hosts, workdir
 from densejax.training import loop, result
-from densejax.training.experiment import build
+from densejax.training.experiment import Experiment, build
 from densejax.training.loop import due
 from tests import small
 
@@ -56,6 +56,29 @@ def assert_same_run(path, other):
     names = [name for name in summary(path) if name.startswith("test_") or name == "steps"]
     assert len(names) == 7
     assert {n: summary(path)[n] for n in names} == {n: summary(other)[n] for n in names}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """The compiled programs by configuration: its runs share them, as tracing takes most time."""
+    found, plain_map, plain_init = {}, Experiment.map, Experiment._init.func
+
+    def compiled_once(self, *key, make):
+        key = (self.config.to_json(), *key)
+        if key not in found:
+            found[key] = make()
+        return found[key]
+
+    def map_once(self, step, donate=False):
+        return compiled_once(self, step, donate, make=lambda: plain_map(self, step, donate))
+
+    def init_once(self):
+        return compiled_once(self, make=lambda: plain_init(self))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Experiment, "map", map_once)
+        patch.setattr(Experiment, "_init", property(init_once))
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -404,19 +427,19 @@ def command(card, path):
 
 def test_a_real_process_is_killed_and_goes_on(tmp_path):
     changes = {
-        "train__epochs": 20,
+        "train__epochs": 8,
         "log__every_steps": 1,
-        "evaluate__every_epochs": 5,
+        "evaluate__every_epochs": 2,
         "checkpoint__every_epochs": 3,
     }
     card = small.card(tmp_path, **changes)
     assert run(tmp_path / "reference", small.tiny(**changes)) == 0
     path, plain = tmp_path / "run", card.read_text()
-    for number, step in (signal.SIGTERM, 37), (signal.SIGKILL, 78):
+    for number, step in (signal.SIGTERM, 12), (signal.SIGKILL, 27):
         card.write_text(plain + SIGNAL.format(number=int(number), step=step))
         code, output = command(card, path)
         assert code == (0 if number == signal.SIGTERM else -9), output
-        assert code == -9 or f"{number.name}: saved step 3" in output
+        assert code == -9 or f"{number.name}: saved step 1" in output
     card.write_text(plain)
     code, output = command(card, path)
     assert code == 0 and "test accuracy" in output, output
@@ -474,8 +497,10 @@ def test_a_finished_run_prints_its_result_again(copy, monkeypatch, capsys):
 
 
 def test_a_finished_run_of_other_code_is_refused_and_measured_again_only_when_asked(
-    copy, monkeypatch, capsys
+    copy, monkeypatch, capsys, programs
 ):
+    for key in list(programs):
+        monkeypatch.delitem(programs, key)
     before, code = summary(copy), workdir.code_digest()
     taken = spy_on_steps(monkeypatch)
     monkeypatch.setattr(workdir, "code_digest", lambda: "0123")
