@@ -105,14 +105,14 @@ def by_concatenation(name, train):
     [
         ("bottleneck", True, "none", 1, True),
         ("bottleneck", True, "layer", np.inf, False),
-        ("bottleneck", True, "block", np.inf, True),
         ("bottleneck", False, "none", 1, True),
         ("plain", True, "layer", 1, False),
-        ("plain", True, "block", np.inf, True),
-        ("plain", False, "none", np.inf, False),
         ("imagenet", True, "norm", np.inf, False),
         ("plain_imagenet", True, "none", 1, True),
-        ("imagenet", False, "none", np.inf, True),
+        pytest.param("bottleneck", True, "block", np.inf, True, marks=pytest.mark.slow),
+        pytest.param("plain", True, "block", np.inf, True, marks=pytest.mark.slow),
+        pytest.param("plain", False, "none", np.inf, False, marks=pytest.mark.slow),
+        pytest.param("imagenet", False, "none", np.inf, True, marks=pytest.mark.slow),
     ],
 )
 def test_results_statistics_and_gradients_are_those_of_concatenation(
