@@ -42,7 +42,7 @@ def draw(work: Work, directory: pathlib.Path) -> None:
 
 def read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(our variables, batch) as `draw` wrote them."""
-    variables = conversion.unflatten(np.load(directory / "weights.npz"))
+    variables = conversion.unflatten(dict(np.load(directory / "weights.npz")))
     return variables, dict(np.load(directory / "batch.npz"))
 
 
