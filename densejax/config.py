@@ -85,7 +85,8 @@ KEYS = {
     ),
     "data.name": Key(
         "",
-        "A set in densejax.data.builders.SETS, or any set that TFDS has prepared.",
+        "A set in densejax.data.official.SETS, one of densejax.data.add, or any that TFDS has "
+        "prepared.",
         _Range(bool, "the name of a data set"),
     ),
     "data.storage": Key(

@@ -62,6 +62,29 @@ def with_digests(facts, folder):
     )
 
 
+def store(folder, name, features, splits):
+    """Prepares a set as TFDS does elsewhere: examples by split, as ArrayRecord."""
+    tfds = builders.load_tfds()
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("2.0.0")
+
+        def _info(self):
+            features_dict = tfds.features.FeaturesDict(features)
+            return tfds.core.DatasetInfo(
+                builder=self, features=features_dict, disable_shuffling=True
+            )
+
+        def _split_generators(self, dl_manager):
+            return {split: enumerate(examples) for split, examples in splits.items()}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    Builder.name = name
+    Builder(data_dir=folder, file_format="array_record").download_and_prepare()
+
+
 def write_idx(folder, arrays):
     """Writes the four gzipped IDX files: big-endian header, then the bytes."""
     for split, prefix in (("train", "train"), ("test", "t10k")):

@@ -1,24 +1,32 @@
-"""From `config.data` to batches: which images train, which are held out, which test."""
+"""From `config.data` to batches: which images train, which are held out, which test.
+
+Kept in memory, all images of a split are read by `builders` (from the archives of `official`, from
+what TFDS has prepared, or from arrays of `added`) and put on the devices by `memory`. Streamed,
+image files are listed by `encoded` and decoded by `stream` while the run trains.
+"""
 
 import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from densejax.config import UserError
 from densejax.data import builders, encoded, facts, stream
+from densejax.data.added import ADDED
+from densejax.data.added import add as add
 from densejax.data.augment import Preparation
 from densejax.data.memory import MemorySet, permutation
 from densejax.data.official import SetInfo
 from densejax.data.stream import StreamSet
 from densejax.runs import hosts
+
+Pair = tuple[np.ndarray, np.ndarray]  # images and labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +40,8 @@ class Data:
       version: digest of what is read: of all images and labels in memory; of a stream, which is
         too large, of what TFDS records of its files, or of the names of a folder's images.
       test_split: what the set itself calls the split that is "test" here.
-      sample: reads some training images of all kinds, uint8 [n, height, width, channels], as they
-        are evaluated.
+      sample: reads some training images, spread over all of them, uint8 [n, height, width,
+        channels], as they are evaluated.
     """
 
     train: MemorySet | StreamSet
@@ -42,8 +50,8 @@ class Data:
     test_split: str
     sample: Callable[[], np.ndarray]
 
-    def heed(self, is_stopping: Callable[[], bool]) -> None:
-        """A stream that has no batch raises `stream.Starved` soon after `is_stopping()`."""
+    def stop_waiting_when(self, is_stopping: Callable[[], bool]) -> None:
+        """Once `is_stopping()`, a stream that has no batch soon raises `stream.BatchTimeout`."""
         for split in (self.train, *self.evaluation.values()):
             split.is_stopping = is_stopping
 
@@ -93,7 +101,7 @@ def preparation(config: ConfigDict, found: SetInfo | None = None) -> Preparation
       found: what `info(config)` gives, where it is known.
 
     Raises:
-      UserError: what the set's images cannot have done to them.
+      UserError: the configuration asks for what cannot be done to the set's images.
     """
     found = found or info(config)
     channels = found.image_shape[-1]
@@ -119,11 +127,14 @@ def preparation(config: ConfigDict, found: SetInfo | None = None) -> Preparation
     )
 
 
+# --- Which images train, which are held out, which test.
+
+
 def train_size(config: ConfigDict, info: SetInfo) -> int:
     """The number of images that train, from the set's facts alone.
 
     Raises:
-      UserError: splits that are not there or must not train, or no batch's worth of images.
+      UserError: splits that are not there or must not train, or fewer images than one batch.
     """
     names = config.data.train_split.split("+")
     for name in names:
@@ -164,88 +175,89 @@ def hold_out(size: int, validation_size: int, train_size: int = 0) -> tuple[np.n
     return np.sort(rest[: train_size or None]), np.sort(held_out)
 
 
+def _choose(config: ConfigDict, size: int) -> dict[str, list[tuple[str, Any]]]:
+    """What "train", "validation" and "test" consist of: pairs of a split and indices into it.
+
+    Held-out images are from the first split that `data.train_split` names, which has `size`
+    images. Test images are read only where the configuration measures on them.
+    """
+    evaluate = config.evaluate
+    first, *more = config.data.train_split.split("+")
+    trains, held_out = hold_out(size, config.data.validation_size, config.data.train_size)
+    chosen = {"train": [(first, trains), *((split, slice(None)) for split in more)]}
+    if "test" in (evaluate.final_split, evaluate.split if evaluate.every_epochs else ""):
+        chosen["test"] = [("test", slice(None))]
+    if len(held_out):
+        chosen["validation"] = [(first, held_out)]
+    return chosen
+
+
+# --- How they are read, and become batches.
+
+
 def prepare(config: ConfigDict) -> None:
     """Writes a set that is kept in memory to `data.directory`, if it is not there yet."""
-    if config.data.storage == "memory":
+    if config.data.storage == "memory" and config.data.name not in ADDED:
         builders.prepare(config.data.name, config.data.directory, config.data.manual_dir)
 
 
-def create(config: ConfigDict, whole: NamedSharding, split: NamedSharding) -> Data:
-    """Opens a stream, or reads a set (preparing it first) and puts it on the devices.
+def version(config: ConfigDict) -> str:
+    """The `Data.version` that `create` would find, without a device."""
+    if config.data.storage == "stream":
+        return _version_of_splits(_open_splits(config)[1])
+    return _version_of_arrays(*_read_arrays(config))
 
-    Held-out images come from the first split that `data.train_split` names. Test images are read
-    only where the configuration measures on them.
+
+def create(config: ConfigDict, replicated: NamedSharding, sharded: NamedSharding) -> Data:
+    """Opens a stream, or reads a set (preparing it first) and puts it on the devices.
 
     Args:
       config: the whole configuration.
-      whole: sharding that puts a whole copy on every device.
-      split: sharding that cuts the leading axis of a batch over the devices.
+      replicated: sharding that puts a copy on every device.
+      sharded: sharding that divides the leading axis of a batch over the devices.
 
     Raises:
       UserError: a set, split or size that is not there; the message says how to get it.
     """
     if config.data.storage == "stream":
-        return _streams(config, split)
-    (images, labels), arrays = _arrays(config)
-    size, sample = config.evaluate.batch_size, images[:: -(-len(images) // 1000)].copy()
+        return _create_streams(config, sharded)
+    (images, labels), arrays = _read_arrays(config)
     version = _version_of_arrays((images, labels), arrays)
     hosts.require_same({"digest of the data": version})  # before they make one array of it
+    size, sample = config.evaluate.batch_size, images[:: -(-len(images) // 1000)].copy()
+    create_set = functools.partial(
+        MemorySet, seed=config.seed, replicated=replicated, sharded=sharded
+    )
     return Data(
-        MemorySet(images, labels, config.train.batch_size, config.seed, whole, split),
-        {name: MemorySet(*pair, size, config.seed, whole, split) for name, pair in arrays.items()},
+        create_set(images, labels, config.train.batch_size),
+        {name: create_set(*pair, size) for name, pair in arrays.items()},
         version,
         info(config).test_split,
         lambda: sample,
     )
 
 
-def version(config: ConfigDict) -> str:
-    """The `Data.version` that `create` would find, without a device."""
-    section = config.data
-    if section.storage == "stream":
-        _, splits = encoded.open_splits(section.name, section.directory, section.manual_dir)
-        return _version_of_splits(splits)
-    return _version_of_arrays(*_arrays(config))
-
-
-Pair = tuple[np.ndarray, np.ndarray]  # images and labels
-
-
-def _arrays(config: ConfigDict) -> tuple[Pair, dict[str, Pair]]:
+def _read_arrays(config: ConfigDict) -> tuple[Pair, dict[str, Pair]]:
     """What trains, and by name what is evaluated."""
-
-    def read(name):
-        return builders.read(config.data.name, name, config.data.directory, config.data.manual_dir)
-
-    first, *more = config.data.train_split.split("+")
-    images, labels = read(first)
     section = config.data
-    trains, held_out = hold_out(len(images), section.validation_size, section.train_size)
-    arrays = {"test": read("test")} if "test" in _measured(config) else {}
-    if len(held_out):
-        arrays["validation"] = (images[held_out], labels[held_out])
-    images, labels = images[trains], labels[trains]
-    parts = [(images, labels), *map(read, more)]
-    images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+    @functools.cache
+    def read(split):
+        return builders.read(section.name, split, section.directory, section.manual_dir)
+
+    first = section.train_split.partition("+")[0]
+    found = {}
+    for name, parts in _choose(config, len(read(first)[1])).items():
+        pairs = [(read(split)[0][indices], read(split)[1][indices]) for split, indices in parts]
+        images, labels = zip(*pairs, strict=True)
+        found[name] = np.concatenate(images), np.concatenate(labels)
+    images, labels = found.pop("train")
     if count := config.evaluate.train_images:
-        arrays["train"] = (images[:count], labels[:count])
-    return (images, labels), arrays
+        found["train"] = images[:count], labels[:count]
+    return (images, labels), found
 
 
-def _measured(config: ConfigDict) -> set[str]:
-    evaluate = config.evaluate
-    return {evaluate.final_split, *([evaluate.split] if evaluate.every_epochs else [])}
-
-
-def _version_of_arrays(train: Pair, arrays: dict[str, Pair]) -> str:
-    return _digest(*train, *(array for name in sorted(arrays) for array in arrays[name]))
-
-
-def _version_of_splits(splits: Mapping[str, Any]) -> str:
-    return _digest(*(array for name in splits for array in splits[name].identity()))
-
-
-def _streams(config: ConfigDict, split: NamedSharding) -> Data:
+def _create_streams(config: ConfigDict, sharded: NamedSharding) -> Data:
     try:
         import grain  # noqa: F401
         import simplejpeg  # noqa: F401
@@ -255,56 +267,58 @@ def _streams(config: ConfigDict, split: NamedSharding) -> Data:
         raise UserError(
             f"data.storage = 'stream': {error.name} is missing; pip install 'densejax[imagenet]'"
         ) from error
-    section, evaluate, batch_size = config.data, config.evaluate, config.train.batch_size
-    facts, splits = encoded.open_splits(section.name, section.directory, section.manual_dir)
+    facts, splits = _open_splits(config)
     version = _version_of_splits(splits)
     hosts.require_same({"digest of the data": version})
-    trains, held_out = hold_out(len(splits["train"]), section.validation_size, section.train_size)
-    train = stream.Pieces(
-        splits["train"],
-        trains,
-        batch_size,
-        stream.share(split, batch_size, jax.process_index()),
+    section, evaluate, chosen = config.data, config.evaluate, _choose(config, len(splits["train"]))
+    crop = functools.partial(images.evaluation_crop, resize=evaluate.resize_size)
+    # Ten crops are of the whole square (Krizhevsky et al. 2012, section 4.1).
+    size = evaluate.resize_size if evaluate.crop_size else section.image_size
+
+    def create_set(name, batch_size, *arguments, **options):
+        ((split, indices),) = chosen[name]  # a stream reads one split
+        indices = np.arange(len(splits[split]))[indices]
+        rows = stream.rows_of_process(sharded, batch_size)
+        source = stream.ChunkSource(splits[split], indices, batch_size, rows, *arguments, **options)
+        return StreamSet(source, sharded, section.workers)
+
+    train = create_set(
+        "train",
+        config.train.batch_size,
         functools.partial(crops.training_crop, min_area=config.augmentation.crop_area),
         section.image_size,
         seed=config.seed,
         skip=section.corrupt_images == "skip",
     )
-    crop = functools.partial(images.evaluation_crop, resize=evaluate.resize_size)
-    # Ten crops are of the whole square (Krizhevsky et al. 2012, section 4.1).
-    size = evaluate.resize_size if evaluate.crop_size else section.image_size
-    parts = (
-        {"test": (splits["test"], np.arange(len(splits["test"])))}
-        if "test" in _measured(config)
-        else {}
-    )
-    if len(held_out):
-        parts["validation"] = (splits["train"], held_out)
     evaluation = {
-        name: stream.Pieces(
-            examples,
-            indices,
-            evaluate.batch_size,
-            stream.share(split, evaluate.batch_size, jax.process_index()),
-            crop,
-            size,
-        )
-        for name, (examples, indices) in parts.items()
+        name: create_set(name, evaluate.batch_size, crop, size)
+        for name in chosen
+        if name != "train"
     }
-    streams = {name: StreamSet(part, split, section.workers) for name, part in evaluation.items()}
 
     def sample():
-        found = []
-        for index in trains[:: -(-len(trains) // 100)]:
+        found, ((_, indices),) = [], chosen["train"]
+        for index in indices[:: -(-len(indices) // 100)]:
             with contextlib.suppress(Exception):  # the run names what it cannot read
                 found.append(crop(splits["train"][int(index)][0], size))
         return np.array(found, np.uint8).reshape(-1, size, size, 3)
 
-    train = StreamSet(train, split, section.workers)
-    return Data(train, streams, version, facts.test_split, sample)
+    return Data(train, evaluation, version, facts.test_split, sample)
 
 
-def _digest(*arrays: np.ndarray) -> str:
+def _open_splits(config: ConfigDict) -> tuple[SetInfo, dict[str, Any]]:
+    return encoded.open_splits(config.data.name, config.data.directory, config.data.manual_dir)
+
+
+def _version_of_arrays(train: Pair, arrays: dict[str, Pair]) -> str:
+    return _digest([*train, *(array for name in sorted(arrays) for array in arrays[name])])
+
+
+def _version_of_splits(splits: dict[str, Any]) -> str:
+    return _digest(array for examples in splits.values() for array in examples.identity())
+
+
+def _digest(arrays: Iterable[np.ndarray]) -> str:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype} {array.shape}".encode())

@@ -1,4 +1,7 @@
-"""Sets of encoded images of many sizes: plain folders, and what TFDS has prepared."""
+"""Sets of encoded images of many sizes: plain folders, and what TFDS has prepared.
+
+A split is a sequence whose entry is read from the disk when it is asked for.
+"""
 
 import dataclasses
 import functools
@@ -11,13 +14,12 @@ import numpy as np
 from etils import epath
 
 from densejax.data import builders
-from densejax.data.builders import DataError
-from densejax.data.official import STREAMED, SetInfo
+from densejax.data.official import STREAMED, DataError, SetInfo, one_line
 from densejax.runs import files
 
-# Those of torchvision's ImageFolder.
+# The same as torchvision's ImageFolder reads.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-Example = tuple[bytes, int, str]  # an encoded image, its label, and where it is
+Example = tuple[bytes, int, str]  # an encoded image, its label, and where it is stored
 # File systems spell a letter and its accent as one character or as two.
 _composed = functools.partial(unicodedata.normalize, "NFC")
 
@@ -100,18 +102,16 @@ def _image_files(path: epath.Path) -> dict[str, list[str]]:
 class Records(Sequence[Example]):
     """A split that TFDS has prepared as ArrayRecord, its images left encoded."""
 
-    def __init__(self, builder: Any, split: str):
-        """Opens the files; DataError where TFDS cannot read them."""
-        import tensorflow_datasets as tfds
-
-        self.place = f"{builder.data_path}: {split}"
-        decoders = {"image": tfds.decode.SkipDecoding()}
+    def __init__(self, folder: str, split: str):
+        """Opens the files of the folder `.../name/1.0.0`; DataError where TFDS cannot read them."""
+        self.folder, self.split, self.place = folder, split, f"{folder}: {split}"
+        builder = builders.open_folder(folder)
+        decoders = {"image": builders.load_tfds().decode.SkipDecoding()}
         try:
             self.source = builder.as_data_source(split, decoders=decoders)
         except Exception as error:
-            line = " ".join(str(error).split())
-            raise DataError(f"data.name = {builder.name}: {self.place}: {line}") from error
-        self.folder, self.split = str(builder.data_path), split
+            place = f"data.name = {builder.name}: {self.place}"
+            raise DataError(f"{place}: {one_line(error)}") from error
         self.num_classes = builder.info.features["label"].num_classes
         facts = builder.info.splits[split]
         self.version = f"{builder.info.full_name} {facts.num_bytes} {list(facts.shard_lengths)}"
@@ -129,32 +129,28 @@ class Records(Sequence[Example]):
         place = f"{self.place}[{index}]"
         try:
             example = self.source[index]
-        except Exception as error:  # what damage to its file leads to
-            raise ImageError(f"{place}: {' '.join(str(error).split())}") from error
+        except Exception as error:  # damage to its file leads to errors of many kinds
+            raise ImageError(f"{place}: {one_line(error)}") from error
         place = f"{place} {os.fsdecode(example.get('file_name', b''))}".rstrip()
         if not 0 <= (label := int(example["label"])) < self.num_classes:
             raise DataError(f"{place}: has label {label}, not 0 to {self.num_classes - 1}")
         return example["image"], label, place
 
     def __reduce__(self):
-        """A worker opens the files as this does; TFDS would import whatever they name."""
-        return _records, (self.folder, self.split)
-
-
-def _records(folder: str, split: str) -> Records:
-    return Records(builders.open_folder(folder), split)
+        """A worker opens the files anew: what TFDS pickles would import whatever they name."""
+        return Records, (self.folder, self.split)
 
 
 @functools.cache
 def open_splits(name: str, directory: str, manual_dir: str) -> tuple[SetInfo, dict[str, Any]]:
     """The facts and the splits, "train" and "test", of a set.
 
-    With `manual_dir` it is the folder with train/class/image.jpg and val/class/image.jpg, else the
-    set `name` that TFDS has prepared in `directory`, whose "validation" is tested on where "test"
-    is not there or has no labels, as ImageNet's.
+    With `manual_dir` the set is the folder with train/class/image.jpg and val/class/image.jpg.
+    Without, it is the set `name` that TFDS has prepared in `directory`; where its "test" is not
+    there or has no labels, as ImageNet's, "test" is its "validation".
 
     Raises:
-      DataError: what is not there, or not as many images as the set officially has.
+      DataError: something is not there, or a set of `STREAMED` has not its number of images.
     """
     if manual_dir:
         path = epath.Path(manual_dir).expanduser()
@@ -167,10 +163,11 @@ def open_splits(name: str, directory: str, manual_dir: str) -> tuple[SetInfo, di
         try:
             class_names, _ = tuple(features["label"].names), features["image"]
         except Exception as error:  # TFDS has many kinds of them
-            needs = "needs image and label, a ClassLabel; has " + " ".join(str(features).split())
+            needs = f"needs image and label, a ClassLabel; has {one_line(features)}"
             raise DataError(f"data.name = {name}: {needs}") from error
         test = builders.test_split(builder) or "test"
-        splits = {"train": Records(builder, "train"), "test": Records(builder, test)}
+        folder = str(builder.data_path)
+        splits = {"train": Records(folder, "train"), "test": Records(folder, test)}
     sizes = {split: len(examples) for split, examples in splits.items()}
     known = STREAMED.get(name)
     if known and (sizes, len(class_names)) != (known.splits, known.num_classes):
@@ -183,9 +180,9 @@ def open_splits(name: str, directory: str, manual_dir: str) -> tuple[SetInfo, di
 
 
 def info(name: str, directory: str, manual_dir: str, image_size: int) -> SetInfo:
-    """The facts of a set whose images are made [image_size, image_size, 3]; DataError as above.
+    """The facts of a set whose images are made [image_size, image_size, 3].
 
-    A set of `STREAMED` need not be there.
+    A set of `STREAMED` need not be there; of others, DataError as `open_splits`.
     """
     facts = STREAMED.get(name) or open_splits(name, directory, manual_dir)[0]
     return dataclasses.replace(facts, image_shape=(image_size, image_size, 3))

@@ -1,4 +1,4 @@
-"""What a run remembers of its data in `data.json`: classes, normalisation, usual brightness."""
+"""What a run remembers of its data in `data.json`: classes, normalisation, range of brightness."""
 
 import json
 from typing import Any
@@ -11,7 +11,10 @@ from densejax.data.official import STREAMED, SetInfo
 from densejax.runs import files
 
 FILE = "data.json"
-KEPT = ("image_shape", "class_names", "splits", "mean", "std", "white", "usual")
+KEYS = {  # of the file, and the field of SetInfo that each holds
+    **{key: key for key in ("image_shape", "class_names", "splits", "mean", "std")},
+    **{"white": "white_level", "usual": "usual_brightness"},
+}
 MEASURES = ("mean value", "border")  # of an image's brightness
 # What weights of 1,000 classes are for where their model.json says nothing else; in uint8 units.
 IMAGENET = {key: getattr(STREAMED["imagenet2012"], key) for key in ("image_shape", "mean", "std")}
@@ -20,30 +23,31 @@ IMAGENET = {key: getattr(STREAMED["imagenet2012"], key) for key in ("image_shape
 def brightness(images: np.ndarray) -> dict[str, np.ndarray]:
     """Mean values of images [batch, height, width, channels] and of their outermost pixels.
 
-    The second is another where the background is.
+    The second one tells a white background from a black one.
     """
-    edge = np.ones(images.shape[1:3], bool)
-    edge[1:-1, 1:-1] = False
-    values = images.mean((1, 2, 3)), images[:, edge].mean((1, 2))
+    is_border = np.ones(images.shape[1:3], bool)
+    is_border[1:-1, 1:-1] = False
+    values = images.mean((1, 2, 3)), images[:, is_border].mean((1, 2))
     return dict(zip(MEASURES, values, strict=True))
 
 
 def write(path: epath.Path, info: SetInfo, images: np.ndarray) -> None:
-    """Writes what belongs to the run in `path`; UserError where the disk refuses.
+    """Writes what a run has to remember; UserError where the disk refuses.
 
     Args:
       path: the run directory.
       info: of the set, with the mean and std that normalise the images.
       images: some that train, uint8 [batch, height, width, channels], as evaluation takes them.
     """
-    usual = {}
+    ranges = {}
     for name, values in brightness(images).items():
         low, high = np.percentile(values, (1, 99)) if len(images) else (0, 255)
         margin = max((high - low) / 2, images.max(initial=0) / 10)
-        usual[name] = (low - margin, high + margin)
-    kept = {key: getattr(info, key) for key in KEPT} | {"usual": usual}
+        ranges[name] = (low - margin, high + margin)
+    fields = vars(info) | {"usual_brightness": ranges}
     try:
-        files.write_json(path / FILE, files.seal(kept))
+        content = {key: fields[field] for key, field in KEYS.items()}
+        files.write_json(path / FILE, files.seal(content))
     except OSError as error:
         raise UserError(f"{path / FILE}: cannot be written ({error})") from error
 
@@ -58,19 +62,20 @@ def read(path: epath.Path) -> SetInfo | None:
         return None
     try:
         stored = without_lists(files.unseal(files.parse_json(text)))
-        info = SetInfo(**{key: stored[key] for key in KEPT})
+        info = SetInfo(**{field: stored[key] for key, field in KEYS.items()})
         check(path / FILE, stored, info.image_shape[-1], info.num_classes)
-        counts = (*info.splits.values(), info.white)
-        bounds = [bound for low, high in map(info.usual.get, MEASURES) for bound in (low, high)]
-        if {*map(type, counts)} != {int} or {*map(type, bounds)} != {float}:
-            raise ValueError(f"splits, white or usual: {info.splits}, {info.white}, {info.usual}")
+        integers = (*info.splits.values(), info.white_level)
+        ranges = [info.usual_brightness[measure] for measure in MEASURES]
+        bounds = [bound for low, high in ranges for bound in (low, high)]
+        if {*map(type, integers)} != {int} or {*map(type, bounds)} != {float}:
+            raise ValueError(f"splits, white or usual are no numbers: {integers}, {bounds}")
         return info
-    except Exception as error:  # whatever damage leads to
+    except Exception as error:  # damage leads to errors of many kinds
         raise UserError(f"{path / FILE}: it is damaged ({error}); restore it") from error
 
 
 def require_same(path: epath.Path, info: SetInfo) -> None:
-    """Raises UserError unless the run in `path` learned the classes, and the levels, of `info`."""
+    """Raises UserError where a run was trained with other classes, mean or std than `info` has."""
     if (learned := read(path)) is None:
         return
     hint = "name the data that it was trained on, or choose another --workdir"
@@ -100,7 +105,7 @@ def of_weights(directory: str, keys: tuple[str, ...] = tuple(IMAGENET)) -> dict[
         found = json.loads((path / "model.json").read_text())
         classes, channels = found["num_classes"], found["image_channels"]
         is_bgr = (found.get("names"), found["model"]["family"]) == ("keras", "resnet")
-    except Exception as error:  # whatever damage leads to
+    except Exception as error:  # damage leads to errors of many kinds
         raise UserError(f"{path}: no model.json that can be read ({error!r})") from error
     if is_bgr:
         raise UserError(f"{path}: Keras' ResNets want images in the order blue, green, red")

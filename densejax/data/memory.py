@@ -1,4 +1,4 @@
-"""A split that lives on the devices whole, as uint8; its batches are a function of the step."""
+"""A split that is kept on every device as uint8; a batch follows from its step alone."""
 
 import functools
 from collections.abc import Iterator
@@ -29,8 +29,8 @@ class MemorySet:
       labels: int32 [examples].
       batch_size: images per batch over all devices.
       seed: of the order of training batches.
-      whole: sharding that puts a whole copy on every device.
-      split: sharding that cuts the leading axis of a batch over the devices.
+      replicated: sharding that puts a copy on every device.
+      sharded: sharding that divides the leading axis of a batch over the devices.
     """
 
     def __init__(
@@ -39,26 +39,27 @@ class MemorySet:
         labels: np.ndarray,
         batch_size: int,
         seed: int,
-        whole: NamedSharding,
-        split: NamedSharding,
+        replicated: NamedSharding,
+        sharded: NamedSharding,
     ):
         """Copies the arrays to the devices."""
         self.size, self.batch_size, self.seed = len(images), batch_size, seed
         self.steps_per_epoch = self.size // batch_size  # the remainder is reshuffled next epoch
-        self._whole = whole
+        self._replicated = replicated
         self._images, self._labels = self._place(images), self._place(labels)
         self._epoch, self._order = -1, None
 
-        @functools.partial(jax.jit, out_shardings=split)
+        @functools.partial(jax.jit, out_shardings=sharded)
         def take(images, labels, order, start):
             indices = jax.lax.dynamic_slice(order, (start,), (batch_size,))
-            indices = jax.lax.with_sharding_constraint(indices, split)  # each device its share
+            # Each device reads the images of its own rows alone.
+            indices = jax.lax.with_sharding_constraint(indices, sharded)
             return {"image": images[indices], "label": labels[indices]}
 
-        @functools.partial(jax.jit, out_shardings=split)
+        @functools.partial(jax.jit, out_shardings=sharded)
         def take_padded(images, labels, start):
             places = start + jnp.arange(batch_size, dtype=jnp.int32)
-            places = jax.lax.with_sharding_constraint(places, split)
+            places = jax.lax.with_sharding_constraint(places, sharded)
             indices = jnp.minimum(places, len(images) - 1)
             mask = places < len(images)
             return {"image": images[indices], "label": labels[indices], "mask": mask}
@@ -66,7 +67,8 @@ class MemorySet:
         self._take, self._take_padded = take, take_padded
 
     def _place(self, array):
-        return jax.make_array_from_callback(array.shape, self._whole, lambda index: array[index])
+        sharding = self._replicated
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     def batch(self, step: int) -> Batch:
         """The training batch of a step: image uint8 [batch, h, w, c], label int32 [batch].

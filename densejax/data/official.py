@@ -1,13 +1,16 @@
-"""The official data sets: their facts, their files and the parsers of their formats.
+"""The official data sets: their facts, their archives, and the parsers of the archives' formats.
 
-Parsers read in memory: nothing is extracted, and no code in an archive is run.
+Archives are parsed in memory: nothing is extracted, and no code in them is run.
 """
 
 import gzip
+import hashlib
 import io
 import math
 import pickle
 import tarfile
+import urllib.request
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +18,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from densejax.config import UserError
+
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # split -> images [n, h, w, c], labels [n]
+
+
+class DataError(UserError):
+    """A data set, a split or one of their files is unknown, missing or damaged."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +42,8 @@ class SetInfo:
     """The facts of a set; `mean` and `std` are per channel, in units of the stored uint8 values.
 
     `files` has one entry per file needed: its alternatives, of which the first is downloaded.
-    `white` is the stored value of what is 255 in an image file. `usual` has the least and the most
-    that `densejax.data.facts.brightness` is of usual images.
+    `white_level` is the stored value of what is 255 in an image file. `usual_brightness` has the
+    least and the most that each measure of `densejax.data.facts.brightness` has of most images.
     """
 
     image_shape: tuple[int, int, int]
@@ -46,8 +55,8 @@ class SetInfo:
     parse: Callable[[dict[str, epath.Path], int], Arrays] | None = None  # gets `most_bytes`, too
     hint: str = ""  # where else the files are to be had
     test_split: str = "test"  # what the set itself calls the split that is called "test" here
-    white: int = 255
-    usual: dict[str, tuple[float, float]] = field(default_factory=dict)  # empty: not known
+    white_level: int = 255
+    usual_brightness: dict[str, tuple[float, float]] = field(default_factory=dict)  # {}: not known
 
     @property
     def num_classes(self) -> int:
@@ -58,6 +67,97 @@ class SetInfo:
     def most_bytes(self) -> int:
         """More than any of the files holds; what holds more was made to fill the memory."""
         return 2 * sum(self.splits.values()) * math.prod(self.image_shape)
+
+
+def check_arrays(
+    info: SetInfo, split: str, count: int, images: np.ndarray, labels: np.ndarray
+) -> None:
+    """Raises ValueError where arrays are not `count` images of the set and their labels."""
+    if images.shape != (count, *info.image_shape) or images.dtype != np.uint8:
+        raise ValueError(
+            f"{split} images are {images.dtype}{list(images.shape)}, "
+            f"not uint8{[count, *info.image_shape]}"
+        )
+    if labels.shape != (count,):
+        raise ValueError(f"{split} has labels of the shape {list(labels.shape)} for {count} images")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{split} has labels of type {labels.dtype}, not integers")
+    if labels.min() < 0 or labels.max() >= info.num_classes:
+        raise ValueError(
+            f"{split} has labels {labels.min()} to {labels.max()}, not 0 to {info.num_classes - 1}"
+        )
+
+
+def load(name: str, facts: SetInfo, manual_dir: str, download: Callable[[str], str]) -> Arrays:
+    """Reads the archives of a set into memory, after their digests were checked.
+
+    Args:
+      name: of the set.
+      facts: of the set.
+      manual_dir: folder with the files; "": `download(url)` gets them and says where they are.
+
+    Raises:
+      DataError: a file is missing, is not the official one, or does not hold what it should.
+    """
+    paths, manual = {}, epath.Path(manual_dir).expanduser()
+    for alternatives in facts.files:
+        given = [file for file in alternatives if manual_dir and (manual / file.name).exists()]
+        file = given[0] if given else alternatives[0]
+        if manual_dir and not given:
+            names = " or ".join(other.name for other in alternatives)
+            raise DataError(
+                f"data.name = {name}: {names} not found in data.manual_dir = {manual_dir!r}; get "
+                f"it from {file.url} and put it there{facts.hint}"
+            )
+        path = manual / file.name if given else _download(name, facts, file, download)
+        try:
+            found = _content_sha256(path, file.compressed, facts.most_bytes)
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise DataError(f"data.name = {name}: {path}: {one_line(error)}") from error
+        if found != file.sha256:
+            raise DataError(
+                f"data.name = {name}: {path} has SHA-256 {found}, expected {file.sha256}; "
+                f"delete it and get it from {file.url}"
+            )
+        paths[file.name] = path
+    try:
+        arrays = facts.parse(paths, facts.most_bytes)
+        for split, count in facts.splits.items():
+            check_arrays(facts, split, count, *arrays[split])
+    except Exception as error:  # parsers raise errors of many kinds
+        where = ", ".join(str(path) for path in paths.values())
+        raise DataError(f"data.name = {name}: {where}: {one_line(error)}") from error
+    return {split: arrays[split] for split in facts.splits}
+
+
+def _download(name: str, facts: SetInfo, file: File, download: Callable[[str], str]) -> epath.Path:
+    try:
+        # TFDS tries ten times with growing pauses. One request of our own comes first, so that a
+        # machine without a network says so within seconds.
+        urllib.request.urlopen(file.url, timeout=10).close()
+        return epath.Path(download(file.url))
+    except Exception as error:
+        raise DataError(
+            f"data.name = {name}: {file.url} cannot be downloaded ({one_line(error)}); get it, and "
+            f"name the folder that it is in by data.manual_dir{facts.hint}"
+        ) from error
+
+
+def _content_sha256(path: epath.Path, compressed: bool, most_bytes: int) -> str:
+    """The digest of an official file; ValueError where it does not end after `most_bytes`."""
+    digest, left = hashlib.sha256(), most_bytes
+    with path.open("rb") as file:
+        content = gzip.GzipFile(fileobj=file) if compressed else file
+        while block := content.read(2**20):
+            if (left := left - len(block)) < 0:
+                raise ValueError(f"it holds more than {most_bytes} bytes, which is not this set")
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def one_line(error: object) -> str:
+    """What an error says, on one line; its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _parse_idx(paths: dict[str, epath.Path], most_bytes: int) -> Arrays:
@@ -92,7 +192,7 @@ def _parse_cifar(paths: dict[str, epath.Path], most_bytes: int) -> Arrays:
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:gz") as archive:
         for member in archive:
             if not 0 <= member.size <= left:
-                raise ValueError(f"it holds more than {most_bytes} bytes, which the set has not")
+                raise ValueError(f"it holds more than {most_bytes} bytes, which is not this set")
             left -= member.size
             if member.isfile():
                 files[member.name] = archive.extractfile(member).read()
@@ -136,7 +236,7 @@ def _parse_svhn(paths: dict[str, epath.Path], most_bytes: int) -> Arrays:
         with path.open("rb") as file:
             shapes = {variable: shape for variable, shape, _ in whosmat(file)}
             if math.prod(shapes["X"]) + math.prod(shapes["y"]) > most_bytes:
-                raise ValueError(f"it holds more than {most_bytes} bytes, which the set has not")
+                raise ValueError(f"it holds more than {most_bytes} bytes, which is not this set")
             content = loadmat(file, variable_names=("X", "y"))
         labels = content["y"].ravel()
         if (labels != labels.astype(np.int32)).any():  # MATLAB's numbers are often floats
@@ -247,7 +347,7 @@ SETS = {
         splits={"train": 1437, "test": 360},
         mean=(4.8781,),
         std=(6.0140,),
-        white=16,  # values 0 to 16, stored as they are
+        white_level=16,
         parse=_parse_digits,
     ),
 }

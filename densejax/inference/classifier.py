@@ -105,8 +105,8 @@ def _of_run(path: epath.Path) -> Classifier:
         image_shape=image_shape,
         class_names=info.class_names,
         resize_size=resize,
-        white_level=info.white,
-        usual_brightness=info.usual,
+        white_level=info.white_level,
+        usual_brightness=info.usual_brightness,
     )
 
 

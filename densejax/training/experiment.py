@@ -18,7 +18,7 @@ from densejax import config as config_schema
 from densejax import data, models
 from densejax.config import UserError
 from densejax.data.official import SetInfo
-from densejax.data.stream import Starved
+from densejax.data.stream import BatchTimeout
 from densejax.runs import hosts
 from densejax.runs.checkpoint import Checkpoints
 from densejax.training import losses, metrics, optimizer, parallel
@@ -63,8 +63,8 @@ class Experiment:
         if jax.process_index() == 0:  # a set that is missing is prepared once for shared disks
             data.prepare(self.config)
         hosts.gather("data is prepared")
-        whole, split = parallel.replicated(self.mesh), parallel.split(self.mesh)
-        return data.create(self.config, whole, split)
+        mesh = self.mesh
+        return data.create(self.config, parallel.replicated(mesh), parallel.split(mesh))
 
     def map(self, step: Callable, donate: bool = False) -> Callable:
         """A step of one replica, mapped over the devices and compiled at its first call."""
@@ -137,7 +137,7 @@ class Experiment:
                         jax.block_until_ready(sums[-2:-1])  # one is queued: batches take memory
                         if stops and stops():
                             return None
-            except Starved:
+            except BatchTimeout:
                 if stops and stops():
                     return None
                 raise

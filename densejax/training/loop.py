@@ -112,7 +112,7 @@ def train(
         stop = stack.enter_context(hosts.Stop())
         checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(config, path, guard)))
         stack.enter_context(contextlib.closing(experiment.data))
-        experiment.data.heed(lambda: stop.received is not None)
+        experiment.data.stop_waiting_when(lambda: stop.received is not None)
         state = checkpoints.restore_latest(experiment.abstract_state)
         start = 0 if state is None else int(state.step)
         history = workdir.history(path)

@@ -37,8 +37,9 @@ def photograph(seed: int) -> Image.Image:
 
 def write(root: pathlib.Path, number: int) -> None:
     """Writes a folder of images, and the same as ArrayRecord."""
-    import tensorflow_datasets as tfds
+    from densejax.data import builders
 
+    tfds = builders.load_tfds()
     for split, count in (("train", number), ("val", 1)):
         (root / "folder" / split / "class").mkdir(parents=True)
         for index in range(count):
@@ -65,7 +66,6 @@ def write(root: pathlib.Path, number: int) -> None:
                 yield index, {"image": str(path), "label": 0}
 
     Photos.name = "photos"
-    tfds.disable_progress_bar()
     with contextlib.redirect_stdout(sys.stderr):  # it reports on both
         Photos(data_dir=root / "records", file_format="array_record").download_and_prepare()
 

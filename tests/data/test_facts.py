@@ -31,13 +31,13 @@ def test_it_is_read_as_it_was_written(tmp_path):
     assert facts.read(tmp_path) is None  # a run that is older than the file
     facts.write(tmp_path, INFO, grey(100, 140))
     found = facts.read(tmp_path)
-    assert dataclasses.replace(found, usual={}) == INFO
-    for low, high in found.usual.values():  # half of their distance beyond the images
+    assert dataclasses.replace(found, usual_brightness={}) == INFO
+    for low, high in found.usual_brightness.values():  # half of their distance beyond the images
         assert low == pytest.approx(80, abs=1) and high == pytest.approx(160, abs=1)
     facts.write(tmp_path, INFO, grey(200))  # a tenth of the largest value, where they are alike
-    assert facts.read(tmp_path).usual["border"] == (180, 220)
+    assert facts.read(tmp_path).usual_brightness["border"] == (180, 220)
     facts.write(tmp_path, INFO, grey(1)[:0])  # no image could be read: none is unusual
-    low, high = facts.read(tmp_path).usual["border"]
+    low, high = facts.read(tmp_path).usual_brightness["border"]
     assert low < 0 and high > 255
 
 

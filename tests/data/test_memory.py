@@ -104,9 +104,3 @@ def test_each_device_holds_its_share(mesh):
         for array in batch.values():
             assert array.sharding.is_equivalent_to(parallel.split(mesh), array.ndim)
             assert {s.data.shape[0] for s in array.addressable_shards} == {8 // mesh.size}
-
-
-def test_devices_do_not_change_the_batches():
-    one, four = create(mesh_of(1)), create(mesh_of(4))
-    for step in (0, 3):
-        assert labels(one.batch(step)) == labels(four.batch(step))

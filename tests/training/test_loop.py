@@ -330,7 +330,7 @@ def test_a_thread_trains_without_handlers_of_its_own(tmp_path, finished):
 
 
 @pytest.mark.parametrize(
-    ("method", "call", "saved", "starved"),
+    ("method", "call", "saved", "times_out"),
     [
         *(("batch", 7, 6, False), ("batch", 1, None, False), ("evaluation", 1, 5, False)),
         *(("batch", 7, 6, True), ("batch", 1, None, True)),
@@ -338,22 +338,22 @@ def test_a_thread_trains_without_handlers_of_its_own(tmp_path, finished):
     ],
 )
 def test_an_input_that_fails_costs_no_step(
-    finished, tmp_path, monkeypatch, capsys, method, call, saved, starved
+    finished, tmp_path, monkeypatch, capsys, method, call, saved, times_out
 ):
     plain, calls = getattr(memory.MemorySet, method), []
 
     def failing(self, *arguments):
         calls.append(arguments)
         if len(calls) == call:
-            if starved:
+            if times_out:
                 signal.raise_signal(signal.SIGTERM)
-                raise stream.Starved("no batch comes any more")
+                raise stream.BatchTimeout("no batch comes any more")
             raise builders.DataError("the worker process 7 has ended")
         return plain(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(memory.MemorySet, method, failing)
-        if starved and saved:
+        if times_out and saved:
             assert run(tmp_path) == 0
             assert f"SIGTERM: saved step {saved};" in capsys.readouterr().out
         else:
