@@ -98,13 +98,14 @@ class ChunkSource:
     def _example(self, epoch, position):
         """The image and the label at a position of an epoch."""
         count, bits = len(self.indices), ()
-        order = range(count)
-        if self.seed is not None:
-            order = _order(self.seed, epoch, count)
-            # Another counter than the permutation's, whose third word is zero.
-            bits = (np.random.Philox(key=[self.seed, epoch], counter=[0, position, 1, 0]),)
         for following in range(count if self.skip else 1):
-            index = int(self.indices[order[(position + following) % count]])
+            rank = (position + following) % count
+            if self.seed is not None:
+                rank = _order(self.seed, epoch, count)[rank]
+                # Another counter than the permutation's, whose third word is zero. The failed crop
+                # of an image may have drawn from the generator before.
+                bits = (np.random.Philox(key=[self.seed, epoch], counter=[0, position, 1, 0]),)
+            index = int(self.indices[rank])
             try:
                 return self._read(index, *bits)
             except ImageError as error:
