@@ -494,10 +494,10 @@ def test_every_field_of_a_network_is_read_by_its_module(family, monkeypatch):
     names = {"densenet": "densenet_bc_40_12", "resnet": "resnet20_cifar", "vovnet": "vovnet39"}
     fields = models.fields(names[family])
     model = models.create(fields, 10)
-    file, reads = sys.modules[type(model).__module__].__file__, set()
+    folder, reads = pathlib.Path(models.__file__).parent, set()
 
     def getattribute(self, field):
-        if sys._getframe(1).f_code.co_filename == file:
+        if folder in pathlib.Path(sys._getframe(1).f_code.co_filename).parents:
             reads.add(field)
         return object.__getattribute__(self, field)
 
