@@ -311,7 +311,7 @@ def test_what_a_card_raises_is_one_line(command, tmp_path, body):
     ("module", "config", "own"),
     [
         (main, "required", "--num_processes"),
-        (summary, "optional", "--model"),
+        (summary, "optional", "--image_shape"),
         (export, "unused", "--platforms"),
     ],
 )
