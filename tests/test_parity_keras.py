@@ -97,7 +97,7 @@ def test_logits_are_those_of_keras(pair):
     "name, application, family",
     [
         pytest.param("densenet121", "DenseNet121", "densenet", marks=pytest.mark.slow),
-        ("resnet50", "ResNet50", "resnet"),
+        pytest.param("resnet50", "ResNet50", "resnet", marks=pytest.mark.slow),
     ],
 )
 def test_logits_of_a_published_network_are_those_of_keras(keras, name, application, family):

@@ -84,7 +84,7 @@ def own(**changes):
     return config
 
 
-@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+@pytest.mark.parametrize("mode", ["shard_map", pytest.param("pmap", marks=pytest.mark.slow)])
 def test_a_network_without_batch_norm_goes_all_the_way(tmp_path, monkeypatch, mode):
     monkeypatch.setitem(models.FAMILIES, "plain", Plain)
     config, parts = own(parallel__mode=mode, train__accumulate_steps=2), tmp_path / "parts"
@@ -113,5 +113,4 @@ def test_a_loss_and_an_optimizer_of_ones_own_are_names_in_tables(tmp_path, monke
     result = densejax.train(config, str(tmp_path))
     assert result["config"]["train"]["loss"] == "squared"
     assert logged(tmp_path)[-1]["test_loss"] == result["test_loss"]
-    drawn = densejax.train(small.tiny(train__epochs=1), str(tmp_path / "sgd"))
-    assert result["test_loss"] != drawn["test_loss"]
+    assert not 2.2 < result["test_loss"] < 2.4  # as the cross-entropy of ten classes would be

@@ -31,6 +31,7 @@ def config(**changes):
     return small.tiny(data__name="mine", data__directory="/nowhere", **changes)
 
 
+@pytest.mark.slow
 def test_a_run_on_arrays_is_the_run_on_the_set_that_they_are_of(tmp_path):
     """Metrics and weights, bit for bit; another process that has no arrays still predicts."""
     official, arrays, changes = small.trained(), tmp_path / "arrays", {"train__epochs": 1}

@@ -346,6 +346,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_workers(root, tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
@@ -367,6 +368,7 @@ def test_a_killed_run_leaves_no_workers(root, tmp_path):
     assert not alive(workers[0])
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_stream_with_a_line(root):
     streams = create(root, data__workers=1)
     try:
@@ -380,6 +382,7 @@ def test_a_worker_that_is_killed_ends_the_stream_with_a_line(root):
         streams.close()
 
 
+@pytest.mark.slow
 def test_a_signal_does_not_wait_for_a_worker_that_is_stopped(root, monkeypatch):
     monkeypatch.setattr(stream, "GRACE", 0.1)
     streams = create(root, data__workers=1)
@@ -410,6 +413,7 @@ def test_a_signal_does_not_wait_for_a_read_that_never_returns(root, monkeypatch)
     assert not thread.running()
 
 
+@pytest.mark.slow
 def test_a_run_from_a_folder_to_its_result(root, tmp_path, capsys):
     changes = {"data__workers": 1, "train__epochs": 1, "augmentation__jitter": 0.4}
     (tmp_path / "card.py").write_text(

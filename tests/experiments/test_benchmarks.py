@@ -274,6 +274,7 @@ def test_what_transitions_leave_out():
     assert counts.pooled_first(random, DENSE.image_shape, False) == left_out
 
 
+@pytest.mark.slow
 def test_traffic_of_a_small_step():
     work = networks.Work("densenet_bc_40_12", 4, dtype="bfloat16", fields={"depth": 10})
     with jax.numpy_dtype_promotion("standard"):  # as flax' pooling needs it
@@ -301,6 +302,7 @@ def run(script, *flags):
 TINY = ["--model=densenet_bc_40_12", '--fields={"depth": 10}', "--batch_size=2", "--tries=2"]
 
 
+@pytest.mark.slow
 def test_training_steps_side_by_side():
     done = run("train_step.py", *TINY, "--implementations=in_place,flax", "--format=json")
     assert done.returncode == 0, done.stderr

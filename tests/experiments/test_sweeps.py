@@ -56,7 +56,13 @@ def read(run, card):
     return runner.Work(run, None, (f"--config={card}{model}", *overrides)).config
 
 
-@pytest.mark.parametrize("sweep", sweeps.SWEEPS)
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("depth_width", "degradation")))
+        for name in sweeps.SWEEPS
+    ],
+)
 def test_runs_of_a_sweep(sweep, base, card):
     found = list(sweeps.SWEEPS[sweep](base))
     assert len({run.name for run in found}) == len(found) > 1
@@ -75,6 +81,7 @@ def test_depths_are_those_of_networks_as_they_are_built():
     assert {run.name for run in found} == names
 
 
+@pytest.mark.slow
 def test_what_is_called_equal_is(base, card):
     found = {run.name: run for run in sweeps.connectivity(base)}
     found |= {run.name: run for run in sweeps.depth_width(base) if run.name == "vovnet"}
@@ -411,6 +418,7 @@ def test_a_sweep_from_the_command_line(tmp_path):
     assert "growth_rate=4" in json.loads((path / "sweep.json").read_text())["command"]
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line(tmp_path):
     words = ("--sweep=growth_rate", f"--config={small.card(tmp_path)}", f"--root={tmp_path}")
     done = call(*words, "--only=k5_*")

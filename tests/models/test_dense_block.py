@@ -60,6 +60,7 @@ def test_two_steps_make_the_loss_fall(page):
     assert losses[0] > losses[1] > losses[2]
 
 
+@pytest.mark.slow
 def test_vmap_trains_two_networks_at_once(page):
     params, statistics, *batch = arguments(page)
     both = jax.tree.map(lambda leaf: jnp.stack([leaf, 1.5 * leaf]), params)

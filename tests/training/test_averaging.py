@@ -59,6 +59,7 @@ def newest(config, path):
         return experiment.select(experiment.build(config), checkpoints)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["shard_map", "pmap"])
 def test_a_run_resumes_bit_for_bit_and_the_average_is_what_predicts(tmp_path, monkeypatch, mode):
     monkeypatch.setattr(parallel, "start", lambda: None)

@@ -425,6 +425,7 @@ def command(card, path):
     return started.returncode, output
 
 
+@pytest.mark.slow
 def test_a_real_process_is_killed_and_goes_on(tmp_path):
     changes = {
         "train__epochs": 8,

@@ -57,6 +57,7 @@ def test_micro_batches_are_the_same_examples_on_any_devices(mode):
     assert int(one.metrics["count"]) == 3 * 256
 
 
+@pytest.mark.slow
 def test_groups_lie_between_all_devices_and_each_alone():
     one, two, four = (
         trained(4, "shard_map", "groups", 1, parallel__batch_norm_group_size=size)
@@ -75,6 +76,7 @@ def test_groups_that_do_not_divide_the_devices_are_refused():
         parallel.mesh(3)
 
 
+@pytest.mark.slow
 def test_layouts_agree_to_the_last_digits_in_double_precision():
     first, states = None, []
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):

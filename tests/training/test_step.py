@@ -75,7 +75,10 @@ def by_hand(task, parts, state, batch, every=False):
     return results(batch)
 
 
-@pytest.mark.parametrize(("batch_norm", "parts"), [("global", 1), ("replica", 4), ("groups", 2)])
+@pytest.mark.parametrize(
+    ("batch_norm", "parts"),
+    [("global", 1), pytest.param("replica", 4, marks=pytest.mark.slow), ("groups", 2)],
+)
 def test_a_step_on_four_devices_is_that_of_the_mean_loss(batch_norm, parts):
     (state, sums), (new, new_sums) = jax.device_get((after(1, batch_norm), after(2, batch_norm)))
     batch = jax.device_get(experiment(batch_norm).data.train.batch(1))

@@ -208,7 +208,9 @@ def shifted(state, by):
     return jax.tree.map(lambda leaf: leaf + leaf.dtype.type(by), state)
 
 
-@pytest.mark.parametrize("select, step", [("last", 3), ("best", 2)])
+@pytest.mark.parametrize(
+    "select, step", [("last", 3), pytest.param("best", 2, marks=pytest.mark.slow)]
+)
 def test_a_run_starts_from_the_checkpoint_of_another_runs_result(tmp_path, select, step):
     config = small.tiny(
         checkpoint__select=select, data__validation_size=200, evaluate__split="validation"
