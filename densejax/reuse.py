@@ -6,6 +6,7 @@ from etils import epath
 
 from densejax import command_line
 from densejax.analysis import reuse
+from densejax.config import UserError
 from densejax.inference import classifier
 from densejax.training import parallel
 
@@ -27,10 +28,14 @@ def main() -> int:
     model, variables = classifier.network(WORKDIR.value)
     maps = reuse.heat_maps(model, variables["params"])
     folder = epath.Path(OUTPUT.value or WORKDIR.value)
-    plots.save(plots.heat_maps(maps), folder / "reuse.png")
     arrays = {f"{one.block}/{key}": array for one in maps for key, array in vars(one).items()}
-    with (folder / "reuse.npz").open("wb") as file:
-        np.savez(file, **arrays)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        plots.save(plots.heat_maps(maps), folder / "reuse.png")
+        with (folder / "reuse.npz").open("wb") as file:
+            np.savez(file, **arrays)
+    except OSError as error:
+        raise UserError(f"--output={folder}: {error.strerror}; give a folder to write") from error
     print(f"{folder}/reuse.png shows {len(maps)} blocks; {folder}/reuse.npz has the numbers")
     return 0
 

@@ -149,6 +149,11 @@ def test_command(command, tmp_path, known_network):
         assert arrays["block2/targets"].tolist() == ["layer1", "layer2", "layer3", "classifier"]
         np.testing.assert_allclose(arrays["block2/weights"][:, -1], [1, 2, 3, 4])
     assert one_line(say()).startswith("--workdir: give a value")
+    assert say("--workdir=runs/mine", f"--output={tmp_path}/new/folder")[0] == 0
+    assert (tmp_path / "new" / "folder" / "reuse.npz").exists()
+    (tmp_path / "file").touch()
+    answer = one_line(say("--workdir=runs/mine", f"--output={tmp_path}/file"))
+    assert answer == f"--output={tmp_path}/file: File exists; give a folder to write\n"
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
