@@ -85,12 +85,21 @@ def train(config, workdir: str = "", callbacks=(), force: bool = False):
     Raises:
       densejax.config.UserError: a mistake in the configuration, data or directory, in one line.
     """
+    import copy
+
+    from densejax.config import check
     from densejax.runs import files
     from densejax.runs import workdir as run_directory
     from densejax.training import loop, parallel, result
 
+    global STARTED
+    STARTED = time.monotonic()  # of this run: another one may have been before it
+    config = copy.deepcopy(config)
+    check(config)  # it fills in what a default depends on, which the directory's name is of
     parallel.start()
     directory = workdir or run_directory.default(config.name, config)
     loop.run(config, directory, force=force, callbacks=callbacks)
     found = result.read(files.path_of("workdir", directory))
-    return found if found and run_directory.same_run(found["config"], config) else None
+    # A run that was stopped may have the result of an earlier configuration or code.
+    is_new = found and run_directory.same_run(found["config"], config)
+    return found if is_new and found["versions"]["code"] == run_directory.code_digest() else None

@@ -330,13 +330,14 @@ def _conflicts(
     What one value of another key alone reads stays at its default elsewhere.
     """
     data, evaluate, parallel = config.data, config.evaluate, config.parallel
-    streams, steps = data.storage == "stream", config.optimizer.schedule == "step"
-    adamw = config.optimizer.name == "adamw"
+    streams = data.storage == "stream"
+    not_sgd = config.optimizer.name != "sgd"  # an added optimizer may read these, too
+    without_drops = config.optimizer.schedule in ("cosine", "linear", "constant")
     for key, is_read, reader in (
-        ("optimizer.beta2", adamw, "optimizer.name = 'adamw'"),
-        ("optimizer.epsilon", adamw, "optimizer.name = 'adamw'"),
-        ("optimizer.drop_at", steps, "optimizer.schedule = 'step'"),
-        ("optimizer.drop_factor", steps, "optimizer.schedule = 'step'"),
+        ("optimizer.beta2", not_sgd, "optimizer.name = 'adamw'"),
+        ("optimizer.epsilon", not_sgd, "optimizer.name = 'adamw'"),
+        ("optimizer.drop_at", not without_drops, "optimizer.schedule = 'step'"),
+        ("optimizer.drop_factor", not without_drops, "optimizer.schedule = 'step'"),
         ("data.workers", streams, "data.storage = 'stream'"),
         ("data.corrupt_images", streams, "data.storage = 'stream'"),
         ("augmentation.crop_area", streams, "data.storage = 'stream'"),

@@ -114,3 +114,19 @@ def test_a_loss_and_an_optimizer_of_ones_own_are_names_in_tables(tmp_path, monke
     assert result["config"]["train"]["loss"] == "squared"
     assert logged(tmp_path)[-1]["test_loss"] == result["test_loss"]
     assert not 2.2 < result["test_loss"] < 2.4  # as the cross-entropy of ten classes would be
+
+
+def test_a_loss_that_is_one_number_for_all_images_is_refused(tmp_path, monkeypatch):
+    def mean(logits, labels, smoothing=0.0):
+        return losses.cross_entropy(logits, labels, smoothing).mean()
+
+    monkeypatch.setitem(losses.LOSSES, "mean", mean)
+    with pytest.raises(UserError, match="train.loss: it gives an array .* one number for each"):
+        densejax.train(small.tiny(train__loss="mean"), str(tmp_path))
+
+
+def test_the_default_directory_is_the_same_for_every_call(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = small.tiny(train__epochs=1)
+    assert densejax.train(config) == densejax.train(config)
+    assert len(list((tmp_path / "runs").iterdir())) == 1 and config == small.tiny(train__epochs=1)

@@ -21,7 +21,8 @@ def add(
         config.data.name = "mine"
 
     Args:
-      name: of no official set. A set that was added under the same name before is replaced.
+      name: must not be the name of an official set. A set that was added under the same name
+        before is replaced.
       splits: images uint8 [number, height, width, channels] and labels, integers [number] from 0,
         by the name of the split: "train", "test" and any others that `data.train_split` names.
       class_names: one for each label; None: the labels of the training images, as text.
@@ -33,16 +34,14 @@ def add(
       UserError: an official set's name, or arrays of another type, shape or length, or labels that
         are no class.
     """
-    arrays = {
-        split: (np.array(images), np.array(labels)) for split, (images, labels) in splits.items()
-    }
     try:
+        arrays = {split: tuple(map(np.array, pair)) for split, pair in splits.items()}
         if name in {*SETS, *STREAMED, ""}:
             raise ValueError("this name is taken; choose another")
         info = _describe(arrays, class_names)
         for split, count in info.splits.items():
             check_arrays(info, split, count, *arrays[split])
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"densejax.data.add({name!r}): {error}") from error
     ADDED[name] = info, arrays
     return info
@@ -52,7 +51,11 @@ def _describe(arrays: Arrays, class_names: Sequence[str] | None) -> SetInfo:
     """The facts of the arrays; ValueError where no images can be found in them."""
     if "train" not in arrays:
         raise ValueError(f"splits must have 'train'; it has {', '.join(arrays)}")
-    for split, (images, _) in arrays.items():
+    for split, (images, labels) in arrays.items():
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"{split} has labels of type {labels.dtype}, not integers")
+        if labels.size and labels.max() > 10**6:
+            raise ValueError(f"{split} has the label {labels.max()}; number the classes from 0")
         if images.ndim != 4 or images.size == 0:
             raise ValueError(
                 f"{split} images have the shape {list(images.shape)}; give at least one image, as "
@@ -67,7 +70,7 @@ def _describe(arrays: Arrays, class_names: Sequence[str] | None) -> SetInfo:
         raise ValueError(f"channel {std.index(0)} of the train images has one value everywhere")
     return SetInfo(
         image_shape=images.shape[1:],
-        class_names=tuple(class_names),
+        class_names=tuple(map(str, class_names)),
         splits={split: len(images) for split, (images, _) in arrays.items()},
         mean=tuple(float(channel.mean(dtype=np.float64)) for channel in channels),
         std=std,

@@ -12,7 +12,7 @@ Loss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits, labels) -> [batch
 
 
 def targets(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
-    """The probabilities [batch, classes] that the logits should come to.
+    """The wanted probability of each class [batch, classes].
 
     Args:
       logits: float [batch, classes].

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from densejax.config import UserError
 from densejax.data.augment import Preparation, example_keys
+from densejax.models.normalization import at_least_float32
 from densejax.training import losses, metrics
 from densejax.training.averaging import Average
 from densejax.training.losses import Loss
@@ -139,7 +141,13 @@ def train_step(
                 keys=part["key"],
                 mutable=["batch_stats"],
             )
+            logits = at_least_float32(logits)
             of_each = task.loss(logits, part["label"])
+            if of_each.shape != part["label"].shape:
+                raise UserError(
+                    f"train.loss: it gives an array {list(of_each.shape)} for "
+                    f"{len(part['label'])} images; give one number for each image"
+                )
             return of_each.mean(), (logits, of_each, updates.get("batch_stats", {}))
 
         gradient, (logits, of_each, batch_stats) = jax.grad(loss_of, has_aux=True)(params)
@@ -208,7 +216,7 @@ def evaluated_logits(
     """Logits [batch, classes] of images uint8 [batch, height, width, channels], over all views."""
     views = preparation.views(images)
     logits, _ = model.apply(variables, views.reshape(-1, *views.shape[2:]))
-    return logits.reshape(*views.shape[:2], -1).mean(0)
+    return at_least_float32(logits).reshape(*views.shape[:2], -1).mean(0)
 
 
 def eval_step(task: Task, state: TrainState, batch: dict[str, jax.Array]) -> metrics.Sums:

@@ -100,6 +100,10 @@ GOOD = {"train": (IMAGES, LABELS)}
             GOOD | {"test": (IMAGES, LABELS[:, None])},
             r"test has labels of the shape \[2, 1\]",
         ),
+        ({"train": (IMAGES, LABELS.astype(str))}, "train has labels of type <U"),
+        ({"train": (IMAGES, LABELS + 10**9)}, "train has the label 1000000001; number the"),
+        ({"train": (IMAGES,)}, ""),
+        ({"train": ([IMAGES[0], IMAGES[0, :3]], LABELS)}, ""),
         ({"train": (IMAGES, LABELS / 2)}, "train has labels of type float64, not integers"),
         ({"train": (IMAGES, LABELS - 1)}, "train has labels -1 to 0, not 0 to 0"),
         (GOOD | {"test": (IMAGES, LABELS + 1)}, "test has labels 1 to 2, not 0 to 1"),
@@ -116,3 +120,7 @@ def test_what_is_no_set_is_one_line(splits, says):
 def test_official_names_are_taken(name):
     with pytest.raises(UserError, match="this name is taken"):
         data.add(name, GOOD)
+
+
+def test_names_of_classes_may_be_numbers():
+    assert data.add("numbered", GOOD, class_names=np.arange(2)).class_names == ("0", "1")

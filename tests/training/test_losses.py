@@ -1,11 +1,15 @@
 """Losses against closed forms, and a loss of one's own under its name."""
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from densejax.config import UserError
+from densejax.data.augment import Preparation
 from densejax.training import losses
+from densejax.training.step import evaluated_logits
 
 
 def generator(seed=0):
@@ -65,3 +69,18 @@ def test_binary_cross_entropy_sums_over_the_classes():
 def test_an_unknown_loss_is_refused_by_name():
     with pytest.raises(UserError, match="train.loss = 'hinge': allowed are cross_entropy, binary"):
         losses.create("hinge")
+
+
+class Half(nn.Module):
+    """A network whose logits are of half precision, as a stranger's may be."""
+
+    @nn.compact
+    def __call__(self, image, train=False, keys=None):
+        return nn.Dense(3, dtype=jnp.bfloat16)(image.mean((1, 2))), {}
+
+
+def test_what_is_evaluated_is_summed_in_float32():
+    images = jnp.ones((2, 4, 4, 1), jnp.uint8)
+    variables = Half().init(jax.random.key(0), images.astype(jnp.float32))
+    logits = evaluated_logits(Half(), Preparation((0.0,), (1.0,)), variables, images)
+    assert logits.dtype == jnp.float32
