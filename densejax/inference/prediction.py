@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 
 from densejax.config import UserError
 from densejax.data import facts, images
+from densejax.data.official import one_line
 from densejax.inference import classifier
 
 BATCH_SIZE = 64  # a constant: any number of files needs one program and little memory
@@ -39,8 +40,7 @@ def read(path: epath.PathLike, network: classifier.Classifier) -> np.ndarray:
             image = Image.fromarray(images.Picture(encoded).decode())
             pixels = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR))
     except Exception as error:  # damage can raise any class in Pillow's decoders
-        line = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: no image that can be read ({line})") from error
+        raise UserError(f"{path}: no image that can be read ({one_line(error)})") from error
     if channels == 1:
         pixels = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
     return np.rint(pixels * (network.white_level / 255)).astype(np.uint8)

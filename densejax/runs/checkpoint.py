@@ -213,12 +213,13 @@ class Checkpoints:
         try:
             # Leaves are matched by name: orbax would insist on the same empty parts, too, which a
             # state of another version of this package need not have.
-            shardings = {name: leaf.sharding for name, leaf in _named(abstract_state)}
+            wanted = dict(_named(abstract_state))
             replicated = NamedSharding(Mesh(np.array(jax.devices()), "all"), PartitionSpec())
             tree = self._writer.metadata(path).item_metadata.tree
             saved = [
                 jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=shardings.get(name, replicated)
+                    *(leaf.shape, leaf.dtype),
+                    sharding=wanted[name].sharding if name in wanted else replicated,
                 )
                 for name, leaf in _named(tree)
             ]
@@ -228,10 +229,9 @@ class Checkpoints:
             problem = f"{len(wrong)} leaves are not as saved: {wrong[0][0]} ..." if wrong else ""
             if abstract_state is not None and not problem:
                 leaves, structure = dict(_named(state)), jax.tree.structure(abstract_state)
-                names = [name for name, _ in _named(abstract_state)]
-                state = jax.tree.unflatten(structure, [leaves[name] for name in names])
+                state = jax.tree.unflatten(structure, [leaves[name] for name in wanted])
         except Exception as error:  # tensorstore, zstd, JSON and orbax share no class
-            problem = _brief(error)
+            problem = files.first_line(error)
         _require_everywhere(path, problem)
         return state
 
@@ -442,7 +442,7 @@ def _manifest(path: epath.Path) -> dict:
     except PermissionError:  # no damage: no other step may take its place
         raise
     except Exception as error:  # a flipped bit can raise anything
-        return {"problem": f"{MANIFEST}: {_brief(error)}"}
+        return {"problem": f"{MANIFEST}: {files.first_line(error)}"}
 
 
 def _write_manifest(path: epath.Path, manifest: dict) -> None:
@@ -458,7 +458,7 @@ def _problem_of_files(path: epath.Path, digests: dict[str, str]) -> str:
         except PermissionError:
             raise
         except OSError as error:
-            return _brief(error)
+            return files.first_line(error)
     return ""
 
 
@@ -481,9 +481,5 @@ def _problem_of(action: Callable, *args, **kwargs) -> str:
     except UserError:  # of the guard: it ends the run
         raise
     except Exception as error:  # orbax, tensorstore and the file system share no class
-        return _brief(error)
+        return files.first_line(error)
     return ""
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"

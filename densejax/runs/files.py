@@ -171,3 +171,8 @@ def unseal(record: dict) -> dict:
     if record.get("sha256") != digest(content):
         raise ValueError("its content is not what was written")
     return content
+
+
+def first_line(error: Exception) -> str:
+    """An error's class and the first line of its text."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"

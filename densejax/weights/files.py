@@ -56,7 +56,9 @@ def read(source: str) -> tuple[dict[str, np.ndarray], str]:
             data = file.read()
         return READERS[suffix](data), hashlib.sha256(data).hexdigest()
     except Exception as error:  # the readers' and the hub's errors have no class in common
-        raise UserError(f"--weights={source}: cannot be read ({first_line(error)})") from error
+        raise UserError(
+            f"--weights={source}: cannot be read ({files.first_line(error)})"
+        ) from error
 
 
 def from_safetensors(data: bytes) -> dict[str, np.ndarray]:
@@ -239,8 +241,3 @@ def _optional(module: str, remedy: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"{module} is needed; {remedy}") from error
-
-
-def first_line(error: Exception) -> str:
-    """An error's class and the first line of its text."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"

@@ -22,7 +22,7 @@ from densejax.data import facts
 from densejax.runs import files
 from densejax.runs.checkpoint import CheckpointError, Checkpoints
 from densejax.weights import conversion
-from densejax.weights.files import first_line, from_safetensors, read
+from densejax.weights.files import from_safetensors, read
 from densejax.weights.names import LAYOUTS
 
 COLLECTIONS = ("params", "batch_stats")  # the second is missing without BatchNorm
@@ -200,7 +200,7 @@ def _damage_is_a_user_error(path: epath.Path) -> Iterator[None]:
     except Exception as error:  # damage can raise any class
         raise UserError(
             f"{path}: not a directory of densejax.pretrained nor a run's, or damaged "
-            f"({first_line(error)})"
+            f"({files.first_line(error)})"
         ) from error
 
 
