@@ -12,6 +12,10 @@ import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
 from densejax import models
+from densejax.models.convolution import tracing_for
+
+# A trace for one platform: else it has a branch for each, and all of them would be counted.
+PLATFORM = "default"
 
 
 def parameters(variables: Any) -> int:
@@ -24,7 +28,9 @@ def multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:
 
     Arguments are pytrees of arrays or jax.ShapeDtypeStruct. A `scan` counts each of its iterations.
     """
-    return _by_scope(jax.make_jaxpr(function)(*arguments).jaxpr, _multiply_adds).total()
+    with tracing_for(PLATFORM):
+        jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    return _by_scope(jaxpr, _multiply_adds).total()
 
 
 def memory_access_cost(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
@@ -51,7 +57,8 @@ def _trace(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[Any, An
     model, image = models.reference(model), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     # One trace for both: drawing the variables takes no convolution and no product.
     trace = jax.make_jaxpr(model.init_with_output, return_shape=True)
-    jaxpr, (_, variables) = trace(jax.random.key(0), image)
+    with tracing_for(PLATFORM):
+        jaxpr, (_, variables) = trace(jax.random.key(0), image)
     return variables, jaxpr.jaxpr
 
 

@@ -31,6 +31,7 @@ class Layers:
         this replica's examples only.
       batch_norm_epsilon: added to BatchNorm's variance.
       convolution_bias: whether convolutions add a bias.
+      kernel_init: initial values of convolutions' kernels.
       dropout_rate: fraction of elements that are dropped when `train`.
       keys: uint32 [batch, 2], one random key per example; needed for dropout and stochastic depth.
     """
@@ -40,6 +41,7 @@ class Layers:
     batch_norm_axis: Any = None
     batch_norm_epsilon: float = 1e-5
     convolution_bias: bool = False
+    kernel_init: nn.initializers.Initializer = fan_out_normal
     dropout_rate: float = 0.0
     keys: jax.Array | None = None
 
@@ -51,10 +53,15 @@ class Layers:
         return cls(train=train, keys=raw_keys(keys, images), **settings)
 
     def conv(
-        self, features: int, size: tuple[int, int], strides: int = 1, name: str | None = None
+        self,
+        features: int,
+        size: tuple[int, int],
+        strides: int = 1,
+        name: str | None = None,
+        groups: int = 1,
     ) -> Convolution:
-        """A convolution with a kernel of (height, width)."""
-        settings = (self.convolution_bias, self.dtype, fan_out_normal)
+        """A convolution with a kernel of (height, width), in so many groups of channels."""
+        settings = (self.convolution_bias, self.dtype, self.kernel_init, groups)
         return Convolution(features, size, strides, *settings, name=name)
 
     def norm(self, **fields) -> BatchNorm:

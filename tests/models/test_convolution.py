@@ -1,6 +1,7 @@
 """Convolutions as matrix products, and their gradients by hand, against XLA's convolution."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from densejax.models import convolution, counts
 from densejax.models.convolution import (
     PLANS,
     Convolution,
@@ -130,6 +132,68 @@ def test_convolutions_of_images_have_xlas_gradients(
         has_products = "dot_general" in str(jax.make_jaxpr(both)(x, kernel))
     assert has_products == (platform == "cpu")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-11, 1e-11), first, second)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "size, stride, shape", [(3, 1, (5, 4)), (3, 2, (6, 5)), (7, 1, (4, 5)), (2, 2, (5, 4))]
+)
+def test_depthwise_convolutions_are_xlas(monkeypatch, platform, size, stride, shape):
+    monkeypatch.setattr(convolution, "ROWS_AT_ONCE", 2)
+    module = Convolution(6, (size,) * 2, stride, False, jnp.float64, jax.nn.initializers.ones, 6)
+    padding = [(size // 2, size // 2) if size % 2 else (0, 0)] * 2
+    settings = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 6}
+    with jax.enable_x64(True), tracing_for(platform):
+        x, kernel = draws(3, *shape, 6), draws(size, size, 1, 6, seed=1)
+
+        def theirs(x, kernel):
+            return lax.conv_general_dilated(x, kernel, (stride,) * 2, padding, **settings)
+
+        def ours(x, kernel):
+            return module.apply({"params": {"kernel": kernel}}, x)
+
+        def both(x, kernel):
+            pulls = [jax.vjp(function, x, kernel) for function in (ours, theirs)]
+            dy = draws(*pulls[1][0].shape, seed=2)
+            return [(y, pull(dy)) for y, pull in pulls]
+
+        first, second = jax.jit(both)(x, kernel)
+        convolutions = str(jax.make_jaxpr(ours)(x, kernel)).count("conv_general_dilated")
+    assert convolutions == (platform != "cpu")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-12, 1e-12), first, second)
+
+
+def test_a_bfloat16_depthwise_convolution_is_summed_in_float32():
+    x, kernel = (np.abs(draws(*shape)) for shape in ((64, 6, 6, 2), (5, 5, 1, 2)))
+    module = Convolution(2, (5, 5), 1, False, jnp.bfloat16, jax.nn.initializers.ones, groups=2)
+
+    def gradient(kernel):
+        y = module.apply({"params": {"kernel": kernel}}, x.astype(np.float32))
+        return y.astype(jnp.float32).sum(), y
+
+    with tracing_for("cpu"):
+        found, y = jax.jit(jax.grad(gradient, has_aux=True))(kernel.astype(np.float32))
+    padded = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    shifted = np.array([[padded[:, i : i + 6, j : j + 6] for j in range(5)] for i in range(5)])
+    np.testing.assert_allclose(found[:, :, 0], shifted.sum((2, 3, 4)), 0.01)
+    assert y.dtype == jnp.bfloat16
+    exact = np.einsum("ijbhwc,ijc->bhwc", shifted, kernel[:, :, 0])
+    np.testing.assert_allclose(y.astype(np.float32), exact, 0.02)
+
+
+def test_groups_read_their_own_channels_and_take_no_other_multiply_adds():
+    x, kernel = (draws(*shape).astype(np.float32) for shape in ((2, 4, 4, 6), (3, 3, 2, 9)))
+    module = Convolution(9, (3, 3), 1, True, jnp.float32, jax.nn.initializers.ones, groups=3)
+    y = module.apply({"params": {"kernel": kernel, "bias": np.ones(9, np.float32)}}, x)
+    for group in range(3):
+        outputs = slice(3 * group, 3 * group + 3)
+        expected = xla(x[..., 2 * group : 2 * group + 2], {"kernel": kernel[..., outputs]}) + 1
+        np.testing.assert_allclose(y[..., outputs], expected, 1e-4, 1e-5)
+    depthwise = Convolution(6, (7, 7), 2, True, jnp.float32, jax.nn.initializers.ones, groups=6)
+    for either, expected in ((module, 9 * 16 * 9 * 2), (depthwise, 6 * 4 * 49)):
+        init = functools.partial(either.init_with_output, jax.random.key(0))
+        jax.eval_shape(init, x)  # a trace for all platforms, which must not be taken again
+        assert counts.multiply_adds(init, x[:1]) == expected
 
 
 def test_the_gradient_of_a_bfloat16_kernel_is_summed_in_float32(monkeypatch):
