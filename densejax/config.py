@@ -1,6 +1,7 @@
 """The configuration: every key with its default, its meaning and the values that it takes."""
 
 import ast
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -396,26 +397,33 @@ def parse_arg(arg: str | None, **defaults: Any) -> config_dict.ConfigDict:
     Raises:
       UserError: an unknown key, a pair without "=", or a value of another type.
     """
-    values, given = config_dict.ConfigDict(defaults), set()
-    for pair in filter(None, (arg or "").split(",")):
-        key, equals, text = pair.partition("=")
-        if key not in defaults or not equals or key in given:
+    values = config_dict.ConfigDict(defaults)
+    with values.ignore_type():
+        values.update(parse_pairs(arg or "", ",", defaults, "config argument"))
+    return values
+
+
+def parse_pairs(text: str, separator: str, defaults: Mapping[str, Any], what: str) -> dict:
+    """The values of `key=value` pairs, as `parse_arg` reads them; `what` begins a message."""
+    values = {}
+    for pair in filter(None, text.split(separator)):
+        key, equals, literal = pair.partition("=")
+        if key not in defaults or not equals or key in values:
             allowed = ", ".join(f"{name}={value}" for name, value in defaults.items())
-            raise UserError(
-                f"config argument {pair!r}: give key=value pairs of {allowed}, each at most once"
+            wanted = (
+                f"give key=value pairs of {allowed}, each at most once" if allowed else "there are none"
             )
-        given.add(key)
+            raise UserError(f"{what} {pair!r}: {wanted}")
         try:
-            value = ast.literal_eval(text)
+            value = ast.literal_eval(literal)
         except (ValueError, SyntaxError):
-            value = text
+            value = literal
         default_type = type(defaults[key])
         kinds = {type(None): (int, float, str), float: (float, int)}.get(
             default_type, (default_type,)
         )
-        if type(value) not in kinds:
+        if type(value) not in kinds or (type(value) is float and not math.isfinite(value)):
             wanted = " or ".join(kind.__name__ for kind in kinds)
-            raise UserError(f"config argument {key} = {text}: give a value of type {wanted}")
-        with values.ignore_type():
-            values[key] = value
+            raise UserError(f"{what} {key} = {literal}: give a value of type {wanted}")
+        values[key] = value
     return values

@@ -26,16 +26,18 @@ from figures import say
 from ml_collections import ConfigDict
 from sweeps import differences, origin
 
+from densejax import models
 from densejax.config import UserError
 from densejax.runs import files, formats, workdir
 from densejax.training import parallel, result
 
+# Other networks are called by their pattern of connections.
 KINDS = {
     ("densenet", "dense"): "DenseNet",
     ("resnet", "add"): "ResNet",
     ("densenet", "one_shot"): "one-shot DenseNet",
     ("vovnet", None): "VoVNet",
-    ("resnet", "none"): "plain network",
+    ("resnet", "chain"): "plain network",
 }
 
 
@@ -67,8 +69,11 @@ class Run:
     @functools.cached_property
     def kind(self) -> str:
         """How its network joins layers."""
-        model = self.config["model"]
-        return KINDS[model["family"], model.get("join")]
+        model = models.completed(self.config["model"])
+        family, connect = model["family"], model.get("connect")
+        if isinstance(connect, str | None):
+            return KINDS.get((family, connect), f"{family}, {connect}" if connect else family)
+        return f"{family}, a graph of its own"
 
     @property
     def split(self) -> str:

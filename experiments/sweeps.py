@@ -112,7 +112,7 @@ class Base:
             return self.dense(blocks if bottleneck else tuple(2 * n for n in blocks), widths)
         if kind == "one_shot":  # without bottlenecks, as its paper has it: twice the layers
             layers = tuple(2 * n for n in blocks)
-            return self.dense(layers, widths, join="one_shot", bottleneck=False)
+            return self.dense(layers, widths, connect="one_shot", bottleneck=False)
         if kind == "vovnet":
             first, second, third = widths
             return Network(

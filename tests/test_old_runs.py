@@ -36,7 +36,7 @@ def expected(folder, **changes):
     content = json.loads((folder / "expected.json").read_text())
     config = default()
     stored = facts.without_lists(content["config"])
-    config.model = ConfigDict(stored.pop("model"))
+    config.model = ConfigDict(models.completed(stored.pop("model")))
     config.update(stored | {"data": stored["data"] | {"directory": str(small.SESSION / "data")}})
     config.update_from_flattened_dict(changes)
     return np.array(content["logits"]), config

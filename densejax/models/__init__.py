@@ -44,13 +44,13 @@ VARIANTS = {
     "bc": {"bottleneck": True, "compression": 0.5},
 }
 _DENSENET = {"family": "densenet"}
-_ONE_SHOT = _DENSENET | VARIANTS["plain"] | {"join": "one_shot"}
+_ONE_SHOT = _DENSENET | VARIANTS["plain"] | {"connect": "one_shot"}
 _IMAGENET = {"family": "densenet", "stem": "imagenet"}
 _RESNET = {"family": "resnet", "stem": "imagenet", "widths": (64, 128, 256, 512)}
 _BOTTLENECK = _RESNET | {"block": "bottleneck"}
 _RESNET_CIFAR = {"family": "resnet", "shortcut": "identity"}
 _PREACT = {"family": "resnet", "preactivation": True, "block": "bottleneck", "stride_on": "1x1"}
-_PLAIN = {"family": "resnet", "join": "none"}
+_PLAIN = {"family": "resnet", "connect": "chain"}
 _VOVNET = {"family": "vovnet"}
 MODELS = {
     "densenet_40_12": _DENSENET | VARIANTS["plain"] | {"depth": 40, "growth_rate": 12},
@@ -65,6 +65,7 @@ MODELS = {
     "densenet_bc_100_12": _DENSENET | {"depth": 100, "growth_rate": 12},
     "densenet_bc_190_40": _DENSENET | {"depth": 190, "growth_rate": 40},
     "densenet_bc_250_24": _DENSENET | {"depth": 250, "growth_rate": 24},
+    "sparsenet_bc_100_24": _DENSENET | {"depth": 100, "growth_rate": 24, "connect": "exponential"},
     "densenet121": _IMAGENET | {"blocks": (6, 12, 24, 16), "growth_rate": 32},
     "densenet161": _IMAGENET | {"blocks": (6, 12, 36, 24), "growth_rate": 48},
     "densenet169": _IMAGENET | {"blocks": (6, 12, 32, 32), "growth_rate": 32},
@@ -113,7 +114,7 @@ MODELS = {
 
 
 # The arguments of a card that change a named network; None leaves it as it is.
-CHANGES = {"variant": None, "depth": None, "growth_rate": None}
+CHANGES = {"variant": None, "depth": None, "growth_rate": None, "connect": None}
 
 
 def changes(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,6 +154,16 @@ def fields(name: str, **changes) -> config_dict.ConfigDict:
             value = config_dict.FieldReference(value, field_type=object)
         section[field.name] = value
     return section
+
+
+def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored section `config.model` by today's names, with defaults for newer fields."""
+    values = dict(stored)
+    if "join" in values:  # the name of `connect` in earlier versions
+        join = values.pop("join")
+        values["connect"] = "chain" if join == "none" else join
+    defaults = {name: field.default for name, field in _description(values["family"]).items()}
+    return defaults | values
 
 
 def create(

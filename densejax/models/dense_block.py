@@ -9,15 +9,12 @@ import jax.numpy as jnp
 from flax.core import unfreeze
 from jax.ad_checkpoint import checkpoint_name
 
-from densejax.models import in_place, layers
+from densejax.models import connections, in_place, layers
+from densejax.models.connections import Connect, Graph
 from densejax.models.layers import Layers
-from densejax.models.normalization import PrecomputedStatistics, Statistics, update_running
+from densejax.models.normalization import PrecomputedStatistics, update_running
 from densejax.models.regularization import layer_seed
 
-JOINS = {
-    "dense": "a layer reads all before it",
-    "one_shot": "a layer reads the one before it (Lee et al., arXiv:1904.09730, section 3.2)",
-}
 IMPLEMENTATIONS = {
     "in_place": "one buffer and gradients by hand: the fastest and smallest on every platform",
     "concat": "the paper's form, which the other is tested against",
@@ -56,21 +53,24 @@ class DenseLayer(nn.Module):
 class DenseBlock(nn.Module):
     """Layers that each read the feature maps of all layers before them (paper, section 3).
 
+    With another `connect`, they read those that its pattern says.
+
     A linen module as any other, with variables "layer1/norm1", "layer1/conv1", ... in "params" and
     "batch_stats". `nn.remat` takes `static_argnums=(2,)`, as for every module with a `train`.
 
     Attributes:
       depth: number of layers.
-      growth_rate: k in the paper, feature maps that a layer adds.
+      growth_rate: k in the paper, feature maps that a layer adds; "hardnet" multiplies it.
       bottleneck: a 1x1 convolution before each 3x3.
       bottleneck_width: output width of that 1x1 in growth rates.
       dropout_rate: after every convolution.
       survival: probability of stochastic depth, or one for each layer.
       convolution_bias: convolutions add a bias.
       batch_norm_epsilon: added to the variance.
-      join: what a layer reads, a name in JOINS.
+      connect: what each layer reads and the block emits, as densejax.models.connections.graph
+        takes it.
       block: how the block is computed, a name in IMPLEMENTATIONS; variables and results are the
-        same. One-shot blocks are always concatenated.
+        same.
       recompute: what the backward pass computes again to save memory, a name in RECOMPUTE.
       dtype: precision of the computation; variables are float32.
       batch_norm_axis: mapped axis (or axes) that batch statistics are averaged over.
@@ -84,7 +84,7 @@ class DenseBlock(nn.Module):
     survival: float | tuple[float, ...] = 1.0
     convolution_bias: bool = False
     batch_norm_epsilon: float = 1e-5
-    join: str = "dense"
+    connect: Connect = "dense"
     block: str = "in_place"
     recompute: str = "none"
     dtype: Any = jnp.float32
@@ -98,7 +98,9 @@ class DenseBlock(nn.Module):
         keys: jax.Array | None = None,
         return_statistics: bool = False,
     ) -> Any:
-        """Maps x [batch, height, width, c] to c + depth * growth_rate channels, x first.
+        """Maps x [batch, height, width, c] to the outputs that the block emits, concatenated.
+
+        Those of a dense block have c + depth * growth_rate channels, x first.
 
         Args:
           x: features.
@@ -109,14 +111,15 @@ class DenseBlock(nn.Module):
             follows, or None where they are not known), and not the features alone.
         """
         survivals = _survivals(self)
+        graph = connections.graph(self.connect, self.depth, self.growth_rate)
         is_random = self.dropout_rate > 0 or min(survivals) < 1
         if train and is_random and keys is None:
             keys = jax.random.split(self.make_rng("dropout"), len(x))
         builder, x = Layers.of(self, train, keys, x), x.astype(self.dtype)
-        if self.is_initializing() or self.block == "concat" or self.join == "one_shot":
-            features, statistics = _concatenate(self, builder, survivals, x), None
+        if self.is_initializing() or self.block == "concat":
+            features, statistics = _concatenate(self, graph, builder, survivals, x), None
         else:
-            features, statistics = _compute_in_place(self, builder, survivals, x)
+            features, statistics = _compute_in_place(self, graph, builder, survivals, x)
         return (features, statistics) if return_statistics else features
 
 
@@ -125,7 +128,7 @@ def _survivals(block: DenseBlock) -> tuple[float, ...]:
     require = functools.partial(layers.require, block, owner="DenseBlock")
     require("depth", block.depth >= 1, "must be at least 1")
     require("growth_rate", block.growth_rate >= 1, "must be at least 1")
-    choices = {"join": JOINS, "block": IMPLEMENTATIONS, "recompute": RECOMPUTE}
+    choices = {"block": IMPLEMENTATIONS, "recompute": RECOMPUTE}
     layers.require_choices(block, "DenseBlock", **choices)
     if isinstance(block.survival, float | int):
         return (block.survival,) * block.depth
@@ -138,23 +141,25 @@ def _names(block: DenseBlock) -> list[str]:
     return [f"layer{index}" for index in range(1, block.depth + 1)]
 
 
-def _concatenate(block, builder, survivals, x) -> jax.Array:
+def _concatenate(block, graph: Graph, builder, survivals, x) -> jax.Array:
     """The block's features as the paper writes them."""
     layer, policy = DenseLayer, None
     if block.recompute == "norm":
         policy = jax.checkpoint_policies.save_only_these_names("convolution")
     if block.recompute != "none":
         layer = nn.remat(DenseLayer, policy=policy)
-    width, features = block.bottleneck_width if block.bottleneck else 0, [x]
-    for name, survival in zip(_names(block), survivals, strict=True):
-        inputs = features[-1:] if block.join == "one_shot" else features
-        new = layer(block.growth_rate, width, builder, survival, name=name)(*inputs)
-        features.append(new)
-    return jnp.concatenate(features, axis=-1)
+    bottleneck_width, outputs = block.bottleneck_width if block.bottleneck else 0, [x]
+    for name, read, width, survival in zip(
+        _names(block), graph.reads, graph.widths, survivals, strict=True
+    ):
+        inputs = [outputs[number] for number in read]
+        new = layer(width, bottleneck_width, builder, survival, name=name)(*inputs)
+        outputs.append(new)
+    return jnp.concatenate([outputs[number] for number in graph.emits], axis=-1)
 
 
 def _compute_in_place(
-    block, builder, survivals, x
+    block, graph: Graph, builder, survivals, x
 ) -> tuple[jax.Array, PrecomputedStatistics | None]:
     """The block's features and, in training, their statistics (densejax.models.in_place)."""
     # Gradients by hand are dictionaries; the user's variables may be frozen ones.
@@ -163,9 +168,10 @@ def _compute_in_place(
     running = [variables["batch_stats"][name] for name in names]
     epsilon = block.batch_norm_epsilon
     if not builder.train:
-        return in_place.evaluate(epsilon, survivals, x, params, running), None
+        return in_place.evaluate(graph, epsilon, survivals, x, params, running), None
     drops = ("dropout1", "dropout2", "survival")
     settings = in_place.Settings(
+        graph=graph,
         epsilon=epsilon,
         axis=block.batch_norm_axis,
         dropout_rate=block.dropout_rate,
@@ -173,10 +179,8 @@ def _compute_in_place(
         survivals=survivals,
         keep_hidden=block.recompute != "layer",
     )
-    features, statistics, hidden = in_place.train(settings, x, params, builder.keys)
-    for name, old, norm2 in zip(names, running, hidden, strict=True):
-        norm1 = Statistics(*(leaf[: len(old["norm1"]["mean"])] for leaf in statistics.running))
-        new = {"norm1": norm1, "norm2": norm2}
-        stats = {norm: update_running(stats, new[norm]) for norm, stats in old.items()}
+    features, statistics, batch = in_place.train(settings, x, params, builder.keys)
+    for name, old, new in zip(names, running, batch, strict=True):
+        stats = {norm: update_running(old[norm], new[norm]) for norm in old}
         block.put_variable("batch_stats", name, stats)
     return features, statistics

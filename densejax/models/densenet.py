@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from densejax.config import UserError
-from densejax.models import dense_block, layers
-from densejax.models.dense_block import IMPLEMENTATIONS, JOINS, DenseBlock
+from densejax.models import connections, dense_block, layers
+from densejax.models.connections import Connect, Graph
+from densejax.models.dense_block import IMPLEMENTATIONS, DenseBlock
 from densejax.models.layers import Layers
 from densejax.models.normalization import PrecomputedStatistics
 from densejax.models.pooling import average_pool
@@ -20,7 +21,7 @@ RECOMPUTE = dense_block.RECOMPUTE | {
 }
 # Fields that every block has as the network has them.
 OF_BLOCKS = ("bottleneck", "bottleneck_width", "dropout_rate", "convolution_bias")
-OF_BLOCKS += ("batch_norm_epsilon", "join", "block", "dtype", "batch_norm_axis")
+OF_BLOCKS += ("batch_norm_epsilon", "block", "dtype", "batch_norm_axis")
 
 
 class Transition(nn.Module):
@@ -50,7 +51,8 @@ class DenseNet(nn.Module):
       num_classes: length of the logits; 0: no classifier, the logits are None.
       depth: L in the paper: layers of a three-block network, 3n + 4 (6n + 4 with bottleneck).
       blocks: instead of `depth`: the number of dense layers in each block.
-      growth_rate: k in the paper, feature maps that a layer adds; or one for each block.
+      growth_rate: k in the paper, feature maps that a layer adds; or one for each block. "hardnet"
+        multiplies it.
       bottleneck: the B of DenseNet-BC: a 1x1 convolution before each 3x3.
       bottleneck_width: output width of that 1x1 in growth rates (4 in the paper).
       compression: theta in the paper, the share of channels that a transition keeps; the C of
@@ -63,8 +65,10 @@ class DenseNet(nn.Module):
         with p_l = 1 - l / L (1 - p_L), each example by itself; scaled by p_l when not training.
       convolution_bias: convolutions add a bias (d2l's form; the paper's do not).
       batch_norm_epsilon: added to the variance.
-      join: what a layer reads, a name in JOINS. In "one_shot" blocks the transition is the 1x1
-        convolution that aggregates all layers, as VoVNet does.
+      connect: what each layer reads and each block emits: a name in
+        densejax.models.connections.CONCATENATING with its options ("window:size=3"), or a graph as
+        connections.explicit takes it, one for all blocks or one for each. With "one_shot" the
+        transition is the 1x1 convolution that aggregates all layers, as VoVNet does.
       block: how dense blocks are computed, a name in IMPLEMENTATIONS.
       recompute: what the backward pass computes again to save memory, a name in RECOMPUTE.
       dtype: precision of the computation.
@@ -84,7 +88,7 @@ class DenseNet(nn.Module):
     survival: float = 1.0
     convolution_bias: bool = False
     batch_norm_epsilon: float = 1e-5
-    join: str = "dense"
+    connect: Connect = "dense"
     block: str = "in_place"
     recompute: str = "none"
     dtype: Any = jnp.float32
@@ -121,19 +125,42 @@ class DenseNet(nn.Module):
 
     def widths(self) -> tuple[int, ...]:
         """Channels that enter each block: the stem's, then those of each transition."""
-        growth_rates, depths = self.growth_rates(), self.block_depths()
+        growth_rates, graphs = self.growth_rates(), self.graphs()
         doubled = self.stem == "imagenet" or (self.bottleneck and self.compression < 1)
         default = 2 * growth_rates[0] if doubled else 16
         widths = [default if self.stem_width is None else self.stem_width]
-        for depth, growth_rate in zip(depths[:-1], growth_rates[:-1], strict=True):
-            widths.append(math.floor(self.compression * (widths[-1] + depth * growth_rate)))
+        for graph in list(graphs.values())[:-1]:
+            outputs = (widths[-1], *graph.widths)
+            emitted = sum(outputs[number] for number in graph.emits)
+            widths.append(math.floor(self.compression * emitted))
         return tuple(widths)
+
+    def graphs(self) -> dict[str, Graph]:
+        """What the layers of each block read, by the block's name (raises UserError)."""
+        sizes = list(zip(self.block_depths(), self.growth_rates(), strict=True))
+        names = [f"block{number}" for number in range(1, len(sizes) + 1)]
+        each = self.connects()
+        return {
+            name: connections.graph(connect, *size)
+            for name, connect, size in zip(names, each, sizes, strict=True)
+        }
+
+    def connects(self) -> tuple[Connect, ...]:
+        """The field `connect` of each block (raises UserError)."""
+        depths = self.block_depths()
+        one_for_each = isinstance(self.connect, tuple) and all(
+            isinstance(read, tuple) and all(isinstance(part, tuple) for part in read)
+            for read in self.connect
+        )
+        if not one_for_each:
+            return (self.connect,) * len(depths)
+        wanted = f"give one graph, or one for each of the {len(depths)} blocks"
+        layers.require(self, "connect", len(self.connect) == len(depths), wanted)
+        return self.connect
 
     def check(self) -> None:
         """Raises UserError for fields that describe no network."""
-        layers.require_choices(
-            self, stem=layers.STEMS, join=JOINS, block=IMPLEMENTATIONS, recompute=RECOMPUTE
-        )
+        layers.require_choices(self, stem=layers.STEMS, block=IMPLEMENTATIONS, recompute=RECOMPUTE)
         for field, holds, allowed in (
             ("compression", 0 < self.compression <= 1, "in (0, 1]"),
             ("dropout_rate", 0 <= self.dropout_rate < 1, "in [0, 1)"),
@@ -180,6 +207,7 @@ def _stage(builder: Layers, index: int, network: DenseNet, x: jax.Array):
     block = DenseBlock(
         depths[index],
         network.growth_rates()[index],
+        connect=network.connects()[index],
         survival=survivals[before : before + depths[index]],
         recompute="none" if network.recompute == "block" else network.recompute,
         name=f"block{index + 1}",

@@ -1,11 +1,12 @@
-"""A dense block in one buffer, with its gradients written by hand.
+"""A block in one buffer, with its gradients written by hand.
 
-In the paper's form every layer reads a concatenation of all maps before it. Automatic
-differentiation keeps all of these concatenations, so that memory grows with the square of the
+In the paper's form every layer reads a concatenation of earlier outputs. Automatic differentiation
+keeps all of these concatenations, so that the memory of a dense block grows with the square of the
 depth. Here it grows linearly, and every feature map is stored once:
 
-- One buffer. `features` holds all maps of the block. A layer reads the channels that were written
-  before it and writes its new maps behind them.
+- One buffer. `features` holds the block's input and then all maps of its layers. A layer reads the
+  channels of the outputs that its graph names: ranges, where neighbours are one range. All that a
+  layer of a dense block reads is one range.
 - Each map's statistics once. Mean and variance over the batch are the same for every layer that
   reads a map, so they are computed when the map is written.
 - The backward pass walks the layers in reverse. `d_features` is the gradient of `features`; a layer
@@ -23,6 +24,7 @@ in pieces that stay in the processor's cache.
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -30,6 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from densejax.models.connections import Graph
 from densejax.models.convolution import (
     Params,
     Plan,
@@ -59,6 +62,7 @@ from densejax.models.normalization import (
 from densejax.models.regularization import dropout, stochastic_depth
 
 LayerParams = dict[str, Params]  # "norm1", "conv1" and, with a bottleneck, "norm2", "conv2"
+Ranges = tuple[tuple[int, int], ...]  # (first channel, number of channels) of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Settings:
     """What is fixed when a block is traced.
 
     Attributes:
+      graph: what each layer reads and the block emits.
       epsilon: added to BatchNorm's variance.
       axis: mapped axis or axes that batch statistics are averaged over; None: none.
       dropout_rate: of elements after every convolution.
@@ -74,6 +79,7 @@ class Settings:
       keep_hidden: keep what the 1x1 convolutions give; else the backward pass computes it again.
     """
 
+    graph: Graph
     epsilon: float
     axis: Any
     dropout_rate: float
@@ -83,15 +89,17 @@ class Settings:
 
 
 def evaluate(
+    graph: Graph,
     epsilon: float,
     survivals: tuple[float, ...],
     x: jax.Array,
     layers: list[LayerParams],
     running: list[LayerParams],
 ) -> jax.Array:
-    """The block's features, x first, with running statistics.
+    """The outputs that the block emits, with running statistics.
 
     Args:
+      graph: what each layer reads and the block emits.
       epsilon: added to BatchNorm's variance.
       survivals: of each layer: what its new maps are scaled by.
       x: [batch, height, width, channels], in the precision of the computation.
@@ -100,17 +108,21 @@ def evaluate(
     """
 
     def compute(plan, x, layers, running):
-        features, channels = _with_room(x, layers), x.shape[-1]
-        for params, stats, survival in zip(layers, running, survivals, strict=True):
+        reads, emits = _ranges(graph, x.shape[-1])
+        features, end = _with_room(x, graph), x.shape[-1]
+        for params, stats, survival, read, width in zip(
+            layers, running, survivals, reads, graph.widths, strict=True
+        ):
             norms = {name: Statistics(pair["mean"], pair["var"]) for name, pair in stats.items()}
-            features = _evaluate_layer(epsilon, plan, features, channels, params, norms, survival)
-            channels += _growth_rate(params)
-        return features
+            new = ((end, width),)
+            features = _evaluate_layer(epsilon, plan, features, read, new, params, norms, survival)
+            end += width
+        return _select(features, emits)
 
     return per_platform(compute, x, layers, running)
 
 
-def _evaluate_layer(epsilon, plan, features, channels, params, norms, survival):
+def _evaluate_layer(epsilon, plan, features, read, new, params, norms, survival):
     """Features with a layer's new maps; a bottleneck's second norm is folded into its 1x1."""
     first, last = params["conv1"], params[_last_conv(params)]
     last = arrange_kernel(jax.tree.map(lambda leaf: leaf * survival, last), plan)
@@ -118,18 +130,18 @@ def _evaluate_layer(epsilon, plan, features, channels, params, norms, survival):
         first = fold(first, *affine(norms["norm2"], params["norm2"], epsilon))
 
     def new_maps(piece, features):
-        x = piece(features, channels)
+        x = piece(features, read)
         z = _relu(normalise(x, norms["norm1"], params["norm1"], epsilon), x)
         if "conv2" in params:
             z = _relu(pointwise(z, first), x)
         return (), conv3x3(z, last)
 
-    return _in_pieces(plan, features, new_maps, (), features, channels)[1]
+    return _in_pieces(plan, features, new_maps, (), features, new)[1]
 
 
 def train(
     settings: Settings, x: jax.Array, layers: list[LayerParams], keys: jax.Array | None
-) -> tuple[jax.Array, PrecomputedStatistics, list[Statistics | None]]:
+) -> tuple[jax.Array, PrecomputedStatistics, list[dict[str, Statistics]]]:
     """The block with batch statistics.
 
     Args:
@@ -139,7 +151,7 @@ def train(
       keys: uint32 [batch, 2], one random key per example; None where nothing is random.
 
     Returns:
-      The block's features, x first; their statistics; those of each layer's hidden maps.
+      The outputs that the block emits; their statistics; those of each layer's norms, by name.
     """
     return _train(settings, x, varying_like(x, layers), keys)
 
@@ -152,11 +164,17 @@ def _train(settings, x, layers, keys):
 def _train_forward(settings, x, layers, keys):
     forward = functools.partial(_forward, settings)
     features, stats, hidden, hidden_stats = per_platform(forward, x, layers, keys)
+    reads, emits = _ranges(settings.graph, x.shape[-1])
+    emitted = _statistics_of(stats, emits)
+    norms = [
+        {"norm1": _statistics_of(stats, read), "norm2": of_hidden}
+        for read, of_hidden in zip(reads, hidden_stats, strict=True)
+    ]
     # Gradients flow through the first of the two, and are then each device's own: the backward
     # pass adds them up.
-    both = PrecomputedStatistics(varying_like(features, stats), stats)
+    both = PrecomputedStatistics(varying_like(features, emitted), emitted)
     saved = features, stats, hidden, hidden_stats, layers, keys
-    return (features, both, hidden_stats), saved
+    return (_select(features, emits), both, norms), saved
 
 
 def _train_backward(settings, saved, gradients):
@@ -178,7 +196,8 @@ class _Layer:
     keys: jax.Array | None
     index: int
     params: LayerParams
-    channels: int  # that it reads
+    read: Ranges
+    new: tuple[int, int]  # the range of its new maps
 
     def norm_relu(self, number: int, x: jax.Array, stats: Statistics) -> jax.Array:
         """ReLU of the first or second norm of x."""
@@ -200,7 +219,7 @@ class _Layer:
         output = _unset(after, self.params["conv1"]["kernel"].shape[-1])
 
         def part(piece, _):
-            z = self.norm_relu(1, piece(features, self.channels), stats)
+            z = self.norm_relu(1, piece(features, self.read), stats)
             return (), self.drop_hidden(pointwise(z, self.params["conv1"]), piece(self.keys))
 
         return _in_pieces(self.plan, features, part, (), output)[1]
@@ -214,11 +233,11 @@ class _Layer:
         conv = arrange_kernel(self.params[_last_conv(self.params)], self.plan)
 
         def part(piece, features):
-            x = piece(features, self.channels) if hidden is None else piece(hidden)
+            x = piece(features, self.read) if hidden is None else piece(hidden)
             y = conv3x3(self.norm_relu(number, x, stats), conv)
             return (), self.drop_new(y, piece(self.keys))
 
-        return _in_pieces(self.plan, features, part, (), features, self.channels)[1]
+        return _in_pieces(self.plan, features, part, (), features, (self.new,))[1]
 
     def backward_conv2(self, hidden, stats, d_new, output):
         """From the new maps' gradient: those of norm2 and conv2, and that before norm2's ReLU."""
@@ -261,7 +280,7 @@ class _Layer:
             conv = arrange_kernel(conv, self.plan)
 
         def part(piece, d_features):
-            x, keys = piece(features, self.channels), piece(self.keys)
+            x, keys = piece(features, self.read), piece(self.keys)
             z = self.norm_relu(1, x, stats)
             if hidden is None:
                 dz, d_conv = conv3x3_backward(z, self.drop_new(piece(dy), keys), conv)
@@ -269,7 +288,7 @@ class _Layer:
                 d_hidden = self.drop_hidden(backward_norm2(piece(hidden), piece(dy)), keys)
                 dz, d_conv = pointwise_backward(z, d_hidden, conv)
             dz, sums = relu_backward(z, dz, at_least_float32(x) - per_channel(stats.mean))
-            dx, before = at_least_float32(dz) * slope, piece(d_features, self.channels)
+            dx, before = at_least_float32(dz) * slope, piece(d_features, self.read)
             if self.plan.new_gradients:  # XLA:TPU would write a rounded dx as one more array
                 return (d_conv, sums), (at_least_float32(before) + dx).astype(x.dtype)
             return (d_conv, sums), before + dx.astype(x.dtype)
@@ -278,35 +297,41 @@ class _Layer:
         slope = per_channel(self.params["norm1"]["scale"] * rate)
         sums = _zeros(conv, self.params["norm1"])
         if self.plan.new_gradients:
-            d_features = d_features[..., : self.channels]
-        (d_conv, sums), d_features = _in_pieces(self.plan, features, part, sums, d_features)
+            d_features = d_features[..., : self.new[0]]
+        (d_conv, sums), d_features = _in_pieces(
+            self.plan, features, part, sums, d_features, self.read
+        )
         d_conv = restore_kernel(d_conv, self.plan) if hidden is None else d_conv
         parts, d_norm = norm_gradients(stats, self.params["norm1"], self.settings.epsilon, sums)
         d_stats = jax.tree.map(
-            lambda leaf, part: leaf.at[: self.channels].add(part), d_stats, parts
+            lambda leaf, part: _write(leaf, _select(leaf, self.read) + part, self.read),
+            d_stats,
+            parts,
         )
         return {"norm1": d_norm, "conv1": d_conv}, d_features, d_stats
 
 
 def _layers(settings, plan, layers, keys, channels):
-    """The layers of a block, the first of which reads so many channels."""
-    for index, params in enumerate(layers):
-        yield _Layer(settings, plan, keys, index, params, channels)
-        channels += _growth_rate(params)
+    """The layers of a block whose input has so many channels."""
+    reads, _ = _ranges(settings.graph, channels)
+    widths = settings.graph.widths
+    for index, (params, read, width) in enumerate(zip(layers, reads, widths, strict=True)):
+        yield _Layer(settings, plan, keys, index, params, read, (channels, width))
+        channels += width
 
 
 def _forward(settings: Settings, plan: Plan, x, layers, keys):
     """(features, their statistics, each layer's hidden maps or None, their statistics)."""
-    features = plan.with_layout(_with_room(x, layers))
+    features = plan.with_layout(_with_room(x, settings.graph))
     stats, all_hidden, all_hidden_stats = statistics(x, settings.axis), [], []
     for layer in _layers(settings, plan, layers, keys, x.shape[-1]):
         hidden = hidden_stats = None
+        stats_read = _statistics_of(stats, layer.read)
         if "conv2" in layer.params:
-            hidden = layer.hidden(features, stats, features[..., layer.channels - 1 :])
+            hidden = layer.hidden(features, stats_read, features[..., layer.new[0] - 1 :])
             hidden_stats = statistics(hidden, settings.axis)
-        features = layer.write(features, hidden, stats if hidden is None else hidden_stats)
-        new = features[..., layer.channels : layer.channels + _growth_rate(layer.params)]
-        new_stats = statistics(new, settings.axis)
+        features = layer.write(features, hidden, stats_read if hidden is None else hidden_stats)
+        new_stats = statistics(_select(features, (layer.new,)), settings.axis)
         stats = Statistics(*map(jnp.concatenate, zip(stats, new_stats, strict=True)))
         all_hidden.append(hidden if settings.keep_hidden else None)
         all_hidden_stats.append(hidden_stats)
@@ -316,9 +341,14 @@ def _forward(settings: Settings, plan: Plan, x, layers, keys):
 def _backward(settings: Settings, plan: Plan, saved, d_features, d_stats):
     """Gradients of the block's input and of its layers' parameters."""
     features, stats, all_hidden, all_hidden_stats, layers, keys = saved
+    first = features.shape[-1] - sum(settings.graph.widths)
+    _, emits = _ranges(settings.graph, first)
+    if emits != ((0, features.shape[-1]),):
+        d_features = _write(jnp.zeros_like(features), d_features, emits)
+        d_stats = Statistics(
+            *(_write(jnp.zeros_like(x), dx, emits) for x, dx in zip(stats, d_stats, strict=True))
+        )
     d_features = plan.with_layout(d_features)
-    end = features.shape[-1]
-    first = end - sum(map(_growth_rate, layers))
     d_layers, buffer = [], None
 
     def complete_gradient(channels):
@@ -330,9 +360,10 @@ def _backward(settings: Settings, plan: Plan, saved, d_features, d_stats):
         return dx.astype(features.dtype)
 
     for layer in reversed(list(_layers(settings, plan, layers, keys, first))):
-        dy, end = complete_gradient(slice(layer.channels, end)), layer.channels
+        start, width = layer.new
+        dy = complete_gradient(slice(start, start + width))
         hidden, hidden_stats = all_hidden[layer.index], all_hidden_stats[layer.index]
-        stats_read = Statistics(*(leaf[: layer.channels] for leaf in stats))
+        stats_read = _statistics_of(stats, layer.read)
         # Without the barrier XLA would keep what the forward pass made instead of making it again.
         features, hidden, dy = lax.optimization_barrier((features, hidden, dy))
         d_conv2, backward_norm2 = {}, None
@@ -351,9 +382,51 @@ def _backward(settings: Settings, plan: Plan, saved, d_features, d_stats):
     return complete_gradient(slice(0, first)), d_layers[::-1]
 
 
-def _with_room(x, layers):
+def _with_room(x, graph):
     """x with room behind it for all layers' new maps."""
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, sum(map(_growth_rate, layers)))))
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, sum(graph.widths))))
+
+
+def _ranges(graph: Graph, channels: int) -> tuple[list[Ranges], Ranges]:
+    """(what each layer reads, what the block emits) of a buffer whose input has so many channels.
+
+    Outputs that follow each other in the buffer are one range.
+    """
+    widths = (channels, *graph.widths)
+    starts = list(itertools.accumulate(widths, initial=0))
+
+    def merged(outputs):
+        ranges = []
+        for output in outputs:
+            first, size = starts[output], widths[output]
+            if ranges and sum(ranges[-1]) == first:
+                first, size = ranges[-1][0], ranges.pop()[1] + size
+            ranges.append((first, size))
+        return tuple(ranges)
+
+    return [merged(read) for read in graph.reads], merged(graph.emits)
+
+
+def _select(x, ranges: Ranges):
+    """The channels of x in some ranges, one after the other."""
+    if ranges == ((0, x.shape[-1]),):
+        return x
+    parts = [x[..., first : first + size] for first, size in ranges]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+def _statistics_of(stats: Statistics, ranges: Ranges) -> Statistics:
+    return Statistics(*(_select(leaf, ranges) for leaf in stats))
+
+
+def _write(x, new, ranges: Ranges, start: Any = 0):
+    """x with new channels in some ranges, of the examples from `start` on."""
+    done = 0
+    for first, size in ranges:
+        index = (first,) if x.ndim == 1 else (start, 0, 0, first)
+        x = lax.dynamic_update_slice(x, new[..., done : done + size], index)
+        done += size
+    return x
 
 
 def _relu(x, like):
@@ -362,10 +435,6 @@ def _relu(x, like):
 
 def _last_conv(params):
     return "conv2" if "conv2" in params else "conv1"
-
-
-def _growth_rate(params):
-    return params[_last_conv(params)]["kernel"].shape[-1]
 
 
 def _pixels(settings, x):
@@ -383,17 +452,17 @@ def _unset(x, channels):
     return jnp.broadcast_to(x[:1, :1, :1, :1], (*x.shape[:3], channels))
 
 
-def _in_pieces(plan: Plan, features, function, sums, output, channel: int = 0):
+def _in_pieces(plan: Plan, features, function, sums, output, written: Ranges = ()):
     """Applies a function to pieces of the batch that stay in the cache.
 
     Args:
       plan: says how many bytes of `features` a piece has.
       features: [batch, height, width, channels].
-      function: (piece, output) -> (terms, new channels of the output). `piece(array, channels)` is
-        the part of an array [batch, ...] that is the function's turn, its first channels or all.
+      function: (piece, output) -> (terms, new channels of the output). `piece(array, ranges)` is
+        the part of an array [batch, ...] that is the function's turn, some channels of it or all.
       sums: what the terms of all pieces are added to.
       output: [batch, height, width, channels], updated in place.
-      channel: of the output, the first that is written.
+      written: the channels of the output that are written; (): all.
 
     Returns:
       The sums over all pieces, and the output.
@@ -405,14 +474,20 @@ def _in_pieces(plan: Plan, features, function, sums, output, channel: int = 0):
         sums, output = state
         start = number * size
 
-        def piece(array, channels=None):
+        def piece(array, ranges=()):
             if array is None:
                 return None
-            lengths = (size, *array.shape[1:-1], channels or array.shape[-1])
-            return lax.dynamic_slice(array, (start, *(0,) * (array.ndim - 1)), lengths)
+            zeros = (0,) * (array.ndim - 2)
+            parts = [
+                lax.dynamic_slice(
+                    array, (start, *zeros, first), (size, *array.shape[1:-1], channels)
+                )
+                for first, channels in ranges or ((0, array.shape[-1]),)
+            ]
+            return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
         terms, new = function(piece, output)
-        output = lax.dynamic_update_slice(output, new, (start, 0, 0, channel))
+        output = _write(output, new, written or ((0, output.shape[-1]),), start)
         return jax.tree.map(jnp.add, sums, terms), output
 
     if size == batch:

@@ -184,6 +184,7 @@ class BatchNorm(nn.Module):
       epsilon: added to the variance.
       dtype: of the result.
       scale_init: initial values of the scale.
+      scale_and_bias: whether it has them; else it only normalises.
     """
 
     train: bool
@@ -191,6 +192,7 @@ class BatchNorm(nn.Module):
     epsilon: float
     dtype: Any
     scale_init: nn.initializers.Initializer = nn.initializers.ones
+    scale_and_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -200,10 +202,13 @@ class BatchNorm(nn.Module):
         shape = x.shape[-1:]
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         variance = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        params = {
-            "scale": self.param("scale", self.scale_init, shape),
-            "bias": self.param("bias", nn.initializers.zeros, shape),
-        }
+        if self.scale_and_bias:
+            params = {
+                "scale": self.param("scale", self.scale_init, shape),
+                "bias": self.param("bias", nn.initializers.zeros, shape),
+            }
+        else:
+            params = {"scale": jnp.ones(shape), "bias": jnp.zeros(shape)}
         stats = Statistics(mean.value, variance.value)
         if self.train:
             if precomputed is None:

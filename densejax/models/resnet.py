@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from densejax.models import layers
+from densejax.models import connections, layers
+from densejax.models.connections import Stage
 from densejax.models.layers import Layers
 
 
@@ -28,8 +29,7 @@ class Block(nn.Module):
     convolutions: tuple[tuple[int, int, int], ...]  # (channels, kernel size, stride) of each
     survival: float  # p_l of stochastic depth
     preactivation: bool
-    shortcut: str
-    join: str
+    shortcut: str | None  # None: it has none
     zero_init: bool
     layers: Layers
 
@@ -53,7 +53,8 @@ class Block(nn.Module):
                 scale = nn.initializers.constant(0.0 if last and self.zero_init else 1.0)
                 after = norm(name=f"norm{index}", scale_init=scale)
                 y = self.layers.normalised(convolve, after, y, relu=not last)
-        if self.join == "add":
+        y = self.layers.stochastic_depth(y, self.survival, name="survival")
+        if self.shortcut:
             if changes and self.shortcut != "projection":
                 new = width - x.shape[-1]
                 before = new // 2 if self.shortcut == "identity_middle" else 0
@@ -63,7 +64,7 @@ class Block(nn.Module):
                 project = conv(width, (1, 1), stride, name="projection")
                 after = None if self.preactivation else norm(name="projection_norm")
                 x = self.layers.normalised(project, after, x) if after else project(x)
-            y = x + self.layers.stochastic_depth(y, self.survival, name="survival")
+            y = x + y
         return y if self.preactivation else nn.relu(y)
 
 
@@ -82,7 +83,10 @@ class ResNet(nn.Module):
       shortcut: where shapes change: "projection" (option B, a 1x1 convolution) or "identity"
         (option A, every stride-th pixel; new channels are zero and come last) or
         "identity_middle" (half of the new channels come first, as in pytorch_resnet_cifar10).
-      join: "add", or "none": a plain network of the same layers.
+      connect: how the blocks of a stage are joined: a name in densejax.models.connections.ADDING
+        with its options ("hyper:streams=2"). Those but "add" and "chain" need pre-activation. A
+        block that changes the size or width of features keeps the shortcut of a residual network,
+        and the pattern joins the blocks after it; in a "chain" there is none.
       zero_init: each block's last BatchNorm scale starts at 0, so that it starts as its shortcut.
       survival: p_L of stochastic depth: block l of L is kept with p_l = 1 - l / L (1 - p_L), each
         example by itself, and scaled by p_l when not training.
@@ -100,7 +104,7 @@ class ResNet(nn.Module):
     preactivation: bool = False
     stem: str = "cifar"
     shortcut: str = "projection"
-    join: str = "add"
+    connect: str = "add"
     zero_init: bool = False
     survival: float = 1.0
     convolution_bias: bool = False
@@ -116,8 +120,11 @@ class ResNet(nn.Module):
             stride_on=("3x3", "1x1"),
             stem=layers.STEMS,
             shortcut=("projection", "identity", "identity_middle"),
-            join=("add", "none"),
         )
+        connections.pattern(self.connect, connections.ADDING)
+        learned = self.connect not in ("add", "chain")
+        needs = "needs model.preactivation = True"
+        layers.require(self, "connect", self.preactivation or not learned, needs)
         for field in ("blocks", "widths"):
             layers.require_positive(self, field, len(self.blocks) or 3)
         widens = self.shortcut == "projection" or sorted(self.widths) == list(self.widths)
@@ -125,9 +132,9 @@ class ResNet(nn.Module):
         layers.require(self, "survival", 0 < self.survival <= 1, "must be in (0, 1]")
         for field, reader, reads in (
             ("stride_on", "block = 'bottleneck'", self.block == "bottleneck"),
-            ("shortcut", "join = 'add'", self.join == "add"),
-            ("survival", "join = 'add'", self.join == "add"),
-            ("zero_init", "join = 'add'", self.join == "add"),
+            ("shortcut", "connect = 'add'", self.connect != "chain"),
+            ("survival", "connect = 'add'", self.connect != "chain"),
+            ("zero_init", "connect = 'add'", self.connect != "chain"),
             ("zero_init", "preactivation = False", not self.preactivation),
         ):
             unset = getattr(self, field) == getattr(ResNet, field)
@@ -143,18 +150,34 @@ class ResNet(nn.Module):
         stage's without pre-activation) and pooling ("pooled").
         """
         builder = Layers.of(self, train, keys, image)
-        settings = (self.preactivation, self.shortcut, self.join, self.zero_init, builder)
+        shortcut = None if self.connect == "chain" else self.shortcut
         x = layers.STEMS[self.stem](self.widths[0], builder, name="stem")(image)
         if self.stem == "cifar" and not self.preactivation:
             x = builder.norm(name="stem_norm")(x, relu=True)
         features = {"stem": x}
         survivals = iter(layers.survival_probabilities(self.survival, sum(self.blocks)))
         for stage, (depth, width) in enumerate(zip(self.blocks, self.widths, strict=True), 1):
+            joined = []  # by the pattern; the other blocks join themselves
             for index in range(1, depth + 1):
                 stride = 2 if stage > 1 and index == 1 else 1
                 convolutions = _convolutions(self.block, width, stride, self.stride_on)
-                name = f"stage{stage}_block{index}"
-                x = Block(convolutions, next(survivals), *settings, name=name)(x)
+                changes = index == 1 and (stride > 1 or convolutions[-1][0] != x.shape[-1])
+                alone = changes or not self.preactivation
+                block = Block(
+                    convolutions,
+                    next(survivals),
+                    self.preactivation,
+                    shortcut if alone else None,
+                    self.zero_init,
+                    builder,
+                    name=f"stage{stage}_block{index}",
+                )
+                if alone:
+                    x = block(x)
+                else:
+                    joined.append(block)
+            if joined:
+                x = Stage(self.connect, builder, name=f"stage{stage}")(x, joined)
             features[f"stage{stage}"] = x
         if self.preactivation:
             x = builder.norm(name="norm")(x, relu=True)

@@ -8,7 +8,6 @@ others compare.
 
 import ast
 import contextlib
-import dataclasses
 import datetime
 import functools
 import hashlib
@@ -88,10 +87,8 @@ def completed(stored: dict) -> dict:
     Raises:
       ValueError, LookupError, TypeError, AttributeError: it is damaged.
     """
-    config, family = default_config().to_dict(), models.FAMILIES[stored["model"]["family"]]
-    fields = (field for field in dataclasses.fields(family) if field.name not in models.RUN_FIELDS)
-    config["model"] = {field.name: field.default for field in fields}
-    for key, value in stored.items():
+    config = default_config().to_dict()
+    for key, value in (stored | {"model": models.completed(stored["model"])}).items():
         section = config.get(key)
         config[key] = section | value if isinstance(section, dict) else value
     return config

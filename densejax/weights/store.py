@@ -5,7 +5,6 @@
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -27,7 +26,7 @@ from densejax.weights.names import LAYOUTS
 
 COLLECTIONS = ("params", "batch_stats")  # the second is missing without BatchNorm
 # Fields that change the computation, but neither names nor shapes of the variables.
-HIDDEN_FIELDS = ("batch_norm_epsilon", "identity", "join", "shortcut", "stride_on", "survival")
+HIDDEN_FIELDS = ("batch_norm_epsilon", "connect", "identity", "shortcut", "stride_on", "survival")
 
 
 def save(directory: str, description: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
@@ -74,11 +73,7 @@ def load(directory: str) -> tuple[dict[str, Any], dict[str, Any]]:
             if hashlib.sha256(data).hexdigest() != description["weights_sha256"]:
                 raise ValueError("weights.safetensors is not the file that model.json describes")
             flat = from_safetensors(data)
-        model = facts.without_lists(description["model"])
-        fields = dataclasses.fields(models.FAMILIES[model["family"]])
-        # A field that was added after the directory was written has its default.
-        defaults = {f.name: f.default for f in fields if f.name not in models.RUN_FIELDS}
-        description["model"] = defaults | model
+        description["model"] = model = models.completed(facts.without_lists(description["model"]))
         classes, channels = description["num_classes"], description["image_channels"]
         if (type(classes), type(channels)) != (int, int) or classes < 0 or channels < 1:
             raise ValueError(f"num_classes = {classes!r} and image_channels = {channels!r}")

@@ -125,7 +125,7 @@ def keras_network(work: Work, variables: Mapping[str, Any]) -> Any:
     from keras import layers
 
     network = work.network()
-    if "depth" not in models.fields(work.model) or network.join != "dense":
+    if "depth" not in models.fields(work.model) or network.connect != "dense":
         raise Unavailable(f"the benchmark has no Keras form of {work.model}")
 
     def norm(x, name):

@@ -205,7 +205,7 @@ def plain_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
 def plain_network(work: Work) -> PlainDenseNet:
     """The plain flax network of some work (raises UserError where it has no such form)."""
     network = work.network()
-    if not isinstance(network, DenseNet) or network.join != "dense":
+    if not isinstance(network, DenseNet) or network.connect != "dense":
         raise UserError(f"flax: the benchmark has no plain form of {work.model}")
     if network.dropout_rate or network.survival < 1:
         raise UserError("flax: the benchmark's plain form draws nothing at random")

@@ -95,7 +95,7 @@ def network_of(spec: Mapping[str, Any]) -> tuple[nn.Module, str]:
     """(network, whose class it is); raises Unavailable where neither form fits."""
     fields, classes = spec["fields"], spec["num_classes"]
     if fields["family"] == "densenet":
-        if fields["join"] != "dense" or not isinstance(fields["growth_rate"], int):
+        if fields["connect"] != "dense" or not isinstance(fields["growth_rate"], int):
             raise Unavailable(f"the benchmark has no PyTorch form of {spec['work']['model']}")
         own = (fields["bottleneck"], fields["compression"], fields["convolution_bias"])
         if torchvision is None or own != (True, 0.5, False):

@@ -102,8 +102,8 @@ def test_the_kinds_differ_in_how_they_are_joined(base, card):
         for run in sweeps.connectivity(base)
         if run.axes["equal"] != "multiply_adds"
     }
-    joins = {kind: network.join for kind, network in networks.items()}
-    assert joins == {"plain": "none", "residual": "add", "dense": "dense", "one_shot": "one_shot"}
+    joins = {kind: network.connect for kind, network in networks.items()}
+    assert joins == {"plain": "chain", "residual": "add", "dense": "dense", "one_shot": "one_shot"}
     assert networks["plain"].widths == networks["residual"].widths
     # Three layers of two convolutions each, in every kind.
     assert networks["dense"].block_depths() == networks["plain"].blocks == (1, 1, 1)

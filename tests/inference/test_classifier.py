@@ -68,7 +68,7 @@ def test_the_preparation_is_the_run_s_without_augmentation(tmp_path, first_state
 def test_a_run_that_is_older_than_a_key_is_opened(tmp_path, first_state):
     path = saved(tmp_path / "run", small.tiny(), (1, first_state, {}))
     config = json.loads((path / "config.json").read_text())
-    del config["model"]["join"], config["model"]["stem"], config["log"]["seconds"]
+    del config["model"]["connect"], config["model"]["stem"], config["log"]["seconds"]
     (path / "config.json").write_text(json.dumps(config))
     network = classifier.load(path)
     small.assert_same_bits(network.variables["params"], first_state.params)

@@ -308,10 +308,10 @@ def test_good_fields_pass():
     DenseNet(10, depth=40, growth_rate=(4, 8, 16), compression=1.0, stem_width=1).check()
 
 
-@pytest.mark.parametrize("join", ["dense", "one_shot"])
-def test_stochastic_depth_drops_new_feature_maps_by_a_linear_rule(join):
+@pytest.mark.parametrize("connect", ["dense", "one_shot"])
+def test_stochastic_depth_drops_new_feature_maps_by_a_linear_rule(connect):
     """p_l = 1 - l / L (1 - p_L) of Huang et al., arXiv:1603.09382; examples by themselves."""
-    network = DenseNet(10, blocks=(1, 3), growth_rate=2, survival=0.2, join=join)
+    network = DenseNet(10, blocks=(1, 3), growth_rate=2, survival=0.2, connect=connect)
     generator = np.random.default_rng(1)
     image = generator.uniform(size=(400, 4, 4, 3)).astype(np.float32)
     variables = oracle.random_variables(network, image)

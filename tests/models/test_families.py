@@ -16,13 +16,13 @@ SMALL = {"family": "resnet", "blocks": (1, 2), "widths": (4, 8)}
 BOTTLENECK = SMALL | {"block": "bottleneck"}
 TWINS = {
     "densenet": {"family": "densenet", "blocks": (1, 2), "growth_rate": 4},
-    "one_shot": {"family": "densenet", "blocks": (1, 2), "growth_rate": 4, "join": "one_shot"},
+    "one_shot": {"family": "densenet", "blocks": (1, 2), "growth_rate": 4, "connect": "one_shot"},
     "basic": SMALL | {"shortcut": "identity"},
     "bottleneck": BOTTLENECK | {"stem": "imagenet"},
     "original": BOTTLENECK | {"stride_on": "1x1"},
     "preactivation": BOTTLENECK | {"preactivation": True, "stride_on": "1x1"},
     "stochastic": SMALL | {"survival": 0.5},
-    "plain": SMALL | {"join": "none"},
+    "plain": SMALL | {"connect": "chain"},
     "vovnet": {
         "family": "vovnet",
         "modules": (1, 2),
@@ -207,7 +207,9 @@ REFUSED = {
     "resnet": [
         ({"block": "wide"}, "basic, bottleneck"),
         ({"stem": "vgg"}, "cifar, imagenet"),
-        ({"join": "concat"}, "add, none"),
+        ({"connect": "concat"}, "add, chain"),
+        ({"connect": "hyper"}, "model.preactivation = True"),
+        ({"preactivation": True, "connect": "hyper:streams=0"}, "at least 1"),
         ({"shortcut": "C"}, "projection, identity"),
         ({"block": "bottleneck", "stride_on": "2x2"}, "3x3, 1x1"),
         ({"stride_on": "1x1"}, "model.block = 'bottleneck'"),
@@ -217,9 +219,9 @@ REFUSED = {
         ({"shortcut": "identity", "widths": (8, 4, 4)}, "identity"),
         ({"survival": 0.0}, "(0, 1]"),
         ({"survival": 1.5}, "(0, 1]"),
-        ({"join": "none", "survival": 0.5}, "model.join = 'add'"),
-        ({"join": "none", "zero_init": True}, "model.join = 'add'"),
-        ({"join": "none", "shortcut": "identity"}, "model.join = 'add'"),
+        ({"connect": "chain", "survival": 0.5}, "model.connect = 'add'"),
+        ({"connect": "chain", "zero_init": True}, "model.connect = 'add'"),
+        ({"connect": "chain", "shortcut": "identity"}, "model.connect = 'add'"),
         ({"preactivation": True, "zero_init": True}, "preactivation = False"),
     ],
     "vovnet": [

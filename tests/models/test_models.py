@@ -234,7 +234,7 @@ def test_fields_hold_every_field_of_the_family():
         "survival": 1.0,
         "convolution_bias": False,
         "batch_norm_epsilon": 1e-5,
-        "join": "dense",
+        "connect": "dense",
         "block": "in_place",
         "recompute": "none",
     }

@@ -25,11 +25,11 @@ def bind(train=False, keys=None):
 
 
 def block(convolutions, **fields):
-    rest = {"preactivation": False, "shortcut": "projection", "join": "add", "zero_init": False}
+    rest = {"preactivation": False, "shortcut": "projection", "zero_init": False}
     return Block(convolutions, 1.0, layers=bind(), **rest | fields)
 
 
-def forward(x, variables, convolutions, *, preactivation=False, shortcut="projection", join="add"):
+def forward(x, variables, convolutions, *, preactivation=False, shortcut="projection"):
     """A block of the papers, He et al. 2016a figure 5 and 2016b figure 4(e), in eval mode."""
 
     def conv(x, name, stride):
@@ -49,10 +49,10 @@ def forward(x, variables, convolutions, *, preactivation=False, shortcut="projec
         else:
             y = norm(conv(y, f"conv{index}", step), f"norm{index}")
             y = oracle.relu(y) if index < len(convolutions) else y
-    if join == "add" and "projection" in variables["params"]:
+    if shortcut and "projection" in variables["params"]:
         x = conv(x, "projection", stride)
         y = y + (x if preactivation else norm(x, "projection_norm"))
-    elif join == "add":
+    elif shortcut:
         y[..., : x.shape[-1]] += x[:, ::stride, ::stride]
     return y if preactivation else oracle.relu(y)
 
@@ -62,7 +62,7 @@ def forward(x, variables, convolutions, *, preactivation=False, shortcut="projec
     [
         (BASIC, 4, {}),
         (BASIC, 4, {"shortcut": "identity"}),
-        (BASIC, 4, {"join": "none"}),
+        (BASIC, 4, {"shortcut": None}),
         (((6, 3, 1), (6, 3, 1)), 6, {}),
         (BOTTLENECK, 5, {}),
         (ORIGINAL, 5, {}),
@@ -168,7 +168,7 @@ def test_a_block_that_does_not_survive_is_its_shortcut():
     x = np.random.default_rng(0).normal(size=(64, 4, 4, 6)).astype(np.float32)
     bound = bind(True, random_keys(64))
     shape = ((6, 3, 1), (6, 3, 1))
-    policy = {"preactivation": False, "shortcut": "identity", "join": "add", "zero_init": False}
+    policy = {"preactivation": False, "shortcut": "identity", "zero_init": False}
     whole, dropping = (Block(shape, p, layers=bound, **policy) for p in (1.0, 0.5))
     variables = oracle.random_variables(whole, x)
     apply = {"mutable": ["batch_stats"]}

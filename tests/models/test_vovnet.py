@@ -36,7 +36,7 @@ def test_module_equals_numpy(identity, output_width):
 
 def test_one_shot_block_of_densenet_equals_numpy():
     x = np.random.default_rng(0).normal(size=(2, 5, 6, 5)).astype(np.float32)
-    module = DenseBlock(2, 4, bottleneck=False, join="one_shot")
+    module = DenseBlock(2, 4, bottleneck=False, connect="one_shot")
     variables = oracle.random_variables(module, x)
 
     def layer(x, name):

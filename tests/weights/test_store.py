@@ -138,9 +138,9 @@ def test_a_damaged_directory_is_refused_in_one_line(damage, folder):
 
 def test_a_field_that_is_newer_than_the_directory_has_its_default(folder):
     description = json.loads((folder / "model.json").read_text())
-    del description["model"]["join"]
+    del description["model"]["connect"]
     (folder / "model.json").write_text(json.dumps(description))
-    assert store.load(str(folder))[0]["model"]["join"] == "dense"
+    assert store.load(str(folder))[0]["model"]["connect"] == "dense"
 
 
 def test_a_digest_is_told_without_reading_an_array(folder, tmp_path):
