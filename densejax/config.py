@@ -410,9 +410,7 @@ def parse_pairs(text: str, separator: str, defaults: Mapping[str, Any], what: st
         key, equals, literal = pair.partition("=")
         if key not in defaults or not equals or key in values:
             allowed = ", ".join(f"{name}={value}" for name, value in defaults.items())
-            wanted = (
-                f"give key=value pairs of {allowed}, each at most once" if allowed else "there are none"
-            )
+            wanted = f"give key=value pairs of {allowed or 'nothing'}, each at most once"
             raise UserError(f"{what} {pair!r}: {wanted}")
         try:
             value = ast.literal_eval(literal)

@@ -126,8 +126,8 @@ def explicit(connect: Sequence[Sequence[int]], depth: int, growth_rate: int) -> 
     """
     if len(connect) != depth + 1:
         raise UserError(
-            f"model.connect = {connect!r}: has {len(connect)} tuples; for a block of {depth} layers give "
-            f"{depth + 1}, what each layer reads and then what the block gives"
+            f"model.connect = {connect!r}: has {len(connect)} tuples; for a block of {depth} "
+            f"layers give {depth + 1}, what each layer reads and then what the block gives"
         )
     return Graph(connect[:-1], emits=connect[-1])
 
