@@ -35,7 +35,9 @@ def _one_of(*names: str) -> _Range:
 # No bound lets infinity or what is not a number through; counts are int32 on the devices.
 _POSITIVE = _Range(lambda value: 0 < value < 2**31, "a number above 0 and below 2**31")
 _NOT_NEGATIVE = _Range(lambda value: 0 <= value < 2**31, "0 or more, and below 2**31")
+_FEW = _Range(lambda value: 0 < value <= 14, "1 to 14")
 _FRACTION = _Range(lambda value: 0 <= value < 1, "a number in [0, 1)")
+_PROBABILITY = _Range(lambda value: 0 <= value <= 1, "a number in [0, 1]")
 _SHARE = _Range(lambda value: 0 < value <= 1, "a number in (0, 1]")
 _SPLIT = _one_of("test", "validation")
 _RISING_FRACTIONS = _Range(
@@ -43,6 +45,10 @@ _RISING_FRACTIONS = _Range(
         type(x) is float and low < x < 1 for low, x in zip((0, *value), value, strict=False)
     ),
     "rising fractions in (0, 1)",
+)
+_TWO_FRACTIONS = _Range(
+    lambda value: len(value) == 2 and _RISING_FRACTIONS.contains(value),
+    "two rising fractions in (0, 1)",
 )
 _RATES = _Range(
     lambda value: all(
@@ -136,6 +142,9 @@ KEYS = {
         4, "Pixels of zero padding before a random crop; 0: no crop.", _NOT_NEGATIVE
     ),
     "augmentation.flip": Key(True, "Mirror half of the images."),
+    "augmentation.alternate_flip": Key(
+        False, "Mirror each image in every other epoch, the first drawn; False: drawn each time."
+    ),
     "augmentation.crop_area": Key(
         0.08, "'stream': the smallest share of an image's area that a crop has.", _SHARE
     ),
@@ -144,6 +153,36 @@ KEYS = {
     ),
     "augmentation.lighting": Key(
         0.0, "Standard deviation along the principal colours of ImageNet.", _NOT_NEGATIVE
+    ),
+    "augmentation.policy": Key(
+        "none",
+        "Operations such as rotations or contrast: 'randaugment', so many of one magnitude; "
+        "'trivialaugment', one of a random magnitude; 'none'.",
+        _one_of("none", "randaugment", "trivialaugment"),
+    ),
+    "augmentation.operations": Key(2, "'randaugment': operations on each image.", _FEW),
+    "augmentation.magnitude": Key(
+        9.0,
+        "'randaugment': of operations, 10 for the largest, as in the paper.",
+        _Range(lambda value: 0 <= value <= 10, "a number in [0, 10]"),
+    ),
+    "augmentation.cutout": Key(
+        0, "Pixels; sides of a square that is set to the mean colour; 0: none.", _NOT_NEGATIVE
+    ),
+    "augmentation.erasing": Key(
+        0.0, "Probability that a rectangle is set to the mean colour.", _PROBABILITY
+    ),
+    "augmentation.erasing_area": Key(
+        (0.02, 0.4), "Its least and greatest share of the image.", _TWO_FRACTIONS
+    ),
+    "augmentation.mixup": Key(
+        0.0, "Alpha, such as 0.2: adds two images and their labels; 0: none.", _NOT_NEGATIVE
+    ),
+    "augmentation.cutmix": Key(
+        0.0,
+        "Alpha, such as 1.0: a rectangle shows another image; 0: none. With augmentation.mixup, "
+        "one of the two is drawn for each image.",
+        _NOT_NEGATIVE,
     ),
     "train.epochs": Key(300, "Passes over the training images.", _POSITIVE),
     "train.batch_size": Key(
@@ -237,6 +276,13 @@ KEYS = {
     ),
     "evaluate.crop_size": Key(
         0, "Pixels; above 0: logits are the mean over ten crops of this size.", _NOT_NEGATIVE
+    ),
+    "evaluate.mirror": Key(False, "Logits are the mean over the image and its mirror."),
+    "evaluate.shift": Key(
+        0,
+        "Pixels; above 0: logits are the mean over the image and two shifts of it along a "
+        "diagonal, each of them mirrored, too, with evaluate.mirror.",
+        _Range(lambda value: 0 <= value < 100, "0 to 99"),
     ),
     "evaluate.batch_size": Key(
         512, "Images in a step over all devices; a multiple of their number.", _POSITIVE
@@ -334,7 +380,15 @@ def _conflicts(
     streams = data.storage == "stream"
     not_sgd = config.optimizer.name != "sgd"  # an added optimizer may read these, too
     without_drops = config.optimizer.schedule in ("cosine", "linear", "constant")
+    augmentation, single = config.augmentation, not evaluate.crop_size
+    draws_operations = augmentation.policy == "randaugment"
     for key, is_read, reader in (
+        ("augmentation.alternate_flip", augmentation.flip, "augmentation.flip = True"),
+        ("augmentation.operations", draws_operations, "augmentation.policy = 'randaugment'"),
+        ("augmentation.magnitude", draws_operations, "augmentation.policy = 'randaugment'"),
+        ("augmentation.erasing_area", augmentation.erasing > 0, "augmentation.erasing above 0"),
+        ("evaluate.mirror", single, "evaluate.crop_size = 0"),
+        ("evaluate.shift", single, "evaluate.crop_size = 0"),
         ("optimizer.beta2", not_sgd, "optimizer.name = 'adamw'"),
         ("optimizer.epsilon", not_sgd, "optimizer.name = 'adamw'"),
         ("optimizer.drop_at", not without_drops, "optimizer.schedule = 'step'"),

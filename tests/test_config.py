@@ -37,6 +37,14 @@ OUT_OF_RANGE = {
     "augmentation.crop_area": [0.0, 1.1, float("nan")],
     "augmentation.jitter": [-0.1, 1.0, float("nan")],
     "augmentation.lighting": [-0.1, float("nan")],
+    "augmentation.policy": ["autoaugment"],
+    "augmentation.operations": [0, 15],
+    "augmentation.magnitude": [-0.1, 10.1, float("nan")],
+    "augmentation.cutout": [-1],
+    "augmentation.erasing": [-0.1, 1.1, float("nan")],
+    "augmentation.erasing_area": [(), (0.1,), (0.4, 0.02), (0.1, 0.2, 0.3), (0.0, 0.5)],
+    "augmentation.mixup": [-0.1, float("nan")],
+    "augmentation.cutmix": [-0.1, float("nan")],
     "train.epochs": [0, -1],
     "train.batch_size": [0, -64],
     "train.accumulate_steps": [0, -1],
@@ -61,6 +69,7 @@ OUT_OF_RANGE = {
     "evaluate.train_images": [-1],
     "evaluate.resize_size": [-1],
     "evaluate.crop_size": [-1],
+    "evaluate.shift": [-1, 100],
     "evaluate.batch_size": [0],
     "checkpoint.every_epochs": [0],
     "checkpoint.keep_latest": [0],
@@ -77,6 +86,8 @@ CHECKED_ELSEWHERE = {  # and why
     "data.manual_dir": "read where a set is prepared, and a prepared set does not need it",
     "data.train_split": "data.train_size knows the set's splits",
     "augmentation.flip": "a switch",
+    "augmentation.alternate_flip": "a switch",
+    "evaluate.mirror": "a switch",
     "train.loss": "losses.create has the table of names",
     "optimizer.name": "optimizer.create has the table of names",
     "optimizer.nesterov": "a switch",
@@ -166,6 +177,8 @@ def test_an_integer_is_a_number_too(key):
     config.optimizer.nesterov = False
     if key in ("optimizer.beta2", "optimizer.epsilon"):
         config.optimizer.name = "adamw"
+    if key == "augmentation.magnitude":
+        config.augmentation.policy = "randaugment"
     if key == "augmentation.crop_area":
         config.data.storage, config.data.image_size, config.augmentation.shift = "stream", 224, 0
     schema.check(config)
@@ -204,6 +217,8 @@ BEST = HELD_OUT | {"checkpoint__select": "best"}
 COSINE = {"optimizer__schedule": "cosine"}
 GROUPS = {"parallel__batch_norm": "groups", "parallel__batch_norm_group_size": 2}
 NOT_STREAMED = "only data.storage = 'stream' reads it"
+RANDAUGMENT = {"augmentation__policy": "randaugment"}
+NO_OPERATIONS = "only augmentation.policy = 'randaugment' reads it"
 NOT_CHOSEN = (
     "checkpoint.select = 'best': set evaluate.split = 'validation' and evaluate.every_epochs above "
     "0; test images never choose a model"
@@ -223,6 +238,32 @@ CONFLICTS = [  # changes, the line, and a further change that settles it
     ({"data__corrupt_images": "skip"}, f"data.corrupt_images = 'skip': {NOT_STREAMED}", STREAM),
     ({"augmentation__crop_area": 0.5}, f"augmentation.crop_area = 0.5: {NOT_STREAMED}", STREAM),
     ({"evaluate__resize_size": 232}, f"evaluate.resize_size = 232: {NOT_STREAMED}", STREAM),
+    (
+        {"augmentation__alternate_flip": True, "augmentation__flip": False},
+        "augmentation.alternate_flip = True: only augmentation.flip = True reads it",
+        {"augmentation__flip": True},
+    ),
+    ({"augmentation__operations": 3}, f"augmentation.operations = 3: {NO_OPERATIONS}", RANDAUGMENT),
+    (
+        {"augmentation__magnitude": 5.0},
+        f"augmentation.magnitude = 5.0: {NO_OPERATIONS}",
+        RANDAUGMENT,
+    ),
+    (
+        {"augmentation__erasing_area": (0.1, 0.2)},
+        "augmentation.erasing_area = (0.1, 0.2): only augmentation.erasing above 0 reads it",
+        {"augmentation__erasing": 0.25},
+    ),
+    (
+        {"evaluate__mirror": True, "evaluate__crop_size": 6},
+        "evaluate.mirror = True: only evaluate.crop_size = 0 reads it",
+        {"evaluate__crop_size": 0},
+    ),
+    (
+        {"evaluate__shift": 1, "evaluate__crop_size": 6},
+        "evaluate.shift = 1: only evaluate.crop_size = 0 reads it",
+        {"evaluate__crop_size": 0},
+    ),
     (
         STREAM | {"evaluate__train_images": 100},
         "evaluate.train_images = 100: only data.storage = 'memory' reads it",

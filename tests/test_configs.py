@@ -294,15 +294,15 @@ def test_held_out_images_of_svhn_are_of_its_first_part_whatever_the_seed(
     config, arrays = tiny_card(tmp_path, monkeypatch, "svhn", "svhn")
     config.seed = seed
     found = created(config)
-    held_out = images_of(found.evaluation["validation"]._images)
-    trains = images_of(found.train._images)
+    held_out = images_of(found.evaluation["validation"]._arrays["image"])
+    trains = images_of(found.train._arrays["image"])
     first, more = images_of(arrays["train"][0]), images_of(arrays["extra"][0])
     assert (len(held_out), len(trains)) == (6, 44)
     assert held_out < first and trains == (first - held_out) | more
     trained_on, kept = data.hold_out(30, 6)
     assert held_out == images_of(arrays["train"][0][kept])
     assert sorted([*trained_on, *kept]) == list(range(30))
-    assert images_of(found.evaluation["test"]._images) == images_of(arrays["test"][0])
+    assert images_of(found.evaluation["test"]._arrays["image"]) == images_of(arrays["test"][0])
 
 
 def digits(seed=0, **changes):
@@ -317,21 +317,28 @@ def test_a_larger_training_set_holds_every_smaller_one_whatever_the_seed():
     every, _ = digits()
     assert (small.size, large.size, every.size) == (300, 600, 1437)
     sets = [
-        [image.tobytes() for image in np.asarray(part._images)] for part in (small, large, every)
+        [image.tobytes() for image in np.asarray(part._arrays["image"])]
+        for part in (small, large, every)
     ]
     assert set(sets[0]) < set(sets[1]) < set(sets[2])
     first, *_ = sorted(np.flatnonzero([image == sets[0][0] for image in sets[2]]))
-    assert np.asarray(small._labels)[0] == np.asarray(every._labels)[first]
+    assert np.asarray(small._arrays["label"])[0] == np.asarray(every._arrays["label"])[first]
     # What is measured of them is what trains, from the first.
-    np.testing.assert_array_equal(evaluation["train"]._images, small._images[:100])
-    np.testing.assert_array_equal(evaluation["train"]._labels, small._labels[:100])
+    np.testing.assert_array_equal(
+        evaluation["train"]._arrays["image"], small._arrays["image"][:100]
+    )
+    np.testing.assert_array_equal(
+        evaluation["train"]._arrays["label"], small._arrays["label"][:100]
+    )
 
 
 def test_held_out_images_train_in_no_smaller_set():
     small, evaluation = digits(
         data__train_size=1337, data__validation_size=100, evaluate__final_split="validation"
     )
-    assert not images_of(small._images) & images_of(evaluation["validation"]._images)
+    assert not images_of(small._arrays["image"]) & images_of(
+        evaluation["validation"]._arrays["image"]
+    )
 
 
 def test_the_training_set_has_a_size_that_is_there():
@@ -353,7 +360,9 @@ def test_labels_stay_with_their_images(tmp_path, monkeypatch):
         for image, label in zip(*arrays[split], strict=True)
     }
     for part in (found.train, *found.evaluation.values()):
-        for image, label in zip(np.asarray(part._images), np.asarray(part._labels), strict=True):
+        for image, label in zip(
+            np.asarray(part._arrays["image"]), np.asarray(part._arrays["label"]), strict=True
+        ):
             assert label_of[image.tobytes()] == label
 
 

@@ -22,7 +22,9 @@ from densejax.data.added import ADDED
 from densejax.data.added import add as add
 from densejax.data.augment import Preparation
 from densejax.data.memory import MemorySet, permutation
+from densejax.data.mixing import Erasing, Mixing
 from densejax.data.official import SetInfo
+from densejax.data.operations import Operations
 from densejax.data.stream import StreamSet
 from densejax.runs import hosts
 
@@ -122,7 +124,17 @@ def preparation(config: ConfigDict, found: SetInfo | None = None) -> Preparation
         jitter=augmentation.jitter,
         lighting=augmentation.lighting,
         image_size=config.data.image_size if in_memory else 0,
+        operations=Operations(
+            augmentation.policy,
+            augmentation.operations,
+            augmentation.magnitude,
+            found.white_level,
+        ),
+        erasing=Erasing(augmentation.cutout, augmentation.erasing, augmentation.erasing_area),
+        mixing=Mixing(augmentation.mixup, augmentation.cutmix, found.num_classes),
         crop_size=crop,
+        view_shift=config.evaluate.shift,
+        view_mirror=config.evaluate.mirror,
         dtype=config.train.dtype,
     )
 
@@ -229,7 +241,10 @@ def create(config: ConfigDict, replicated: NamedSharding, sharded: NamedSharding
         MemorySet, seed=config.seed, replicated=replicated, sharded=sharded
     )
     return Data(
-        create_set(images, labels, config.train.batch_size),
+        create_set(
+            *(images, labels, config.train.batch_size),
+            alternates=config.augmentation.alternate_flip,
+        ),
         {name: create_set(*pair, size) for name, pair in arrays.items()},
         version,
         info(config).test_split,
@@ -289,6 +304,7 @@ def _create_streams(config: ConfigDict, sharded: NamedSharding) -> Data:
         section.image_size,
         seed=config.seed,
         skip=section.corrupt_images == "skip",
+        alternates=config.augmentation.alternate_flip,
     )
     evaluation = {
         name: create_set(name, evaluate.batch_size, crop, size)

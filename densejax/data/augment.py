@@ -1,11 +1,16 @@
 """Normalisation and augmentation in jax.numpy, inside the step, one random key per example."""
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from densejax.data.mixing import Erasing, Mixing
+from densejax.data.operations import Operations
 
 GREY = (0.299, 0.587, 0.114)  # luminance of red, green and blue
 CONTRAST, SATURATION = 1, 2  # 0: brightness
@@ -16,6 +21,13 @@ LIGHTING = (
     * np.array([[0.2175], [0.0188], [0.0045]])
     * np.array([[-0.5675, -0.5808, -0.5836], [0.7192, -0.0045, -0.6948], [0.4009, -0.8140, 0.4203]])
 )
+# Which of an example's random words each part reads; mirror and shifts read the first three.
+COLOURS, ERASING, MIXING, OPERATIONS = slice(3, 10), slice(10, 17), slice(17, 21), slice(21, None)
+
+
+def reverse(array: jax.Array) -> jax.Array:
+    """The partners of a batch that is whole: its first example's is its last."""
+    return array[::-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +43,12 @@ class Preparation:
       lighting: standard deviation of the shift along the principal colours, `LIGHTING`.
       image_size: height and width after a bilinear resize, antialiased where it shrinks; 0: as
         stored.
+      operations: of RandAugment or TrivialAugment, on the images as they are stored.
+      erasing: of rectangles, after the shift.
+      mixing: with a partner, last.
       crop_size: height and width of the ten crops that are evaluated; 0: the whole image.
+      view_shift: pixels of the two shifts that are evaluated beside the whole image; 0: none.
+      view_mirror: evaluate mirrored views, too, as ten crops always do.
       dtype: of the result.
     """
 
@@ -42,7 +59,12 @@ class Preparation:
     jitter: float = 0.0
     lighting: float = 0.0
     image_size: int = 0
+    operations: Operations = Operations()
+    erasing: Erasing = Erasing()
+    mixing: Mixing = Mixing()
     crop_size: int = 0
+    view_shift: int = 0
+    view_mirror: bool = False
     dtype: str = "float32"
 
     def evaluation(self, images: jax.Array) -> jax.Array:
@@ -52,36 +74,63 @@ class Preparation:
     def views(self, images: jax.Array) -> jax.Array:
         """What is evaluated of images uint8 [batch, ...]: [views, batch, height, width, channels].
 
-        One view, or ten: corners, centre and the mirrors of all five (Krizhevsky et al. 2012).
+        Ten crops are corners, centre and the mirrors of all five (Krizhevsky et al. 2012).
+        Otherwise it is the image and, as in airbench (Jordan, arXiv:2404.00498), the image shifted
+        to both ends of a diagonal, each mirrored or not; what is shifted in has the mean colour.
         """
-        images, size = self.evaluation(images), self.crop_size
-        if not size:
-            return images[None]
-        top, left = images.shape[1] - size, images.shape[2] - size
-        places = ((0, 0), (0, left), (top, 0), (top, left), (top // 2, left // 2))
-        crops = jnp.stack([images[:, y : y + size, x : x + size] for y, x in places])
-        return jnp.concatenate([crops, crops[:, :, :, ::-1]])
+        images, size, shift = self.evaluation(images), self.crop_size, self.view_shift
+        height, width = images.shape[1:3]
+        places = ((shift, shift), (0, 0), (2 * shift, 2 * shift)) if shift else ((0, 0),)
+        if size:
+            top, left = height - size, width - size
+            places = ((0, 0), (0, left), (top, 0), (top, left), (top // 2, left // 2))
+            height = width = size
+        images = _pad(images, shift)
+        views = jnp.stack([images[:, y : y + height, x : x + width] for y, x in places])
+        mirrors = self.view_mirror or size
+        return jnp.concatenate([views, views[:, :, :, ::-1]]) if mirrors else views
 
-    def training(self, images: jax.Array, keys: jax.Array) -> jax.Array:
-        """The same with random mirroring and shifts, drawn from one key per example.
+    def training(
+        self,
+        batch: dict[str, jax.Array],
+        keys: jax.Array,
+        partners: Callable[[jax.Array], jax.Array] = reverse,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The same of a training batch, augmented by draws from one key per example, and labels.
 
-        The order is the authors': colours, normalise, mirror, pad with zeros (the mean colour),
-        crop.
+        The order is the authors', with what is newer added: operations, colours, normalise, mirror,
+        pad with zeros (the mean colour), crop, erase, resize, mix.
+
+        Args:
+          batch: image uint8 [batch, height, width, channels], label int32 [batch] and, where the
+            data decide that, mirrored bool [batch].
+          keys: one for each example.
+          partners: gives of an array [batch, ...] that of the examples to mix with.
+
+        Returns:
+          Images, and labels: int32 [batch], or their probabilities [batch, classes] where images
+          are mixed.
         """
         # One draw for everything: each threefry call costs seconds of compilation on a CPU.
-        recolours = bool(self.jitter or self.lighting)
-        bits = jax.vmap(lambda key: jax.random.bits(key, (10 if recolours else 3,)))(keys)
-        if recolours:
-            # In 64-bit mode a draw has 64 bits; 32 are what is scaled below.
-            images = self._recolour(images, bits[:, 3:].astype(jnp.uint32))
+        number = OPERATIONS.start + self.operations.draws
+        bits = jax.vmap(lambda key: jax.random.bits(key, (number,)))(keys)
+        # In 64-bit mode a draw has 64 bits; 32 are what is scaled below.
+        words, images = bits.astype(jnp.uint32), batch["image"]
+        uniforms = (words >> 8).astype(jnp.float32) * 2.0**-24
+        if self.operations.draws:
+            images = self.operations(images, uniforms[:, OPERATIONS], self.mean)
+        if self.jitter or self.lighting:
+            images = self._recolour(images, words[:, COLOURS])
         images = self._normalise(images)
         if self.flip:
-            mirrored = (bits[:, 0] & 1).astype(bool)
+            mirrored = batch.get("mirrored", (bits[:, 0] & 1).astype(bool))
             images = jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
         if self.shift:
-            offsets = bits[:, 1:] % jnp.uint32(2 * self.shift + 1)
-            images = jax.vmap(self._crop)(images, offsets.astype(jnp.int32))
-        return self._resize(images)
+            offsets = bits[:, 1:3] % jnp.uint32(2 * self.shift + 1)
+            crop = jax.vmap(functools.partial(_crop, shape=images.shape[1:]))
+            images = crop(_pad(images, self.shift), offsets.astype(jnp.int32))
+        images = self._resize(self.erasing(images, uniforms[:, ERASING]))
+        return self.mixing(images, batch["label"], partners, uniforms[:, MIXING])
 
     def _recolour(self, images, bits):
         """Colour jitter, then PCA lighting (Krizhevsky et al. 2012, section 4.1), unclipped.
@@ -120,16 +169,19 @@ class Preparation:
         mean, std = jnp.asarray(self.mean, dtype), jnp.asarray(self.std, dtype)
         return (images.astype(dtype) - mean) / std
 
-    def _crop(self, image, offset):
-        padding = ((self.shift, self.shift), (self.shift, self.shift), (0, 0))
-        start = (offset[0], offset[1], jnp.int32(0))
-        return jax.lax.dynamic_slice(jnp.pad(image, padding), start, image.shape)
-
     def _resize(self, images):
         if self.image_size:
             shape = (images.shape[0], self.image_size, self.image_size, images.shape[-1])
             images = jax.image.resize(images, shape, "bilinear")
         return images.astype(self.dtype)
+
+
+def _pad(images, pixels):
+    return jnp.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)))
+
+
+def _crop(image, offset, shape):
+    return jax.lax.dynamic_slice(image, (offset[0], offset[1], jnp.int32(0)), shape)
 
 
 def example_keys(key: jax.Array, positions: jax.Array) -> jax.Array:

@@ -21,6 +21,15 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.argsort(bits, kind="stable").astype(np.int32)
 
 
+def mirrored(seed: int, epoch: int, size: int) -> np.ndarray:
+    """Which of `size` examples are mirrored in an epoch, bool [size].
+
+    Each is in every other epoch, and the first is drawn (airbench; Jordan, arXiv:2404.00498).
+    """
+    bits = np.random.Philox(key=[seed, 0], counter=[0, 0, 2, 0]).random_raw(size)
+    return (bits + np.uint64(epoch)) % np.uint64(2) == 1
+
+
 class MemorySet:
     """One split on the devices.
 
@@ -31,6 +40,7 @@ class MemorySet:
       seed: of the order of training batches.
       replicated: sharding that puts a copy on every device.
       sharded: sharding that divides the leading axis of a batch over the devices.
+      alternates: training batches say which examples are `mirrored`.
     """
 
     def __init__(
@@ -41,28 +51,29 @@ class MemorySet:
         seed: int,
         replicated: NamedSharding,
         sharded: NamedSharding,
+        alternates: bool = False,
     ):
         """Copies the arrays to the devices."""
         self.size, self.batch_size, self.seed = len(images), batch_size, seed
         self.steps_per_epoch = self.size // batch_size  # the remainder is reshuffled next epoch
-        self._replicated = replicated
-        self._images, self._labels = self._place(images), self._place(labels)
+        self._replicated, self._alternates = replicated, alternates
+        self._arrays = {"image": self._place(images), "label": self._place(labels)}
         self._epoch, self._order = -1, None
 
         @functools.partial(jax.jit, out_shardings=sharded)
-        def take(images, labels, order, start):
+        def take(arrays, order, start):
             indices = jax.lax.dynamic_slice(order, (start,), (batch_size,))
             # Each device reads the images of its own rows alone.
             indices = jax.lax.with_sharding_constraint(indices, sharded)
-            return {"image": images[indices], "label": labels[indices]}
+            return {name: array[indices] for name, array in arrays.items()}
 
         @functools.partial(jax.jit, out_shardings=sharded)
-        def take_padded(images, labels, start):
+        def take_padded(arrays, start):
             places = start + jnp.arange(batch_size, dtype=jnp.int32)
             places = jax.lax.with_sharding_constraint(places, sharded)
-            indices = jnp.minimum(places, len(images) - 1)
-            mask = places < len(images)
-            return {"image": images[indices], "label": labels[indices], "mask": mask}
+            indices = jnp.minimum(places, self.size - 1)
+            taken = {name: array[indices] for name, array in arrays.items()}
+            return taken | {"mask": places < self.size}
 
         self._take, self._take_padded = take, take_padded
 
@@ -71,7 +82,8 @@ class MemorySet:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     def batch(self, step: int) -> Batch:
-        """The training batch of a step: image uint8 [batch, h, w, c], label int32 [batch].
+        """The training batch of a step: image uint8 [batch, h, w, c], label int32 [batch], perhaps
+        mirrored bool [batch].
 
         Every epoch is a permutation of its own, of which the remainder is dropped; the position
         of the input is the step alone.
@@ -79,10 +91,11 @@ class MemorySet:
         epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._place(permutation(self.seed, epoch, self.size))
-        start = np.int32(index * self.batch_size)
-        return self._take(self._images, self._labels, self._order, start)
+            if self._alternates:
+                self._arrays["mirrored"] = self._place(mirrored(self.seed, epoch, self.size))
+        return self._take(self._arrays, self._order, np.int32(index * self.batch_size))
 
     def evaluation(self) -> Iterator[Batch]:
         """Every example once, in order; the last batch is padded where `mask`, bool, is false."""
         for start in range(0, self.size, self.batch_size):
-            yield self._take_padded(self._images, self._labels, np.int32(start))
+            yield self._take_padded(self._arrays, np.int32(start))

@@ -26,7 +26,7 @@ from absl import flags, logging
 from jax.sharding import Sharding
 
 from densejax.data.encoded import Example, ImageError
-from densejax.data.memory import Batch, permutation
+from densejax.data.memory import Batch, mirrored, permutation
 from densejax.data.official import DataError, one_line
 from densejax.runs import interrupt
 
@@ -53,6 +53,7 @@ class ChunkSource:
       image_size: pixels.
       seed: of order and crops; None: the order of `indices`, once, then padding without end.
       skip: whether an image that cannot be read is replaced by the one after it.
+      alternates: chunks say which examples are `memory.mirrored`.
     """
 
     examples: Sequence[Example]
@@ -63,6 +64,7 @@ class ChunkSource:
     image_size: int
     seed: int | None = None
     skip: bool = False
+    alternates: bool = False
 
     @property
     def chunk_size(self) -> int:
@@ -79,7 +81,10 @@ class ChunkSource:
         return sys.maxsize // 2
 
     def __getitem__(self, number):
-        """The chunk of a number: image uint8, label int32, mask bool, each [chunk_size, ...]."""
+        """The chunk of a number: image uint8, label int32, mask bool, each [chunk_size, ...].
+
+        Where it `alternates`, also mirrored bool.
+        """
         step, part = divmod(number, self.chunks_per_batch)
         epoch = 0
         if self.seed is not None:
@@ -91,12 +96,16 @@ class ChunkSource:
             "label": np.zeros(len(rows), np.int32),
             "mask": positions < len(self.indices),
         }
+        if self.alternates:
+            chunk["mirrored"] = np.zeros(len(rows), bool)
         for place, position in enumerate(positions[chunk["mask"]].tolist()):
-            chunk["image"][place], chunk["label"][place] = self._example(epoch, position)
+            chunk["image"][place], chunk["label"][place], rank = self._example(epoch, position)
+            if self.alternates:
+                chunk["mirrored"][place] = _mirrored(self.seed, epoch, len(self.indices))[rank]
         return chunk
 
     def _example(self, epoch, position):
-        """The image and the label at a position of an epoch."""
+        """The image, the label and its rank in `indices` at a position of an epoch."""
         count, bits = len(self.indices), ()
         for following in range(count if self.skip else 1):
             rank = (position + following) % count
@@ -107,7 +116,7 @@ class ChunkSource:
                 bits = (np.random.Philox(key=[self.seed, epoch], counter=[0, position, 1, 0]),)
             index = int(self.indices[rank])
             try:
-                return self._read(index, *bits)
+                return *self._read(index, *bits), rank
             except ImageError as error:
                 if not self.skip:
                     hint = "" if self.seed is None else ", or set data.corrupt_images = 'skip'"
@@ -124,6 +133,7 @@ class ChunkSource:
 
 
 _order = functools.lru_cache(maxsize=2)(permutation)
+_mirrored = functools.lru_cache(maxsize=2)(mirrored)
 
 
 def rows_of_process(sharded: Sharding, batch_size: int) -> np.ndarray:
@@ -247,7 +257,8 @@ class StreamSet:
             self._iterator = self._batches(step)
         self._next_step = step + 1
         batch = next(self._iterator)
-        return {"image": batch["image"], "label": batch["label"]}
+        del batch["mask"]
+        return batch
 
     def evaluation(self) -> Iterator[Batch]:
         """Every example once, in order; the last batch is padded where `mask`, bool, is false."""

@@ -30,6 +30,8 @@ def compile_step(built: Experiment, trains: bool, batch_size: int) -> Any:
     if not trains and config.data.storage == "stream" and config.evaluate.crop_size:
         shape = (config.evaluate.resize_size, config.evaluate.resize_size, shape[-1])
     batch = experiment.abstract_batch(built.mesh, shape, batch_size)
+    if trains and config.augmentation.alternate_flip:
+        batch["mirrored"] = batch["label"].update(dtype=jnp.bool_)
     if not trains:
         batch["mask"] = batch["label"].update(dtype=jnp.bool_)
     step = built.map(train_step, donate=True) if trains else built.map(eval_step)
@@ -50,7 +52,8 @@ def multiply_adds(built: Experiment, trains: bool) -> int:
     forward = counts.of_network(model, shape)[1] - counts.pooled_first(model, shape, trains)
     if trains:
         return 3 * forward + counts.recomputed(model, shape)
-    return forward * (10 if crop else 1)
+    one = jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
+    return forward * len(jax.eval_shape(preparation.views, one))
 
 
 def total_bytes(program: Any) -> float:

@@ -17,13 +17,15 @@ def sums(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Arra
 
     Args:
       logits: float [batch, classes].
-      labels: int32 [batch].
+      labels: int32 [batch], or probabilities [batch, classes]: the most probable counts.
       losses: float [batch].
       mask: bool [batch], false for padding.
 
     Returns:
       "loss", "correct", "correct_top5" (more than five classes) and "count", scalars.
     """
+    if labels.ndim > 1:
+        labels = labels.argmax(-1)
     # Logits that are not below the label's count against it: ties, and whatever is not a number.
     below = logits < jnp.take_along_axis(logits, labels[:, None], 1)
     rank = logits.shape[-1] - 1 - below.sum(-1)

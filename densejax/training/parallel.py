@@ -95,6 +95,16 @@ def check_batch_size(key: str, batch_size: int, mesh: Mesh, parts: int = 1) -> N
         )
 
 
+def reverse(array: jax.Array, axis: Axis) -> jax.Array:
+    """The global batch [batch, ...] in reverse order, of which each replica has its share.
+
+    Devices exchange what they have in pairs: one message of a share, whatever their number.
+    """
+    last = jax.lax.axis_size(axis) - 1
+    pairs = [(device, last - device) for device in range(last + 1)]
+    return jax.lax.ppermute(array, axis, pairs)[::-1]
+
+
 def map_step(
     step: Callable[[Any, Any], Any], mesh: Mesh, mode: str, donate: bool = False
 ) -> Callable[[Any, Any], Any]:

@@ -1,6 +1,7 @@
 """The training and evaluation step of ONE replica; parallel.map_step maps them over devices."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ from densejax.training import losses, metrics
 from densejax.training.averaging import Average
 from densejax.training.losses import Loss
 from densejax.training.optimizer import Schedule
-from densejax.training.parallel import AXIS, Axis
+from densejax.training.parallel import AXIS, Axis, reverse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Task:
       learning_rate: of the next step, from the number of steps done; reported, not applied.
       preparation: from stored images to the network's input.
       image_shape: stored (height, width, channels).
-      loss: of each training example, from (logits, labels).
+      loss: of each training example, from (logits, labels or their probabilities).
       evaluation_loss: the same of each evaluated example.
       log_every: steps after which the training metrics start anew.
       axis: of the devices, as `parallel.axis` names it.
@@ -114,7 +115,7 @@ def train_step(
     Args:
       task: what stays the same.
       state: replicated.
-      batch: image uint8 [local batch, height, width, channels], label int32 [local batch].
+      batch: as `Preparation.training` takes it, of the local batch.
 
     Returns:
       The new state, and its metrics with the step's "learning_rate" and the state's "skipped"; all
@@ -131,18 +132,20 @@ def train_step(
 
     def gradient_of(batch_stats, part):
         """(BatchNorm's new statistics, (this replica's gradient, its metric sums))."""
+        keys = jax.random.wrap_key_data(part["key"])
+        partners = functools.partial(reverse, axis=axis)
+        images, labels = task.preparation.training(part, keys, partners)
 
         def loss_of(params):
-            keys = jax.random.wrap_key_data(part["key"])
             (logits, _), updates = task.model.apply(
                 {"params": params, "batch_stats": batch_stats},
-                task.preparation.training(part["image"], keys),
+                images,
                 train=True,
                 keys=part["key"],
                 mutable=["batch_stats"],
             )
             logits = at_least_float32(logits)
-            of_each = task.loss(logits, part["label"])
+            of_each = task.loss(logits, labels)
             if of_each.shape != part["label"].shape:
                 raise UserError(
                     f"train.loss: it gives an array {list(of_each.shape)} for "
@@ -152,7 +155,7 @@ def train_step(
 
         gradient, (logits, of_each, batch_stats) = jax.grad(loss_of, has_aux=True)(params)
         everyone = jnp.ones(of_each.shape, bool)
-        return batch_stats, (gradient, metrics.sums(logits, part["label"], of_each, everyone))
+        return batch_stats, (gradient, metrics.sums(logits, labels, of_each, everyone))
 
     batch_stats, batch = state.batch_stats, batch | {"key": keys}
     if unsynced_axes:

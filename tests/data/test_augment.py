@@ -9,7 +9,9 @@ import pytest
 import scipy.stats
 from PIL import Image
 
-from densejax.data.augment import Preparation, example_keys
+from densejax.data.augment import Preparation, example_keys, reverse
+from densejax.data.mixing import Erasing, Mixing
+from densejax.data.operations import Operations
 
 PLAIN = {"mean": (0.0,), "std": (1.0,)}
 
@@ -19,7 +21,8 @@ def keys(number, seed=0):
 
 
 def train(preparation, images, keys):
-    return np.asarray(jax.jit(preparation.training)(images, keys))
+    batch = {"image": images, "label": jnp.zeros(len(images), jnp.int32)}
+    return np.asarray(jax.jit(preparation.training)(batch, keys)[0])
 
 
 def test_evaluation_normalises_per_channel():
@@ -105,8 +108,7 @@ def test_resize():
     expected = np.broadcast_to([0.0, 25.0, 75.0, 100.0], (4, 4))  # pixel centres, bilinear
     np.testing.assert_allclose(found[0, :, :, 0], expected, atol=1e-4)
     training = Preparation(**PLAIN, image_size=4, shift=1, flip=True)
-    shape = jax.eval_shape(training.training, jnp.asarray(columns), keys(1))
-    assert shape.shape == (1, 4, 4, 1)
+    assert train(training, columns, keys(1)).shape == (1, 4, 4, 1)
 
 
 def test_shrinking_is_antialiased_as_pillows():
@@ -121,9 +123,10 @@ def test_shrinking_is_antialiased_as_pillows():
 def test_result_has_the_dtype_of_the_computation(dtype, colours):
     preparation = Preparation((0.0,) * 3, (1.0,) * 3, 1, True, image_size=6, dtype=dtype, **colours)
     images = jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.uint8)
+    batch = {"image": images, "label": jax.ShapeDtypeStruct((4,), jnp.int32)}
     with jax.numpy_dtype_promotion("standard"):
         evaluation = jax.eval_shape(preparation.evaluation, images)
-        training = jax.eval_shape(preparation.training, images, keys(4))
+        training, _ = jax.eval_shape(preparation.training, batch, keys(4))
     for result in (evaluation, training):
         assert (result.shape, result.dtype) == ((4, 6, 6, 3), dtype)
 
@@ -145,6 +148,61 @@ def test_ten_crops_are_corners_centre_and_mirrors():
         np.testing.assert_array_equal(view, image[:, y : y + 4, x : x + 4])
     np.testing.assert_array_equal(views[5:], views[:5, :, :, ::-1])
     assert Preparation((0.0,) * 2, (1.0,) * 2).views(image).shape == (1, 1, 7, 6, 2)
+
+
+def test_views_are_two_shifts_along_the_diagonal_and_mirrors():
+    image = np.arange(1, 21, dtype=np.uint8).reshape(1, 4, 5, 1)
+    views = np.asarray(Preparation(**PLAIN, view_shift=1, view_mirror=True).views(image))
+    assert views.shape == (6, 1, 4, 5, 1)
+    padded = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)))  # with the mean colour
+    expected = [image, padded[:, :4, :5], padded[:, 2:, 2:]]
+    for view, mirrored, wanted in zip(views[:3], views[3:], expected, strict=True):
+        np.testing.assert_array_equal(view, wanted)
+        np.testing.assert_array_equal(mirrored, wanted[:, :, ::-1])
+    two = np.asarray(Preparation(**PLAIN, view_mirror=True).views(image))
+    np.testing.assert_array_equal(two, views[[0, 3]])
+    assert Preparation(**PLAIN, view_shift=1).views(image).shape == (3, 1, 4, 5, 1)
+
+
+def test_the_data_may_decide_what_is_mirrored():
+    image = np.arange(1, 65, dtype=np.uint8).reshape(1, 8, 8, 1)
+    images, mirrored = np.broadcast_to(image, (16, 8, 8, 1)), np.arange(16) % 3 == 0
+    batch = {"image": images, "label": np.arange(16), "mirrored": mirrored}
+    found, labels = Preparation(**PLAIN, flip=True).training(batch, keys(16))
+    for result, is_mirrored in zip(found, mirrored, strict=True):
+        np.testing.assert_array_equal(result, image[0, :, ::-1] if is_mirrored else image[0])
+    np.testing.assert_array_equal(labels, np.arange(16))
+
+
+def test_the_order_is_operations_normalise_mirror_shift_erase_mix():
+    """Each part alone, on what the one before made, with the words that are its own."""
+    images = random_images(32, 8)
+    labels = np.arange(32, dtype=np.int32) % 10
+    batch, mean, std = {"image": images, "label": labels}, (99.0, 80.0, 60.0), (50.0, 60.0, 70.0)
+    parts = {
+        "operations": Operations("trivialaugment"),
+        "erasing": Erasing(3, 0.5),
+        "mixing": Mixing(0.4, 1.0, 10),
+    }
+    preparation = Preparation(mean, std, shift=1, flip=True, **parts)
+    found = jax.jit(preparation.training)(batch, keys(32))
+    bits = np.asarray(jax.vmap(lambda key: jax.random.bits(key, (24,)))(keys(32)))
+    uniforms = ((bits >> 8) * 2.0**-24).astype(np.float32)
+    expected = np.asarray(
+        jax.jit(parts["operations"], static_argnums=2)(images, uniforms[:, 21:], mean)
+    )
+    expected = (expected - np.float32(mean)) / np.float32(std)
+    mirrored = (bits[:, 0] % 2 == 1)[:, None, None, None]
+    expected = np.where(mirrored, expected[:, :, ::-1], expected)
+    padded = np.pad(expected, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    corners = bits[:, 1:3] % 3
+    expected = np.stack(
+        [one[y : y + 8, x : x + 8] for one, (y, x) in zip(padded, corners, strict=True)]
+    )
+    expected = parts["erasing"](expected, uniforms[:, 10:17])
+    expected = parts["mixing"](expected, labels, reverse, uniforms[:, 17:21])
+    for result, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(result, wanted, rtol=1e-5, atol=1e-5)
 
 
 # --- Colours.

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from densejax.data.memory import MemorySet, permutation
+from densejax.data.memory import mirrored as mirrored_of
 from densejax.training import parallel
 
 SIZE = 22
@@ -24,12 +25,12 @@ def mesh(request):
     return mesh_of(request.param)
 
 
-def create(mesh, size=SIZE, batch_size=8, seed=0):
+def create(mesh, size=SIZE, batch_size=8, seed=0, alternates=False):
     """Example n has the label n and n in every pixel."""
     labels = np.arange(size, dtype=np.int32)
     images = np.broadcast_to(labels.astype(np.uint8)[:, None, None, None], (size, 2, 3, 1))
     split, whole = parallel.split(mesh), parallel.replicated(mesh)
-    return MemorySet(images, labels, batch_size, seed, whole, split)
+    return MemorySet(images, labels, batch_size, seed, whole, split, alternates)
 
 
 def labels(batch):
@@ -80,6 +81,23 @@ def test_a_batch_is_a_function_of_the_step(mesh):
     fresh = create(mesh)
     assert found == {step: labels(fresh.batch(step)) for step in range(6)}
     assert labels(create(mesh, seed=1).batch(0)) != found[0]
+
+
+def test_each_example_is_mirrored_in_every_other_epoch(mesh):
+    data = create(mesh, alternates=True)
+    seen = {}
+    for step in range(40):
+        batch = data.batch(step)
+        mirrored = np.asarray(batch["mirrored"])
+        assert mirrored.dtype == bool
+        for label, value in zip(labels(batch), mirrored.tolist(), strict=True):
+            seen.setdefault(label, set()).add((value + step // 2) % 2)  # two steps an epoch
+    assert all(len(phases) == 1 for phases in seen.values())
+    assert {phase for phases in seen.values() for phase in phases} == {0, 1}
+    share = mirrored_of(0, 0, 10_000).mean()
+    assert abs(share - 0.5) < 0.025
+    np.testing.assert_array_equal(mirrored_of(0, 1, 99), ~mirrored_of(0, 0, 99))
+    assert (mirrored_of(1, 0, 99) != mirrored_of(0, 0, 99)).any()
 
 
 @pytest.mark.parametrize("size", [22, 24, 5, 8, 1])

@@ -20,7 +20,7 @@ from densejax import data
 from densejax.config import UserError
 from densejax.data import crops, encoded, images, stream
 from densejax.data.builders import DataError
-from densejax.data.memory import permutation
+from densejax.data.memory import mirrored, permutation
 from densejax.runs import interrupt
 from densejax.training import loop, parallel
 from tests import photos, small
@@ -93,6 +93,15 @@ def test_a_batch_is_the_crops_of_the_epochs_permutation(root, reference):
             bits = np.random.Philox(key=[0, epoch], counter=counter)
             crop = crops.training_crop(splits["train"][example][0], 32, bits, min_area=0.08)
             np.testing.assert_array_equal(batch["image"][row], crop)
+
+
+def test_a_stream_says_which_images_are_mirrored(root, reference):
+    found = batches(create(root, augmentation__alternate_flip=True), range(6))
+    for step, batch in enumerate(found):
+        epoch, index = divmod(step, 3)
+        order = permutation(0, epoch, 28)[index * BATCH : (index + 1) * BATCH]
+        np.testing.assert_array_equal(batch.pop("mirrored"), mirrored(0, epoch, 28)[order])
+        assert_equal(batch, reference[step])
 
 
 def test_workers_change_nothing(root, reference):

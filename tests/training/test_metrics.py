@@ -69,3 +69,14 @@ def test_padding_counts_nothing_and_means_are_over_the_real_examples():
     added = {name: sum(part[name] for part in parts) for name in metrics.zeros(8)}
     assert metrics.means(added) == pytest.approx(found, rel=1e-6)
     assert all(type(value) is float for value in found.values())
+
+
+def test_of_probabilities_the_most_probable_class_counts():
+    random = generator()
+    logits = jnp.asarray(random.normal(size=(40, 10)), jnp.float32)
+    labels = np.asarray(random.dirichlet([1.0] * 10, 40), np.float32)
+    found, expected = (
+        metrics.sums(logits, of, jnp.zeros(40), jnp.ones(40, bool))
+        for of in (jnp.asarray(labels), jnp.asarray(labels.argmax(1), jnp.int32))
+    )
+    assert found == expected and found["correct"] > 0

@@ -67,8 +67,8 @@ def by_hand(task, parts, state, batch, every=False):
     def results(batch):
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         keys = jax.vmap(lambda place: jax.random.fold_in(step_key, place))(jnp.arange(256))
-        images = task.preparation.training(batch["image"], keys)
-        batch = {"image": images, "label": batch["label"], "key": jax.random.key_data(keys)}
+        images, labels = task.preparation.training(batch, keys)
+        batch = {"image": images, "label": labels, "key": jax.random.key_data(keys)}
         value = jax.value_and_grad(loss_of, has_aux=True)
         return jax.lax.map(lambda part: value(state.params, part), jax.tree.map(cut, batch))
 
