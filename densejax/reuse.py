@@ -26,7 +26,7 @@ def main() -> int:
 
     parallel.start()
     model, variables = classifier.network(WORKDIR.value)
-    maps = reuse.heat_maps(model, variables["params"])
+    maps = reuse.heat_maps(model, variables["params"], variables.get("batch_stats"))
     folder = epath.Path(OUTPUT.value or WORKDIR.value)
     arrays = {f"{one.block}/{key}": array for one in maps for key, array in vars(one).items()}
     try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 
 import flax.linen as nn
 from absl import flags
@@ -9,6 +10,7 @@ from absl import flags
 from densejax import command_line, models
 from densejax.config import UserError
 from densejax.models import counts
+from densejax.models.connections import Graph
 from densejax.runs import formats
 from densejax.training import experiment
 
@@ -25,6 +27,9 @@ NUM_CLASSES = flags.DEFINE_integer(
 DEPTH = flags.DEFINE_integer("depth", 2, "Parts of a layer's name to show.", lower_bound=1)
 FORMAT = flags.DEFINE_enum(
     "format", "table", ["table", "json"], "How to print.", allow_override=True
+)
+FIGURE = flags.DEFINE_string(
+    "figure", None, "PNG file for a drawing of what each layer reads.", allow_override=True
 )
 LIST = flags.DEFINE_bool("list", False, "Name every network.")
 
@@ -72,6 +77,41 @@ def table(rows: list[counts.Layer]) -> str:
     return formats.table(lines, right=4)
 
 
+def drawn(graph: Graph) -> str:
+    """What each layer of a block reads, as text: a row for each reader, a column for each output.
+
+    The last row is what follows the block.
+    """
+    readers = (*graph.reads, graph.emits)
+    rows = [
+        "".join(".#"[n in read] for n in range(min(row, len(graph.reads) + 1)))
+        for row, read in enumerate(readers, 1)
+    ]
+    names = [*(f"layer{number}" for number in range(1, len(readers))), "end"]
+    return "\n".join(f"  {name:8}{row}" for name, row in zip(names, rows, strict=True))
+
+
+def _alike(graphs: Mapping[str, Graph]) -> dict[Graph, list[str]]:
+    """The names of the blocks of each different graph; widths do not matter."""
+    blocks = {}
+    for name, graph in graphs.items():
+        blocks.setdefault(dataclasses.replace(graph, widths=None), []).append(name)
+    return blocks
+
+
+def draw(graphs: Mapping[str, Graph]) -> None:
+    """Writes the drawing that --figure asks for (raises UserError)."""
+    from densejax.analysis import plots  # matplotlib may be missing
+
+    if not graphs:
+        raise UserError("--figure: this network says nothing of its connections")
+    panels = {", ".join(names): graph for graph, names in _alike(graphs).items()}
+    try:
+        plots.save(plots.connections(panels), FIGURE.value)
+    except OSError as error:
+        raise UserError(f"--figure={FIGURE.value}: {error.strerror}; name a PNG file") from error
+
+
 def main() -> int:
     """Does what the flags say; returns the exit code."""
     if LIST.value:
@@ -79,14 +119,31 @@ def main() -> int:
         return 0
     model, image_shape = chosen()
     rows = counts.layers(model, image_shape, DEPTH.value)
+    graphs = model.graphs() if hasattr(model, "graphs") else {}
+    connections = dataclasses.asdict(counts.connections(graphs.values())) if graphs else {}
+    traffic = counts.memory_access_cost(model, image_shape)
+    if FIGURE.value:
+        draw(graphs)
     if FORMAT.value == "table":
         print(table(rows))
+        print(f"\nvalues that convolutions read and write: {formats.count(traffic)}")
+        if graphs:
+            print(
+                "connections: {edges}; layers on a path from input to output: at most "
+                "{longest_path}, {mean_path:.1f} on average".format(**connections)
+            )
+        for graph, names in _alike(graphs).items():
+            print(f"{', '.join(names)}: the outputs, from the input on, that each layer reads")
+            print(drawn(graph))
         return 0
     result = {
         "image_shape": image_shape,
         "num_classes": model.num_classes,
         "parameters": sum(row.parameters for row in rows),
         "multiply_adds": sum(row.multiply_adds for row in rows),
+        "memory_access_cost": traffic,
+        "connections": connections,
+        "graphs": {name: dataclasses.asdict(graph) for name, graph in graphs.items()},
         "layers": [dataclasses.asdict(row) for row in rows],
     }
     print(json.dumps(result, indent=2))

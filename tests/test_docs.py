@@ -9,11 +9,13 @@ import pytest
 import densejax
 from densejax import models
 from densejax.data import added
+from densejax.models import connections
 from densejax.training import losses, optimizer, parallel
 
 ROOT = pathlib.Path(densejax.__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TABLES = (losses.LOSSES, optimizer.OPTIMIZERS, models.FAMILIES, models.MODELS, added.ADDED)
+TABLES += (connections.CONCATENATING, connections.ADDING)
 
 
 @pytest.fixture

@@ -108,12 +108,13 @@ def test_a_card_brings_its_data(summarise):
 
 def test_the_table_ends_with_the_totals(summarise):
     code, output, _ = summarise("--model=densenet121", "--depth=1", "--num_classes=0")
-    lines = [line.split() for line in output.splitlines()]
+    table = output.partition("\n\n")[0]
+    lines = [line.split() for line in table.splitlines()]
     assert code == 0
     assert lines[0] == ["layer", "output", "parameters", "share", "multiply-adds", "share"]
     assert lines[-1] == ["total", "6,953,856", "100.00", "%", "2,833,137,664", "100.00", "%"]
     assert lines[1][:2] == ["stem", "56x56x64"]
-    assert len({len(line) for line in output.splitlines()}) == 1  # aligned
+    assert len({len(line) for line in table.splitlines()}) == 1  # aligned
 
 
 def test_the_list_names_every_network(summarise):
@@ -148,3 +149,19 @@ def test_the_real_command_needs_no_card():
     answer = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert (answer.returncode, answer.stderr) == (0, "")
     assert "269,722" in answer.stdout.splitlines()[-1]
+
+
+def test_connections_are_drawn(summarise, tmp_path):
+    code, output, error = summarise(
+        "--model=sparsenet_bc_100_24", "--depth=1", f"--figure={tmp_path / 'connections.png'}"
+    )
+    assert (code, error) == (0, "")
+    rows = output.partition("block1, block2, block3: the outputs")[2].splitlines()
+    assert rows[5].split() == ["layer5", ".#.##"] and rows[17].split() == [
+        "end",
+        ".#.......#...#.##",
+    ]
+    assert "connections: 177; layers on a path from input to output: at most 48" in output
+    assert (tmp_path / "connections.png").read_bytes().startswith(b"\x89PNG")
+    refused = one_line(summarise("--model=densenet_40_12", f"--figure={tmp_path}"))
+    assert refused.startswith(f"--figure={tmp_path}: ")

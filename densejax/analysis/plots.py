@@ -6,13 +6,14 @@ colour-blind readers can tell them apart (after Okabe and Ito, 2008). Markers an
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from densejax.config import UserError
+from densejax.models.connections import Graph
 
 try:
     import matplotlib
@@ -20,7 +21,7 @@ except ModuleNotFoundError as error:
     raise UserError("figures need matplotlib: pip install 'densejax[plots]'") from error
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Arc, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 INK = "#3b4149"  # of text and lines; `svg` replaces it by the colour of the page's text
@@ -114,6 +115,43 @@ def heat_maps(maps: Sequence[Any]) -> Figure:
     figure.supxlabel("target", fontsize=9)
     panels[0].set_ylabel("source")
     figure.colorbar(image, ax=panels, label="mean |weight|\nover column's largest", shrink=0.7)
+    return figure
+
+
+def connections(graphs: Mapping[str, Graph]) -> Figure:
+    """Draws what each layer reads, with a panel for each block: arcs, or a matrix of a deep block.
+
+    0 is the block's input, and "end" what follows it.
+    """
+    depths = [len(graph.reads) for graph in graphs.values()]
+    widths = [min(2 + 0.35 * depth, 5) for depth in depths]
+    figure = Figure(figsize=(sum(widths), 0.5 + max(widths) * 0.7), layout="constrained")
+    panels = figure.subplots(1, len(graphs), squeeze=False, width_ratios=widths)[0]
+    for axes, (name, graph), depth in zip(panels, graphs.items(), depths, strict=True):
+        readers = (*graph.reads, graph.emits)
+        axes.set_title(name)
+        axes.grid(False)
+        names = [*map(str, range(depth + 1)), "end"]
+        step = 1 + depth // 20
+        shown = [*range(0, depth + 2 - step, step), depth + 1]
+        axes.set_xticks(shown, [names[number] for number in shown])
+        if depth > 12:
+            read = np.zeros((depth + 1, depth + 2))
+            for reader, sources in enumerate(readers, 1):
+                read[list(sources), reader] = 1
+            axes.imshow(read, cmap="Greys", vmin=0, vmax=1.4, aspect="equal")
+            axes.set_xlim(0.5, depth + 1.5)
+            axes.set(xlabel="reader", ylabel="output that is read")
+            continue
+        for reader, sources in enumerate(readers, 1):
+            for source in sources:
+                length, color = reader - source, COLORS[source % len(COLORS)]
+                arc = Arc(((reader + source) / 2, 0), length, length, theta2=180, color=color)
+                axes.add_patch(arc).set(linewidth=1.3)
+        axes.plot(range(depth + 2), [0] * (depth + 2), "o", color=INK, clip_on=False)
+        axes.set(xlim=(-0.3, depth + 1.3), ylim=(0, (depth + 1) / 2 + 0.2), yticks=())
+        axes.set_aspect("equal")
+        axes.spines["left"].set_visible(False)
     return figure
 
 

@@ -14,20 +14,23 @@ import flax.linen as nn
 import numpy as np
 
 from densejax.config import UserError
+from densejax.models.connections import Stage, coefficients
 from densejax.models.densenet import DenseNet
+from densejax.models.layers import Layers
+from densejax.models.resnet import ResNet
 from densejax.models.vovnet import VoVNet
 
 
 @dataclasses.dataclass(frozen=True)
 class HeatMap:
-    """What the layers of one block of a DenseNet, or of one OSA module of a VoVNet, read.
+    """What the layers of one block read.
 
     Attributes:
-      block: the name of the block or module.
-      sources: "input" and the block's layers, in the order of their channels.
+      block: the name of the block, stage or module.
+      sources: "input" and the block's layers.
       targets: the layers that read several sources; the last one comes after the block.
-      weights: float [sources, targets], the mean of |weight|; NaN where a target does not read a
-        source.
+      weights: float [sources, targets]: the mean of |weight|, or for outputs that are added the
+        root mean square of their coefficients; NaN where a target does not read a source.
     """
 
     block: str
@@ -37,65 +40,100 @@ class HeatMap:
 
 
 def mean_weights(kernel: Any, widths: Sequence[int]) -> list[float]:
-    """Mean of |weight| for each source; NaN for the sources that the kernel does not read.
+    """Mean of |weight| for each source.
 
     Args:
-      kernel: [..., channels in, channels out]; it reads the first sources, one after the other.
+      kernel: [..., channels in, channels out]; it reads the sources, one after the other.
       widths: number of feature maps of each source.
     """
     by_channel = np.abs(kernel).reshape(-1, *np.shape(kernel)[-2:]).mean((0, 2))
-    ends = np.cumsum(widths).tolist()
-    number = ends.index(len(by_channel)) + 1  # of the sources that it reads
-    means = [part.mean() for part in np.split(by_channel, ends[: number - 1])]
-    return means + [np.nan] * (len(widths) - number)
+    if len(by_channel) != sum(widths):
+        raise ValueError(f"a kernel of {len(by_channel)} channels does not read {sum(widths)}")
+    return [part.mean() for part in np.split(by_channel, np.cumsum(widths)[:-1])]
 
 
-def heat_maps(model: nn.Module, params: Any) -> list[HeatMap]:
-    """One heat map for each block of a DenseNet or each OSA module of a VoVNet.
+def heat_maps(model: nn.Module, params: Any, batch_stats: Any = None) -> list[HeatMap]:
+    """One heat map for each block whose layers read several sources, or whose end does.
 
-    With one-shot aggregation a layer reads only the layer before it. The single target is then the
-    1x1 convolution that aggregates, or the classifier after the last block of a DenseNet.
+    Where a layer reads only the layer before it, as with one-shot aggregation, the single target is
+    what follows the block: a 1x1 convolution, or the classifier.
+
+    Args:
+      model: a network with `graphs`.
+      params: its parameters.
+      batch_stats: its running statistics; the pattern "dsnet" alone needs them.
 
     Raises:
       UserError: a network whose layers read only one source.
     """
-    if isinstance(model, DenseNet):
-        blocks = _densenet_blocks(model, params)
-    elif isinstance(model, VoVNet):
-        blocks = _vovnet_modules(model, params)
+    if isinstance(model, ResNet):
+        maps = _stages(model, {"params": params, "batch_stats": batch_stats or {}})
     else:
-        raise UserError(f"{type(model).__name__}: its layers read only one source; take a DenseNet")
-    return [
-        HeatMap(
-            block=name,
-            sources=("input", *(f"layer{number}" for number in range(1, len(widths)))),
-            targets=tuple(kernels),
-            weights=np.array([mean_weights(kernel, widths) for kernel in kernels.values()]).T,
+        maps = _concatenated(model, params) if hasattr(model, "graphs") else ()
+    if not (maps := list(maps)):
+        raise UserError(
+            f"{type(model).__name__}: its layers read only one source, or sums without weights; "
+            f"take a DenseNet, or a ResNet with a learned pattern in model.connect"
         )
-        for name, widths, kernels in blocks
-    ]
+    return maps
 
 
-def _densenet_blocks(model: DenseNet, params: Any) -> Iterator[tuple[str, list[int], dict]]:
-    """(name, feature maps of each source, kernel of each target) of each block."""
-    sizes = zip(model.widths(), model.block_depths(), model.growth_rates(), strict=True)
-    for index, (width, depth, growth_rate) in enumerate(sizes, 1):
-        name, transition = f"block{index}", f"transition{index}"
-        layers = [f"layer{n}" for n in range(1, depth + 1) if model.join == "dense"]
-        kernels = {layer: params[name][layer]["conv1"]["kernel"] for layer in layers}
-        if transition in params:
-            kernels[transition] = params[transition]["conv"]["kernel"]
-        elif model.num_classes:
-            kernels["classifier"] = params["head"]["classifier"]["kernel"]
-        yield name, [width] + [growth_rate] * depth, kernels
+def _concatenated(model: nn.Module, params: Any) -> Iterator[HeatMap]:
+    readers = {"DenseNet": _densenet_kernels, "VoVNet": _vovnet_kernels}[type(model).__name__]
+    for name, graph in model.graphs().items():
+        kernels, end = readers(model, params, name)
+        width = np.shape(kernels[0])[-2]  # of the block's input, which is all that layer 1 reads
+        pairs = zip(graph.reads, kernels, strict=True)
+        reads = {f"layer{n}": pair for n, pair in enumerate(pairs, 1)}
+        if all(len(read) == 1 for read in graph.reads):
+            reads = {}
+        for target, kernel in end.items():
+            reads[target] = graph.emits, kernel
+        widths = (width, *graph.widths)
+        weights = np.full((len(widths), len(reads)), np.nan)
+        for column, (read, kernel) in enumerate(reads.values()):
+            weights[list(read), column] = mean_weights(kernel, [widths[n] for n in read])
+        if any(len(read) > 1 for read, _ in reads.values()):
+            yield HeatMap(name, _sources(len(widths) - 1), tuple(reads), weights)
 
 
-def _vovnet_modules(model: VoVNet, params: Any) -> Iterator[tuple[str, list[int], dict]]:
-    """The same of each OSA module."""
-    for name in (name for name in params if "_module" in name):
-        kernel, depth = params[name]["aggregation"]["conv"]["kernel"], model.module_depth
-        width = model.widths[int(name.removeprefix("stage").split("_")[0]) - 1]
-        yield name, [kernel.shape[-2] - depth * width] + [width] * depth, {"aggregation": kernel}
+def _sources(depth: int) -> tuple[str, ...]:
+    return ("input", *(f"layer{number}" for number in range(1, depth + 1)))
+
+
+def _densenet_kernels(model: DenseNet, params: Any, block: str):
+    """Of a block: the kernel of each layer, and that of what follows it, by name."""
+    kernels = [params[block][f"layer{n + 1}"]["conv1"]["kernel"] for n in range(len(params[block]))]
+    transition = block.replace("block", "transition")
+    if transition in params:
+        return kernels, {transition: params[transition]["conv"]["kernel"]}
+    if model.num_classes:
+        return kernels, {"classifier": params["head"]["classifier"]["kernel"]}
+    return kernels, {}
+
+
+def _vovnet_kernels(model: VoVNet, params: Any, block: str):
+    """The same of an OSA module."""
+    layers = [params[block][f"layer{n + 1}"]["conv"] for n in range(model.module_depth)]
+    end = params[block]["aggregation"]["conv"]["kernel"]
+    return [layer["kernel"] for layer in layers], {"aggregation": end}
+
+
+def _stages(model: ResNet, variables: Any) -> Iterator[HeatMap]:
+    """The coefficients that the learned weights of each stage amount to."""
+    stages = {f"stage{n}": width for n, width in enumerate(model.widths, 1)}
+    for name, graph in model.graphs().items():
+        weights = {kind: tree[name] for kind, tree in variables.items() if name in tree}
+        if name in stages and weights:
+            channels = stages[name] * (4 if model.block == "bottleneck" else 1)
+            stage = Stage(model.connect, Layers(train=False))
+            found = coefficients(stage, weights, len(graph.reads), channels)
+            sizes = np.sqrt(np.square(found).sum((1, 3)) / channels).T
+            reads = np.zeros(sizes.shape, bool)
+            for target, read in enumerate((*graph.reads, graph.emits)):
+                reads[list(read), target] = True
+            sources = _sources(len(graph.reads))
+            yield HeatMap(name, sources, (*sources[1:], "end"), np.where(reads, sizes, np.nan))
 
 
 if __name__ == "__main__":  # the name of the command in earlier versions

@@ -217,6 +217,42 @@ def _combine(weights: Iterable[Any], features: Sequence[jax.Array]) -> jax.Array
     return functools.reduce(jnp.add, terms).astype(features[0].dtype)
 
 
+def coefficients(stage: Stage, variables: Any, depth: int, channels: int) -> jax.Array:
+    """How much of each output is in what each layer of a stage reads, and in what the stage gives.
+
+    Of a layer the output is H alone, without what is added to it. These are the derivatives where
+    all features are 0: there the dynamic part of hyper-connections is 0.
+
+    Returns:
+      [readers, channels, outputs, channels]; the last reader is what follows the stage.
+    """
+
+    def read(outputs):
+        seen = []
+
+        def layer(output, x):
+            seen.append(x)
+            return output
+
+        layers = [functools.partial(layer, output[None, None, None]) for output in outputs[1:]]
+        seen.append(stage.apply(variables, outputs[0][None, None, None], layers))
+        return jnp.stack(seen)[:, 0, 0, 0]
+
+    return jax.jacfwd(read)(jnp.zeros((depth + 1, channels)))
+
+
+@functools.cache
+def adding_graph(connect: str, depth: int) -> Graph:
+    """What each layer of a stage reads with a pattern of `ADDING`: what its weights can bring."""
+    stage, x = Stage(connect, Layers(train=False), parent=None), jnp.zeros((1, 1, 1, 1))
+    same = [lambda x: x] * depth
+    shapes = jax.eval_shape(lambda: stage.init(jax.random.key(0), x, same))
+    variables = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.5), shapes)  # none is zero
+    reads = np.abs(coefficients(stage, variables, depth, 1)[:, 0, :, 0]) > 0
+    *reads, emits = (tuple(np.flatnonzero(row).tolist()) for row in reads)
+    return Graph(tuple(reads), emits, (1,) * depth)
+
+
 def add(stage: Stage, x: jax.Array, layers: Sequence[Layer]) -> jax.Array:
     """A layer reads the sum of all outputs before it: ResNet (He et al., arXiv:1512.03385)."""
     for layer in layers:

@@ -3,15 +3,17 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from densejax import models
+from densejax.models.connections import Graph
 from densejax.models.convolution import tracing_for
 
 # A trace for one platform: else it has a branch for each, and all of them would be counted.
@@ -50,6 +52,44 @@ def convolution_inputs(model: nn.Module, image_shape: tuple[int, int, int]) -> i
     """
     jaxpr = _trace(model, image_shape)[1]
     return _by_scope(jaxpr, lambda equation: equation.invars[0].aval.size).total()
+
+
+@dataclasses.dataclass(frozen=True)
+class Connections:
+    """How much the layers of a network are connected.
+
+    A path leads from the network's input to its output along connections; it is as long as the
+    layers that it passes in blocks. Stems, transitions and classifiers are not counted.
+
+    Attributes:
+      edges: outputs that layers and the ends of blocks read, one for each reader.
+      longest_path: the most layers on a path.
+      mean_path: layers on the mean of all paths.
+    """
+
+    edges: int
+    longest_path: int
+    mean_path: float
+
+
+def connections(graphs: Iterable[Graph]) -> Connections:
+    """Counts of blocks that follow each other."""
+    edges, lengths = 0, [1]  # lengths[n]: paths of n layers
+    for graph in graphs:
+        edges += len(graph.emits) + sum(map(len, graph.reads))
+        paths = [np.array([1], object)]  # of each output; whole numbers of any size
+        for read in graph.reads:
+            paths.append(np.concatenate([[0], _sum([paths[output] for output in read])]))
+        lengths = np.convolve(lengths, _sum([paths[output] for output in graph.emits]))
+    mean = sum(n * number for n, number in enumerate(lengths)) / sum(lengths)
+    longest = max(n for n, number in enumerate(lengths) if number)
+    return Connections(edges, longest, float(mean))
+
+
+def _sum(arrays):
+    """The sum of arrays of different lengths that start at the same place."""
+    longest = max(map(len, arrays))
+    return sum(np.pad(array, (0, longest - len(array))) for array in arrays)
 
 
 def _trace(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from densejax.models import connections, layers
-from densejax.models.connections import Stage
+from densejax.models.connections import Graph, Stage
 from densejax.models.layers import Layers
 
 
@@ -139,6 +139,23 @@ class ResNet(nn.Module):
         ):
             unset = getattr(self, field) == getattr(ResNet, field)
             layers.require(self, field, reads or unset, f"only model.{reader} reads it")
+
+    def graphs(self) -> dict[str, Graph]:
+        """What the blocks of each stage read, by its name.
+
+        A block that changes the size or width of features is a graph of its own, by its name.
+        """
+        graphs, alone = {}, ((0,), (1,)) if self.connect == "chain" else ((0,), (0, 1))
+        width = self.widths[0]
+        for stage, (depth, planes) in enumerate(zip(self.blocks, self.widths, strict=True), 1):
+            last = _convolutions(self.block, planes, 1, self.stride_on)[-1][0]
+            if stage > 1 or last != width:
+                graphs[f"stage{stage}_block1"] = connections.graph(alone, 1, last)
+                depth -= 1
+            if depth:
+                graphs[f"stage{stage}"] = connections.adding_graph(self.connect, depth)
+            width = last
+        return graphs
 
     @nn.compact
     def __call__(

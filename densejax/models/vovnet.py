@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from densejax.models import layers
+from densejax.models import connections, layers
+from densejax.models.connections import Graph
 from densejax.models.layers import Layers
 from densejax.models.pooling import max_pool
 
@@ -89,6 +90,14 @@ class VoVNet(nn.Module):
         for field, number in numbers.items():
             layers.require_positive(self, field, number)
         layers.require(self, "module_depth", self.module_depth >= 1, "must be at least 1")
+
+    def graphs(self) -> dict[str, Graph]:
+        """What the layers of each module read, by its name."""
+        return {
+            f"stage{stage}_module{module}": connections.graph("one_shot", self.module_depth, width)
+            for stage, (number, width) in enumerate(zip(self.modules, self.widths, strict=True), 1)
+            for module in range(1, number + 1)
+        }
 
     @nn.compact
     def __call__(

@@ -61,10 +61,8 @@ def test_mean_weights():
     kernel[:, :, :2] = -0.5
     kernel[:, :, 2:, 0], kernel[:, :, 2:, 1] = 3, -1
     np.testing.assert_allclose(reuse.mean_weights(kernel, (2, 3)), [0.5, 2])
-    found = reuse.mean_weights(kernel, (2, 3, 4))  # the third is beyond what it reads
-    np.testing.assert_array_equal(found, [0.5, 2, np.nan])
     np.testing.assert_allclose(reuse.mean_weights(kernel[0, 0], (2, 3)), [0.5, 2])  # a classifier
-    with pytest.raises(ValueError):  # sources that do not end where the kernel's channels do
+    with pytest.raises(ValueError, match="5 channels does not read 6"):
         reuse.mean_weights(kernel, (2, 4))
 
 
@@ -102,7 +100,7 @@ def test_targets_and_what_stands_behind_a_block():
     model, params = network("densenet_bc_40_12", **VARIANT)
     maps = reuse.heat_maps(model.clone(num_classes=0), params)
     assert maps[-1].targets == layers[-1]
-    with pytest.raises(UserError, match="ResNet: its layers read only one source"):
+    with pytest.raises(UserError, match="ResNet: its layers read only one source, or sums without"):
         reuse.heat_maps(*network("resnet20_cifar"))
 
 
@@ -164,3 +162,29 @@ def test_the_earlier_name_of_the_command_works(tmp_path, known_network, monkeypa
         runpy.run_module("densejax.analysis.reuse", run_name="__main__")
     assert (caught.value.code, known_network) == (0, ["runs/mine"])
     assert (tmp_path / "reuse.npz").exists()
+
+
+def test_a_graph_of_one_s_own_is_drawn_as_it_reads():
+    own = ((0,), (1, 0), (2, 0))  # of two layers; the second reads the first, then the input
+    model, params = network("densenet_bc_40_12", depth=None, blocks=(2,), connect=own)
+    kernel = params["block1"]["layer2"]["conv1"]["kernel"]
+    kernel[..., :12, :], kernel[..., 12:, :] = 2, -3  # growth rate 12
+    (found,) = reuse.heat_maps(model, params)
+    nan = np.nan
+    assert found.targets == ("layer1", "layer2", "classifier")
+    np.testing.assert_array_equal(found.weights, [[1, 3, 1], [nan, 2, nan], [nan, nan, 1]])
+
+
+def test_learned_weights_are_drawn_as_what_they_amount_to():
+    """DenseFormer's averages: what an output's part is in a later one, by hand."""
+    fields = {"blocks": (2,), "widths": (16,), "block": "basic", "stride_on": "3x3"}
+    model, params = network("preact_resnet164", **fields, connect="weighted")
+    params["stage1"] = {"weights1": np.array([2.0, 3.0]), "weights2": np.array([0.5, 0.0, 4.0])}
+    (found,) = reuse.heat_maps(model, params)
+    # X_1 = x + f_1; Y_1 = 2 x + 3 X_1; X_2 = Y_1 + f_2; Y_2 = 0.5 x + 4 X_2.
+    assert (found.sources, found.targets) == (
+        ("input", "layer1", "layer2"),
+        ("layer1", "layer2", "end"),
+    )
+    nan = np.nan
+    np.testing.assert_allclose(found.weights, [[1, 5, 20.5], [nan, 3, 12], [nan, nan, 4]])

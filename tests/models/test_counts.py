@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from densejax import models
-from densejax.models import counts
+from densejax.models import connections, counts
 
 
 def shape(*sizes):
@@ -110,3 +110,30 @@ def test_memory_access_cost_counts_what_is_read_and_written_without_the_classifi
 
     expected = (8 * 6 * 3 + 9 * 3 * 4 + 4 * 3 * 4) + (4 * 3 * 4 + 4 * 5 + 4 * 3 * 5)
     assert counts.memory_access_cost(Network(10), (8, 6, 3)) == expected
+
+
+@pytest.mark.parametrize(
+    ("connect", "edges", "longest", "mean"),
+    [
+        ("dense", 4 * 5 / 2 + 5, 4, 2.0),  # each layer is on half of the 2^4 paths
+        ("chain", 5, 4, 4.0),
+        ("one_shot", 4 + 5, 4, 2.0),  # paths of 0, 1, ..., 4 layers, one of each
+        (((0,), (0, 1), (2,), (3, 1), (4,)), 7, 4, (4 + 2 + 3) / 3),
+    ],
+    ids=str,
+)
+def test_connections_are_counted_as_by_hand(connect, edges, longest, mean):
+    graph = connections.graph(connect, 4, 12)
+    assert counts.connections([graph]) == counts.Connections(edges, longest, mean)
+    twice = counts.connections([graph, graph])  # one block after the other
+    assert twice == counts.Connections(2 * edges, 2 * longest, 2 * mean)
+
+
+def test_a_residual_network_is_connected_as_a_dense_one():
+    """Written as sums of outputs, a layer reads all before it (Veit et al., arXiv:1605.06431)."""
+    residual = models.create(models.fields("resnet20_cifar", blocks=(6,), widths=(16,)), 10)
+    dense = connections.graph("dense", 6, 16)
+    (graph,) = residual.graphs().values()
+    assert (graph.reads, graph.emits) == (dense.reads, dense.emits)
+    plain = models.create(models.fields("plain20_cifar"), 10)
+    assert counts.connections(plain.graphs().values()) == counts.Connections(9 + 5, 9, 9.0)
