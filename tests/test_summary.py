@@ -157,7 +157,8 @@ def test_connections_are_drawn(summarise, tmp_path):
     )
     assert (code, error) == (0, "")
     rows = output.partition("block1, block2, block3: the outputs")[2].splitlines()
-    assert rows[5].split() == ["layer5", ".#.##"] and rows[17].split() == [
+    assert rows[5].split() == ["layer5", ".#.##"]
+    assert rows[17].split() == [
         "end",
         ".#.......#...#.##",
     ]
