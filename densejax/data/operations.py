@@ -12,40 +12,23 @@ import jax.numpy as jnp
 
 LEVELS = 30  # TrivialAugment draws one of so many steps above zero
 
-# --- Moves: numbers a to f; the pixel that comes to (x, y) was at (ax + by + c, dx + ey + f), in
-# pixels from the upper left corner.
-
-
-def _shear_x(strength, height, width):
-    return 1, strength, 0, 0, 1, 0
-
-
-def _shear_y(strength, height, width):
-    return 1, 0, 0, strength, 1, 0
-
-
-def _translate_x(strength, height, width):
-    return 1, 0, jnp.trunc(strength), 0, 1, 0
-
-
-def _translate_y(strength, height, width):
-    return 1, 0, 0, 0, 1, jnp.trunc(strength)
-
-
-def _rotate(strength, height, width):
-    x, y, angle = width / 2, height / 2, jnp.deg2rad(strength)
-    cosine, sine = jnp.cos(angle), jnp.sin(angle)
-    return cosine, -sine, x - cosine * x + sine * y, sine, cosine, y - sine * x - cosine * y
-
-
-def _stay(strength, height, width):
-    return 1, 0, 0, 0, 1, 0
-
 
 def _move(image, which, strength, fill):
-    """The nearest pixel of the place that each comes from; outside of the image, `fill`."""
+    """Moves the nearest pixel to each place; what comes from outside of the image is `fill`.
+
+    What comes to (x, y) was at (ax + by + c, dx + ey + f), in pixels from the upper left corner.
+    """
     height, width, _ = image.shape
-    moves = [move(strength, height, width) for move in (*MOVES, _stay)]
+    x, y, angle, pixels = width / 2, height / 2, jnp.deg2rad(strength), jnp.trunc(strength)
+    cosine, sine = jnp.cos(angle), jnp.sin(angle)
+    moves = (  # each a to f, in the order of `MOVES`
+        (1, strength, 0, 0, 1, 0),
+        (1, 0, 0, strength, 1, 0),
+        (1, 0, pixels, 0, 1, 0),
+        (1, 0, 0, 0, 1, pixels),
+        (cosine, -sine, x - cosine * x + sine * y, sine, cosine, y - sine * x - cosine * y),
+        (1, 0, 0, 0, 1, 0),  # stays
+    )
     a, b, c, d, e, f = jnp.asarray(moves, image.dtype)[which]
     y, x = (jnp.arange(side, dtype=image.dtype) + 0.5 for side in (height, width))
     y = y[:, None]
@@ -126,7 +109,7 @@ def _grey(image):
     return jnp.floor((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536)
 
 
-MOVES = (_shear_x, _shear_y, _translate_x, _translate_y, _rotate)
+MOVES = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 COLOURS = (_brightness, _colour, _contrast, _sharpness)
 COLOURS += (_posterize, _solarize, _autocontrast, _equalize, _keep)
 SIGNED = 9  # of so many, in this order, the sign is random

@@ -15,7 +15,7 @@ from tests import photos
 
 FILL = (100, 120, 130)
 PHOTO = photos.photo(37, 30, 1)
-NAMES = [function.__name__.lstrip("_") for function in (*MOVES, *COLOURS)]
+NAMES = [*MOVES, *(function.__name__.lstrip("_") for function in COLOURS)]
 
 
 def moved(image, *matrix):
