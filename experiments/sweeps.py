@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from densejax import data, models
 from densejax.config import UserError, flatten
-from densejax.models import counts
+from densejax.models import connections, counts
 from densejax.runs import workdir
 from densejax.training import experiment
 
@@ -260,6 +260,34 @@ def connectivity(base: Base) -> Iterator[Run]:
             yield network.run(f"{kind}_equal_{what}", {"kind": kind, "equal": what}, mismatch)
 
 
+def patterns(base: Base) -> Iterator[Run]:
+    """Every connection pattern of the package, at equal multiply-adds.
+
+    Those that concatenate are DenseNets; those that add are ResNets with pre-activation, of two 3x3
+    convolutions a block.
+    """
+    for connect in connections.CONCATENATING:
+        make = functools.partial(_connected, base, connect)
+        network, mismatch = base.search(make, base.growth_rates, "multiply_adds")
+        yield network.run(connect, {"kind": connect}, mismatch)
+    doubling = tuple(2**stage for stage in range(len(base.blocks)))
+    for connect in connections.ADDING:
+        make = functools.partial(_preactivated, base, connect)
+        network, mismatch = base.search(make, doubling, "multiply_adds")
+        yield network.run(f"sum_{connect}", {"kind": f"sum, {connect}"}, mismatch)
+
+
+def _connected(base: Base, connect: str, growth_rates: Sequence[int]) -> Network:
+    changed = {} if connect == base.config.model.connect else {"connect": connect}
+    return base.dense((), growth_rates, **changed)
+
+
+def _preactivated(base: Base, connect: str, widths: Sequence[int]) -> Network:
+    fields = {"block": "basic", "stride_on": "3x3", "stem": base.config.model.stem}
+    fields |= {"blocks": base.blocks, "widths": tuple(widths), "connect": connect}
+    return Network("preact_resnet164", fields)
+
+
 def variants(base: Base) -> Iterator[Run]:
     """DenseNet, -B, -C and -BC of one growth rate and one number of convolutions."""
     for variant, fields in models.VARIANTS.items():
@@ -343,7 +371,8 @@ def learning_rate(base: Base) -> Iterator[Run]:
 SWEEPS = {
     sweep.__name__: sweep
     for sweep in (
-        *(growth_rate, depth_width, degradation, connectivity, variants, growth_schedule),
+        *(growth_rate, depth_width, degradation, connectivity, patterns, variants),
+        growth_schedule,
         *(train_size, compression, dropout, learning_rate),
     )
 }
