@@ -26,7 +26,6 @@ import torch
 import torchvision
 
 from densejax import models, pretrained
-from densejax.weights.names import LAYOUTS
 
 LIMIT = 1e-5
 TORCHVISION = (
@@ -39,6 +38,8 @@ TIMM = {
     "timm/resnet50": "resnet50",
     "timm/vovnet39a": "vovnet39",
     "timm/vovnet57a": "vovnet57",
+    "timm/ese_vovnet19b_dw": "ese_vovnet19b_dw",
+    "timm/ese_vovnet39b": "ese_vovnet39b",
 }
 
 
@@ -49,7 +50,7 @@ def build(name, dtype, classes=100):
         import timm
 
         peer = timm.create_model(name.partition("/")[2], num_classes=classes)
-        fields = LAYOUTS["vovnet"][1].fields if "vovnet" in name else {}
+        fields = {"identity": False} if name.startswith("timm/vovnet") else {}
         fields = models.fields(TIMM[name], **fields)
     else:
         peer = getattr(torchvision.models, name)(num_classes=classes)

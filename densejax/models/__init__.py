@@ -52,6 +52,7 @@ _RESNET_CIFAR = {"family": "resnet", "shortcut": "identity"}
 _PREACT = {"family": "resnet", "preactivation": True, "block": "bottleneck", "stride_on": "1x1"}
 _PLAIN = {"family": "resnet", "connect": "chain"}
 _VOVNET = {"family": "vovnet"}
+_VOVNET_V2 = _VOVNET | {"squeeze_excite": True}
 MODELS = {
     "densenet_40_12": _DENSENET | VARIANTS["plain"] | {"depth": 40, "growth_rate": 12},
     "densenet_100_12": _DENSENET | VARIANTS["plain"] | {"depth": 100, "growth_rate": 12},
@@ -110,6 +111,10 @@ MODELS = {
     },
     "vovnet39": _VOVNET | {"modules": (1, 1, 2, 2)},
     "vovnet57": _VOVNET | {"modules": (1, 1, 4, 3)},
+    "ese_vovnet19b_dw": _VOVNET_V2
+    | {"modules": (1, 1, 1, 1), "module_depth": 3, "stem_widths": (64, 64, 64), "separable": True},
+    "ese_vovnet39b": _VOVNET_V2 | {"modules": (1, 1, 2, 2)},
+    "ese_vovnet57b": _VOVNET_V2 | {"modules": (1, 1, 4, 3)},
 }
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from densejax.config import UserError
 from densejax.models.convolution import Convolution
-from densejax.models.normalization import BatchNorm
+from densejax.models.normalization import BatchNorm, at_least_float32
 from densejax.models.pooling import max_pool
 from densejax.models.regularization import Dropout, StochasticDepth, raw_keys
 
@@ -136,6 +136,19 @@ class ImageNetStem(nn.Module):
         conv = self.layers.conv(self.width, (7, 7), 2, name="conv")
         x = self.layers.normalised(conv, self.layers.norm(name="norm"), image, relu=True)
         return max_pool(x, ((1, 1), (1, 1)))
+
+
+class SqueezeExcite(nn.Module):
+    """Effective squeeze-excitation: a gate for each channel (Lee and Park, arXiv:1911.06667)."""
+
+    layers: Layers
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Multiplies x [batch, height, width, channels] by gates, of which its mean decides."""
+        mean = at_least_float32(x).mean((1, 2), keepdims=True)
+        biased = dataclasses.replace(self.layers, convolution_bias=True)
+        return x * nn.hard_sigmoid(biased.conv(x.shape[-1], (1, 1), name="conv")(mean))
 
 
 STEMS = {"cifar": CifarStem, "imagenet": ImageNetStem}

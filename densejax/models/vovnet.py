@@ -1,4 +1,7 @@
-"""VoVNet: each module aggregates all its layers once, at its end (Lee et al., arXiv:1904.09730)."""
+"""VoVNet: each module aggregates all its layers once, at its end (Lee et al., arXiv:1904.09730).
+
+VoVNetV2 adds squeeze-excitation (Lee and Park, arXiv:1911.06667).
+"""
 
 from typing import Any
 
@@ -13,17 +16,23 @@ from densejax.models.pooling import max_pool
 
 
 class ConvNorm(nn.Module):
-    """Convolution, BatchNorm, ReLU."""
+    """Convolution, BatchNorm, ReLU; a separable convolution is a depthwise one and a 1x1."""
 
     width: int
     size: int  # of the kernel
     layers: Layers
     stride: int = 1
+    separable: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [batch, height, width, channels] to `width` feature maps."""
-        conv = self.layers.conv(self.width, (self.size, self.size), self.stride, name="conv")
+        size, channels = (self.size, self.size), x.shape[-1]
+        if self.separable:
+            conv = self.layers.conv(channels, size, self.stride, name="depthwise", groups=channels)
+            x, conv = conv(x), self.layers.conv(self.width, (1, 1), name="pointwise")
+        else:
+            conv = self.layers.conv(self.width, size, self.stride, name="conv")
         return self.layers.normalised(conv, self.layers.norm(name="norm"), x, relu=True)
 
 
@@ -35,16 +44,23 @@ class OneShotAggregation(nn.Module):
     output_width: int
     identity: bool  # whether the input is added to the output
     layers: Layers
+    separable: bool = False
+    squeeze_excite: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [batch, height, width, channels] to `output_width` feature maps."""
-        outputs = [x]
+        outputs, y = [x], x
+        if self.separable and x.shape[-1] != self.width:
+            y = ConvNorm(self.width, 1, self.layers, name="reduction")(x)
         for index in range(1, self.depth + 1):
-            layer = ConvNorm(self.width, 3, self.layers, name=f"layer{index}")
-            outputs.append(layer(outputs[-1]))
+            fields = {"separable": self.separable, "name": f"layer{index}"}
+            y = ConvNorm(self.width, 3, self.layers, **fields)(y)
+            outputs.append(y)
         aggregated = jnp.concatenate(outputs, axis=-1)
         y = ConvNorm(self.output_width, 1, self.layers, name="aggregation")(aggregated)
+        if self.squeeze_excite:
+            y = layers.SqueezeExcite(self.layers, name="squeeze_excite")(y)
         return x + y if self.identity else y
 
 
@@ -67,6 +83,9 @@ class VoVNet(nn.Module):
       module_depth: 3x3 layers of a module.
       identity: a module adds its input where a stage repeats it (as the authors' code).
       stem_widths: channels of the stem's three 3x3 layers, of strides 2, 1 and 2.
+      separable: 3x3 layers but the first are a depthwise 3x3 and a 1x1; a module whose input has
+        another width than they begins with a 1x1 layer, which is not aggregated.
+      squeeze_excite: the V2 of VoVNetV2: a gate for each channel, at the end of every stage.
       batch_norm_epsilon: added to the variance.
       dtype: precision of the computation.
       batch_norm_axis: mapped axis that BatchNorm's batch statistics are averaged over.
@@ -79,6 +98,8 @@ class VoVNet(nn.Module):
     module_depth: int = 5
     identity: bool = True
     stem_widths: tuple[int, ...] = (64, 64, 128)
+    separable: bool = False
+    squeeze_excite: bool = False
     batch_norm_epsilon: float = 1e-5
     dtype: Any = jnp.float32
     batch_norm_axis: str | None = None
@@ -111,15 +132,17 @@ class VoVNet(nn.Module):
         builder = Layers.of(self, train, keys, image)
         x = image
         for index, (width, stride) in enumerate(zip(self.stem_widths, (2, 1, 2), strict=True), 1):
-            x = ConvNorm(width, 3, builder, stride, name=f"stem{index}")(x)
+            separable = self.separable and index > 1
+            x = ConvNorm(width, 3, builder, stride, separable, name=f"stem{index}")(x)
         features = {"stem": x}
         stages = zip(self.modules, self.widths, self.output_widths, strict=True)
         for stage, (number, width, output_width) in enumerate(stages, 1):
             x = x if stage == 1 else ceil_max_pool(x)
             for index in range(1, number + 1):
                 fields = (self.module_depth, width, output_width, self.identity and index > 1)
-                name = f"stage{stage}_module{index}"
-                x = OneShotAggregation(*fields, builder, name=name)(x)
+                squeeze_excite = self.squeeze_excite and index == number
+                fields += (builder, self.separable, squeeze_excite)
+                x = OneShotAggregation(*fields, name=f"stage{stage}_module{index}")(x)
             features[f"stage{stage}"] = x
         features["final"] = x
         logits, features["pooled"] = layers.Head(self.num_classes, name="head")(x)

@@ -74,8 +74,9 @@ def to_torch(
     layouts = [x for x in _layouts(model, is_torch=True) if project in ("", x.project)]
     if not layouts:
         raise UserError(f"project = {project!r}: has no names for a {_family(model)}")
+    fitting = [x for x in layouts if all(getattr(model, f) == v for f, v in x.fields.items())]
     flat = {path: np.asarray(array) for path, array in flatten(variables).items()}
-    paths = _paths_by_name(model, layouts[0], flat)
+    paths = _paths_by_name(model, fitting[0] if project and fitting else layouts[0], flat)
     return {name: _transpose(flat[path], (3, 2, 0, 1)) for name, path in paths.items()}
 
 

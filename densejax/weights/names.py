@@ -72,9 +72,10 @@ _PROJECTION = r"stage(\d+)_block(\d+)/projection(_norm)?"
 _VOVNET_STEM = r"stem(\d)/(norm|conv)"
 _VOVNET_LAYER = r"stage(\d+)_module(\d+)/layer(\d+)/(norm|conv)"
 _AGGREGATION = r"stage(\d+)_module(\d+)/aggregation/(norm|conv)"
+_SEPARABLE = "norm|conv|depthwise|pointwise"
 
 _KERAS_ALIASES = {r":0$": ""}  # TensorFlow's output number
-_KIND = {"norm": "bn", "conv": "conv"}
+_KIND = {"norm": "bn", "conv": "conv", "depthwise": "conv_dw", "pointwise": "conv_pw"}
 
 
 def _author_vovnet(stage: int, module: int, layer: int | str, kind: str) -> str:
@@ -88,6 +89,20 @@ _RESNET = {
     "stem_norm": "bn1",
     _RESIDUAL: lambda s, b, kind, i: f"layer{s}.{b - 1}.{_KIND[kind]}{i}",
     _PROJECTION: lambda s, b, norm: f"layer{s}.{b - 1}.downsample.{int(bool(norm))}",
+}
+_TIMM_VOVNET = {
+    _VOVNET_STEM.replace("norm|conv", _SEPARABLE): lambda n, kind: f"stem.{n - 1}.{_KIND[kind]}",
+    _VOVNET_LAYER.replace("norm|conv", _SEPARABLE): lambda s, m, n, kind: (
+        f"stages.{s - 1}.blocks.{m - 1}.conv_mid.{n - 1}.{_KIND[kind]}"
+    ),
+    r"stage(\d+)_module(\d+)/reduction/(norm|conv)": lambda s, m, kind: (
+        f"stages.{s - 1}.blocks.{m - 1}.conv_reduction.{_KIND[kind]}"
+    ),
+    _AGGREGATION: lambda s, m, kind: f"stages.{s - 1}.blocks.{m - 1}.conv_concat.{_KIND[kind]}",
+    r"stage(\d+)_module(\d+)/squeeze_excite/conv": lambda s, m: (
+        f"stages.{s - 1}.blocks.{m - 1}.attn.fc"
+    ),
+    _CLASSIFIER: "head.fc",
 }
 # The layouts of each family; `to_torch` writes the first one unless another is asked for.
 LAYOUTS: dict[str, list[Layout]] = {
@@ -164,19 +179,12 @@ LAYOUTS: dict[str, list[Layout]] = {
             },
             fields={"identity": True},
         ),
+        Layout("timm", _TIMM_VOVNET, fields={"identity": False}),
         Layout(
             "timm",
-            {
-                _VOVNET_STEM: lambda n, kind: f"stem.{n - 1}.{_KIND[kind]}",
-                _VOVNET_LAYER: lambda s, m, n, kind: (
-                    f"stages.{s - 1}.blocks.{m - 1}.conv_mid.{n - 1}.{_KIND[kind]}"
-                ),
-                _AGGREGATION: lambda s, m, kind: (
-                    f"stages.{s - 1}.blocks.{m - 1}.conv_concat.{_KIND[kind]}"
-                ),
-                _CLASSIFIER: "head.fc",
-            },
-            fields={"identity": False},
+            _TIMM_VOVNET,
+            fields={"identity": True, "squeeze_excite": True},
+            marker=r"\.attn\.fc\.weight$",
         ),
     ],
 }

@@ -34,6 +34,20 @@ def conv(x, variables, stride=1):
     return y
 
 
+def depthwise(x, variables):
+    """A depthwise convolution with `conv`'s padding."""
+    kernel = np.asarray(variables["params"]["kernel"])
+    full = np.zeros((*kernel.shape[:2], kernel.shape[-1], kernel.shape[-1]))
+    full[:, :, range(len(kernel.T)), range(len(kernel.T))] = kernel[:, :, 0]
+    return conv(x, {"params": {"kernel": full}})
+
+
+def squeeze_excite(x, variables):
+    params = child(variables, "conv")["params"]
+    gate = x.mean((1, 2), keepdims=True) @ params["kernel"][0, 0] + params["bias"]
+    return x * np.clip(gate / 6 + 0.5, 0, 1)
+
+
 def norm(x, variables):
     params, stats = variables["params"], variables["batch_stats"]
     params, stats = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, stats))

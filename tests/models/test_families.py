@@ -14,6 +14,14 @@ from tests.models import oracle
 RESIDUAL = ["stem", "stage1", "stage2", "final", "pooled"]
 SMALL = {"family": "resnet", "blocks": (1, 2), "widths": (4, 8)}
 BOTTLENECK = SMALL | {"block": "bottleneck"}
+VOVNET = {
+    "family": "vovnet",
+    "modules": (1, 2),
+    "widths": (4, 4),
+    "output_widths": (8, 12),
+    "module_depth": 2,
+    "stem_widths": (4, 4, 8),
+}
 TWINS = {
     "densenet": {"family": "densenet", "blocks": (1, 2), "growth_rate": 4},
     "one_shot": {"family": "densenet", "blocks": (1, 2), "growth_rate": 4, "connect": "one_shot"},
@@ -23,14 +31,8 @@ TWINS = {
     "preactivation": BOTTLENECK | {"preactivation": True, "stride_on": "1x1"},
     "stochastic": SMALL | {"survival": 0.5},
     "plain": SMALL | {"connect": "chain"},
-    "vovnet": {
-        "family": "vovnet",
-        "modules": (1, 2),
-        "widths": (4, 4),
-        "output_widths": (8, 12),
-        "module_depth": 2,
-        "stem_widths": (4, 4, 8),
-    },
+    "vovnet": VOVNET,
+    "vovnet_v2": VOVNET | {"separable": True, "squeeze_excite": True},
 }
 
 
@@ -90,8 +92,9 @@ def test_without_a_classifier_the_features_stay(twin):
 def test_feature_info_names_channels_and_reduction_in_order(twin):
     info = models.feature_info(build(TWINS[twin], num_classes=0), (64, 64, 3))
     times = 4 if TWINS[twin].get("block") == "bottleneck" else 1
-    first = {"bottleneck": 4, "vovnet": 4}.get(twin, 1)
-    channels = {"vovnet": (8, 8, 12)}.get(twin, (4, 4 * times, 8 * times))
+    is_vovnet = TWINS[twin]["family"] == "vovnet"
+    first = 4 if is_vovnet or twin == "bottleneck" else 1
+    channels = (8, 8, 12) if is_vovnet else (4, 4 * times, 8 * times)
     expected = {
         "stem": (channels[0], first),
         "stage1": (channels[1], first),

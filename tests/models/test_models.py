@@ -118,6 +118,10 @@ TABLE = {
     "vovnet27_slim": (1000, 224, 3, 3_525_736, "2.177G"),
     "vovnet39": (1000, 224, 3, 22_600_296, "7.072G"),
     "vovnet57": (1000, 224, 3, 36_640_296, "8.930G"),
+    # Of its networks by timm: parameters, and multiply-adds by the shapes of its layers.
+    "ese_vovnet19b_dw": (1000, 224, 3, 6_543_080, "1.333G"),
+    "ese_vovnet39b": (1000, 224, 3, 24_568_936, "7.074G"),
+    "ese_vovnet57b": (1000, 224, 3, 38_608_936, "8.932G"),
 }
 # The same nets with other fields: the authors' code has stems of 2k, the paper's text of 16.
 CHANGED = [

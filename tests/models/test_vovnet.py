@@ -34,6 +34,26 @@ def test_module_equals_numpy(identity, output_width):
     np.testing.assert_allclose(jax.jit(module.apply)(variables, x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_module_of_v2_equals_numpy():
+    """Separable layers, of which the first reads a reduced input, and squeeze-excitation."""
+    x = np.random.default_rng(0).normal(size=(2, 5, 6, 5)).astype(np.float32)
+    module = OneShotAggregation(2, 4, 5, True, BOUND, separable=True, squeeze_excite=True)
+    variables = oracle.random_variables(module, x)
+
+    def layer(x, name, conv):
+        own = oracle.child(variables, name)
+        if "depthwise" in own["params"]:
+            x = oracle.depthwise(x, oracle.child(own, "depthwise"))
+        y = oracle.conv(x, oracle.child(own, conv))
+        return oracle.relu(oracle.norm(y, oracle.child(own, "norm")))
+
+    first = layer(layer(x.astype(float), "reduction", "conv"), "layer1", "pointwise")
+    outputs = np.concatenate([x, first, layer(first, "layer2", "pointwise")], axis=-1)
+    y = layer(outputs, "aggregation", "conv")
+    expected = x + oracle.squeeze_excite(y, oracle.child(variables, "squeeze_excite"))
+    np.testing.assert_allclose(jax.jit(module.apply)(variables, x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_one_shot_block_of_densenet_equals_numpy():
     x = np.random.default_rng(0).normal(size=(2, 5, 6, 5)).astype(np.float32)
     module = DenseBlock(2, 4, bottleneck=False, connect="one_shot")

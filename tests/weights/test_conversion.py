@@ -79,29 +79,44 @@ def resnet(bottleneck, size):
     return shapes | linear("fc", inputs, 7)
 
 
-def vovnet(authors):
+def vovnet(authors, separable=False):
+    """With `separable`, VoVNetV2 of separable layers."""
     shapes, inputs = {}, 3
+
+    def layer(name, inputs, outputs):
+        if separable:
+            convs = conv(f"{name}conv_dw", 1, inputs, 3) | conv(
+                f"{name}conv_pw", inputs, outputs, 1
+            )
+        else:
+            convs = conv(f"{name}conv", inputs, outputs, 3)
+        return convs | norm(f"{name}{'norm' if authors else 'bn'}", outputs)
+
     for index, width in enumerate((4, 6, 8)):
         name = f"stem.stem_{index + 1}/" if authors else f"stem.{index}."
-        shapes |= conv(f"{name}conv", inputs, width, 3)
-        shapes |= norm(f"{name}{'norm' if authors else 'bn'}", width)
+        first = conv(f"{name}conv", 3, width, 3) | norm(f"{name}bn", width)
+        shapes |= first if separable and not index else layer(name, inputs, width)
         inputs = width
     for stage, (modules, width, outputs) in enumerate(((1, 4, 8), (2, 6, 12))):
         for module in range(modules):
             place = f"OSA{stage + 2}_{module + 1}"
             x = inputs
-            for layer in range(2):
-                name = f"stages.{stage}.blocks.{module}.conv_mid.{layer}."
+            if separable and inputs != width:
+                name, x = f"stages.{stage}.blocks.{module}.conv_reduction.", width
+                shapes |= conv(f"{name}conv", inputs, width, 1) | norm(f"{name}bn", width)
+            for index in range(2):
+                name = f"stages.{stage}.blocks.{module}.conv_mid.{index}."
                 if authors:
-                    name = f"stage{stage + 2}.{place}.layers.{layer}.{place}_{layer}/"
-                shapes |= conv(f"{name}conv", x, width, 3)
-                shapes |= norm(f"{name}{'norm' if authors else 'bn'}", width)
+                    name = f"stage{stage + 2}.{place}.layers.{index}.{place}_{index}/"
+                shapes |= layer(name, x, width)
                 x = width
             name = f"stages.{stage}.blocks.{module}.conv_concat."
             if authors:
                 name = f"stage{stage + 2}.{place}.concat.{place}_concat/"
             shapes |= conv(f"{name}conv", inputs + 2 * width, outputs, 1)
             shapes |= norm(f"{name}{'norm' if authors else 'bn'}", outputs)
+            if separable and module == modules - 1:
+                shapes |= conv(f"stages.{stage}.blocks.{module}.attn.fc", outputs, outputs, 1, True)
             inputs = outputs
     return shapes | linear("classifier" if authors else "head.fc", inputs, 7)
 
@@ -129,6 +144,10 @@ CASES = {
     "bottleneck resnet": ("resnet", BOTTLENECK, resnet(True, 7)),
     "vovnet": ("vovnet", VOVNET, vovnet(authors=True)),
     "timm's vovnet": ("vovnet", VOVNET | {"identity": False}, vovnet(authors=False)),
+    "timm's vovnet v2": (
+        *("vovnet", VOVNET | {"separable": True, "squeeze_excite": True}),
+        vovnet(authors=False, separable=True),
+    ),
 }
 
 
