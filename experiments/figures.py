@@ -191,9 +191,9 @@ def heat_maps(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:
         if group.config["model"]["family"] != "resnet" and (run.path / "checkpoints").exists():
             try:
                 network = classifier.load(run.path)
+                maps = reuse.heat_maps(network.model, network.variables["params"])
             except UserError as error:  # a damaged checkpoint costs its picture, not the page
                 print(f"densejax: {run.path}: no heat map: {error}", file=sys.stderr)
                 continue
-            maps = reuse.heat_maps(network.model, network.variables["params"])
             caption = f"{group.label()}, seed {run.sweep['seed']}"
             yield f"reuse_{run.name}", caption, plots.heat_maps(maps)

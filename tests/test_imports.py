@@ -12,7 +12,7 @@ ROOT = pathlib.Path(densejax.__file__).parent
 # Each room, or module at the top, imports only what stands before it.
 ORDER = ["config", "models", "runs", "data", "weights", "training", "inference", "analysis"]
 ORDER += ["topology", "command_line"]
-COMMANDS = ["compile", "export", "main", "predict", "pretrained", "reuse", "summary"]
+COMMANDS = ["compile", "cut", "export", "main", "predict", "pretrained", "reuse", "summary"]
 
 
 def modules():
@@ -61,7 +61,7 @@ def test_only_commands_define_flags():
 
 def test_prediction_does_not_import_the_training_loop():
     known = modules()
-    reads, left = set(), ["predict", "export", "reuse"]
+    reads, left = set(), ["predict", "export", "reuse", "cut"]
     while left:
         reads.add(name := left.pop())
         left += set(internal(known[name], known)) - reads

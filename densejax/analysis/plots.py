@@ -87,34 +87,38 @@ def legend(axes: Axes, columns: int = 2) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=columns)
 
 
-def heat_maps(maps: Sequence[Any]) -> Figure:
+def heat_maps(maps: Sequence[Any], damages: Sequence[Any] = ()) -> Figure:
     """Draws what `densejax.analysis.reuse.heat_maps` returns, with a panel for each block.
 
     A colour is a weight divided by the largest of its column: 1 is the source that the target reads
-    most. A box marks the target that comes after the block.
+    most. A box marks the target that comes after the block. If damages of the same connections are
+    given, they are drawn likewise in a second row; they may be negative.
     """
-    widths = [max(columns, 4) + 3 for _, columns in (one.weights.shape for one in maps)]
-    rows = max(len(one.sources) for one in maps)
-    figure = Figure(figsize=(0.19 * sum(widths) + 1.3, 0.19 * rows + 1.7), layout="constrained")
-    panels = figure.subplots(1, len(maps), squeeze=False, width_ratios=widths)[0]
-    shares = [one.weights / np.nanmax(one.weights, axis=0, initial=1e-30) for one in maps]
-    lowest = min(0.9, *(np.floor(10 * np.nanmin(share)) / 10 for share in shares))
-    for axes, one, share in zip(panels, maps, shares, strict=True):
-        image = axes.imshow(share, vmin=lowest, vmax=1, interpolation="nearest")
-        for column, target in enumerate(one.targets):
-            if not target.startswith("layer"):
-                box = Rectangle((column - 0.5, -0.5), 1, len(share), fill=False, linewidth=1.8)
-                axes.add_patch(box).set(edgecolor=INK, clip_on=False)
-        for axis, names in ((axes.xaxis, one.targets), (axes.yaxis, one.sources)):
-            shown = range(0, len(names), 1 + len(names) // 20)
-            axis.set_ticks(shown, [names[number].removeprefix("layer") for number in shown])
-        axes.tick_params("x", rotation=90)
-        axes.grid(False)
-        axes.set_title(one.block.replace("_", "\n"))
-        axes.set_anchor("N")
+    rows = {"mean |weight|": maps} | ({"increase of loss by a cut": damages} if damages else {})
+    widths = [max(len(one.targets), 4) + 3 for one in maps]
+    height = 0.19 * max(len(one.sources) for one in maps) + 1.7
+    size = (0.19 * sum(widths) + 1.3, height * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(rows), len(maps), squeeze=False, width_ratios=widths)
+    for row, (label, drawn) in zip(panels, rows.items(), strict=True):
+        shares = [one.weights / np.nanmax(abs(one.weights), axis=0, initial=1e-30) for one in drawn]
+        lowest = min(0.9, *(np.floor(10 * np.nanmin(share)) / 10 for share in shares))
+        for axes, one, share in zip(row, drawn, shares, strict=True):
+            image = axes.imshow(share, vmin=lowest, vmax=1, interpolation="nearest")
+            for column, target in enumerate(one.targets):
+                if not target.startswith("layer"):
+                    box = Rectangle((column - 0.5, -0.5), 1, len(share), fill=False, linewidth=1.8)
+                    axes.add_patch(box).set(edgecolor=INK, clip_on=False)
+            for axis, names in ((axes.xaxis, one.targets), (axes.yaxis, one.sources)):
+                shown = range(0, len(names), 1 + len(names) // 20)
+                axis.set_ticks(shown, [names[number].removeprefix("layer") for number in shown])
+            axes.tick_params("x", rotation=90)
+            axes.grid(False)
+            axes.set_title(one.block.replace("_", "\n"))
+            axes.set_anchor("N")
+        row[0].set_ylabel("source")
+        figure.colorbar(image, ax=list(row), label=f"{label}\nover column's largest", shrink=0.7)
     figure.supxlabel("target", fontsize=9)
-    panels[0].set_ylabel("source")
-    figure.colorbar(image, ax=panels, label="mean |weight|\nover column's largest", shrink=0.7)
     return figure
 
 

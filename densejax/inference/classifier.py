@@ -16,7 +16,7 @@ from densejax.config import UserError
 from densejax.data import facts
 from densejax.data.augment import Preparation
 from densejax.runs import workdir
-from densejax.training.experiment import build, open_checkpoints, select
+from densejax.training.experiment import Experiment, build, open_checkpoints, select
 from densejax.training.step import evaluated_logits
 from densejax.weights import store
 
@@ -76,7 +76,9 @@ def network(directory: epath.PathLike) -> tuple[nn.Module, Any]:
     return models.create(description["model"], description["num_classes"]), variables
 
 
-def _of_run(path: epath.Path) -> Classifier:
+def experiment_of(directory: epath.PathLike) -> Experiment:
+    """What the run in a directory stands for, on one device; UserError where there is no run."""
+    path = epath.Path(directory)
     try:
         stored = json.loads((path / "config.json").read_text())
         config = ConfigDict(facts.without_lists(workdir.completed(stored)))
@@ -87,7 +89,12 @@ def _of_run(path: epath.Path) -> Classifier:
         ) from error
     # Only running statistics are used, so one device is enough for every run.
     config.parallel.update(batch_norm="global", batch_norm_group_size=0)
-    experiment = build(config, jax.local_devices()[:1], facts.read(path))
+    return build(config, jax.local_devices()[:1], facts.read(path))
+
+
+def _of_run(path: epath.Path) -> Classifier:
+    experiment = experiment_of(path)
+    config = experiment.config
     info, preparation = experiment.info, experiment.task.preparation
     with contextlib.closing(open_checkpoints(config, path)) as checkpoints:
         if checkpoints.latest_step() is None:

@@ -2,6 +2,7 @@
 
 # ruff: noqa: F401, F811 (a fixture is imported)
 
+import dataclasses
 import functools
 import runpy
 import sys
@@ -119,6 +120,18 @@ def test_the_picture_marks_the_ends_and_scales_by_column():
         [False] * 3,
         [True, False, False],
         [True, True, False],
+    ]
+
+
+def test_damages_are_drawn_below_with_their_sign():
+    maps = reuse.heat_maps(*network("densenet_bc_40_12", **VARIANT))
+    damages = [dataclasses.replace(one, weights=-2 * one.weights) for one in maps]
+    first, _, below, _, *bars = plots.heat_maps(maps, damages).axes
+    assert np.nanmin(first.images[0].get_array()) == 1
+    assert np.nanmax(below.images[0].get_array()) == -1
+    assert [bar.get_ylabel().partition("\n")[0] for bar in bars] == [
+        "mean |weight|",
+        "increase of loss by a cut",
     ]
 
 

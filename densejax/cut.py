@@ -1,0 +1,101 @@
+"""Measures which connections a trained network needs: python -m densejax.cut --workdir=DIR."""
+
+import contextlib
+import json
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+
+from densejax import command_line
+from densejax.analysis import cuts, reuse
+from densejax.config import UserError
+from densejax.data.memory import permutation
+from densejax.inference import classifier
+from densejax.runs import formats, workdir
+from densejax.training import parallel
+from densejax.training.experiment import Experiment
+
+# An override lets the tests import several commands into one process.
+WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory.", allow_override=True)
+OUTPUT = flags.DEFINE_string(
+    "output", None, "Folder for cut.json and cut.png; default: workdir.", allow_override=True
+)
+IMAGES = flags.DEFINE_integer("images", 2000, "How many images at most.", lower_bound=1)
+
+
+def main() -> int:
+    """Does what the flags say; returns the exit code."""
+    command_line.require(WORKDIR)
+    from densejax.analysis import plots  # matplotlib may be missing
+
+    parallel.start()
+    path = epath.Path(WORKDIR.value)
+    if (path / "model.json").exists():
+        raise UserError(f"--workdir={path}: weights have no images of their own; give a run")
+    experiment, network = classifier.experiment_of(path), classifier.load(path)
+    params = network.variables["params"]
+    connections = cuts.connections(network.model, params)
+    split, images, labels = held_out(experiment, path, IMAGES.value)
+    size, loss = experiment.config.evaluate.batch_size, experiment.task.evaluation_loss
+    uncut, results = cuts.measure(network, loss, images, labels, size)
+    damages = [result["loss"] - uncut["loss"] for result in results]
+    correlation = cuts.rank_correlation(connections, damages)
+    maps = reuse.heat_maps(network.model, params)
+    names = {one.block: one.sources for one in maps}
+    records = [
+        {"block": one.block, "target": one.target, "source": names[one.block][one.source]}
+        | {"weight": one.weight, "loss_increase": damage, **result}
+        for one, damage, result in zip(connections, damages, results, strict=True)
+    ]
+    outcome = {"split": split, "images": len(images), "uncut": uncut}
+    outcome |= {"rank_correlation": correlation, "connections": records}
+    figure = plots.heat_maps(maps, cuts.heat_maps(maps, connections, damages))
+    folder = epath.Path(OUTPUT.value or path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        plots.save(figure, folder / "cut.png")
+        (folder / "cut.json").write_text(json.dumps(outcome, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--output={folder}: {error.strerror}; give a folder to write") from error
+    worst = max(records, key=lambda record: record["loss_increase"])
+    print(
+        f"{len(images)} {split} images: accuracy {formats.percent(uncut['accuracy'])}; of "
+        f"{len(records)} connections the most harmful to cut is {worst['block']}'s "
+        f"{worst['source']} to {worst['target']}: {formats.percent(worst['accuracy'])}"
+    )
+    if interval := correlation["interval"]:
+        print(
+            f"rank correlation of weight and damage within a target: {correlation['mean']:.2f}, "
+            f"95 % from {interval[0]:.2f} to {interval[1]:.2f} ({correlation['targets']} targets)"
+        )
+    print(f"{folder}/cut.png shows both; {folder}/cut.json has the numbers")
+    return 0
+
+
+def held_out(
+    experiment: Experiment, path: epath.Path, number: int
+) -> tuple[str, np.ndarray, np.ndarray]:
+    """(split, images, labels): at most `number` images of those that the run did not train on.
+
+    They are held-out training images where there are some, else test images; drawn once, since a
+    set may be in the order of its classes.
+    """
+    split = "validation" if experiment.config.data.validation_size else "test"
+    with contextlib.closing(experiment.data) as data:
+        starts = workdir.history(path)
+        recorded = starts[-1]["versions"] if starts else {}
+        if changes := workdir.version_changes(recorded, {"data": data.version}):
+            raise UserError(f"--workdir={path}: the run is of other data ({'; '.join(changes)})")
+        source, pairs = data.evaluation[split], []
+        left = permutation(seed=0, epoch=0, size=source.size) < number
+        for batch in map(jax.device_get, source.evaluation()):
+            chosen, left = np.split(left, [len(batch["mask"])])
+            rows = np.flatnonzero(chosen)
+            pairs.append((batch["image"][rows], batch["label"][rows]))
+    return split, *map(np.concatenate, zip(*pairs, strict=True))
+
+
+if __name__ == "__main__":
+    command_line.run(main, config="unused")
