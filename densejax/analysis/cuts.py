@@ -65,11 +65,9 @@ def connections(model: nn.Module, params: Any) -> list[Connection]:
             f"{type(model).__name__}: connections are cut where layers read concatenations; take a "
             f"DenseNet"
         )
-    found = []
+    found, graphs, widths = [], model.graphs(), reuse.output_widths(model, params)
     for one in reuse.heat_maps(model, params):
-        graph, layer = model.graphs()[one.block], params[one.block]["layer1"]
-        kernel = layer["conv" if isinstance(model, VoVNet) else "conv1"]["kernel"]
-        widths = (kernel.shape[-2], *graph.widths)  # the first layer reads the input alone
+        graph = graphs[one.block]
         for column, target in enumerate(one.targets):
             read, module = graph.emits, {"classifier": "norm"}.get(target, target)
             if target.startswith("layer"):
@@ -77,7 +75,7 @@ def connections(model: nn.Module, params: Any) -> list[Connection]:
                 module = f"{one.block}/{target}/norm1"
             elif target == "aggregation":
                 module = f"{one.block}/{target}"
-            sources = np.repeat(read, np.take(widths, read))  # of each channel
+            sources = np.repeat(read, np.take(widths[one.block], read))  # of each channel
             for source in read:
                 weight = float(one.weights[source, column])
                 fields = (one.block, target, source, weight, module, sources == source)

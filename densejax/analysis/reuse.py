@@ -80,21 +80,32 @@ def heat_maps(model: nn.Module, params: Any, batch_stats: Any = None) -> list[He
 
 def _concatenated(model: nn.Module, params: Any) -> Iterator[HeatMap]:
     readers = {"DenseNet": _densenet_kernels, "VoVNet": _vovnet_kernels}[type(model).__name__]
+    widths_of = output_widths(model, params)
     for name, graph in model.graphs().items():
         kernels, end = readers(model, params, name)
-        width = np.shape(kernels[0])[-2]  # of the block's input, which is all that layer 1 reads
-        pairs = zip(graph.reads, kernels, strict=True)
-        reads = {f"layer{n}": pair for n, pair in enumerate(pairs, 1)}
-        if all(len(read) == 1 for read in graph.reads):
-            reads = {}
+        reads, widths = {}, widths_of[name]
+        if any(len(read) > 1 for read in graph.reads):
+            pairs = zip(graph.reads, kernels, strict=True)
+            reads = {f"layer{n}": pair for n, pair in enumerate(pairs, 1)}
         for target, kernel in end.items():
             reads[target] = graph.emits, kernel
-        widths = (width, *graph.widths)
         weights = np.full((len(widths), len(reads)), np.nan)
         for column, (read, kernel) in enumerate(reads.values()):
             weights[list(read), column] = mean_weights(kernel, [widths[n] for n in read])
         if any(len(read) > 1 for read, _ in reads.values()):
             yield HeatMap(name, _sources(len(widths) - 1), tuple(reads), weights)
+
+
+def output_widths(model: DenseNet | VoVNet, params: Any) -> dict[str, tuple[int, ...]]:
+    """The feature maps of each output of each block, by the block's name, from its input on."""
+    graphs = model.graphs()
+    if isinstance(model, DenseNet):
+        inputs = model.widths()
+    else:
+        totals = [np.shape(params[name]["aggregation"]["conv"]["kernel"])[-2] for name in graphs]
+        inputs = [total - sum(g.widths) for total, g in zip(totals, graphs.values(), strict=True)]
+    pairs = zip(graphs.items(), inputs, strict=True)
+    return {name: (width, *graph.widths) for (name, graph), width in pairs}
 
 
 def _sources(depth: int) -> tuple[str, ...]:
@@ -113,10 +124,8 @@ def _densenet_kernels(model: DenseNet, params: Any, block: str):
 
 
 def _vovnet_kernels(model: VoVNet, params: Any, block: str):
-    """The same of an OSA module."""
-    layers = [params[block][f"layer{n + 1}"]["conv"] for n in range(model.module_depth)]
-    end = params[block]["aggregation"]["conv"]["kernel"]
-    return [layer["kernel"] for layer in layers], {"aggregation": end}
+    """The same of an OSA module, whose layers read one source each."""
+    return (), {"aggregation": params[block]["aggregation"]["conv"]["kernel"]}
 
 
 def _stages(model: ResNet, variables: Any) -> Iterator[HeatMap]:

@@ -74,6 +74,7 @@ def test_mean_weights():
         ("densenet_40_12", VARIANT, PLAIN),
         ("densenet_one_shot_40_20", VARIANT, PLAIN),
         ("vovnet39", VOVNET, MODULES),
+        ("ese_vovnet19b_dw", VOVNET, MODULES),
     ],
 )
 def test_known_kernels_give_the_known_heat_map(name, fields, widths):
