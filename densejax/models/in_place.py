@@ -370,7 +370,7 @@ def _backward(settings: Settings, plan: Plan, saved, d_features, d_stats):
         if hidden_stats is not None:
             if hidden is None:
                 hidden = layer.hidden(features, stats_read, dy)
-            if buffer is None:  # one for all layers
+            if buffer is None or buffer.shape != hidden.shape:  # one for all layers of a width
                 buffer = _unset(dy, hidden.shape[-1])
             d_conv2, dy = layer.backward_conv2(hidden, hidden_stats, dy, buffer)
             backward_norm2 = layer.backward_norm2(hidden, hidden_stats, d_conv2["norm2"])
