@@ -26,6 +26,7 @@ ARGUMENTS = {
         "variant=c,depth=40",
         "augment=False",
         "model=resnet20_cifar,augment=False",
+        "model=rdnet_cifar",
     ],
     "cifar100": ["variant=plain,depth=40", "depth=40,growth_rate=24", "augment=False"],
     "svhn": ["variant=plain,depth=100,growth_rate=24"],
@@ -34,6 +35,7 @@ ARGUMENTS = {
     "imagenet": [
         *(f"model=densenet{depth}" for depth in (161, 169, 201, 264)),
         *(f"model=resnet{depth},recipe=modern" for depth in (18, 34, 50, 101, 152)),
+        "model=rdnet_tiny,recipe=rdnet",
     ],
 }
 
@@ -171,6 +173,25 @@ MODERN_RECIPE = {
     "optimizer.warmup_epochs": 5.0,
 }
 
+RDNET_RECIPE = {  # train_configs/rdnet.yaml, and of RDNet-B in TRAINING.md: 4 x 64 x 2 images
+    "model.drop_path": 0.4,
+    "train.epochs": 300,
+    "train.batch_size": 512,
+    "train.label_smoothing": 0.1,
+    "optimizer.name": "adamw",
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.nesterov": False,
+    "optimizer.weight_decay": 0.05,
+    "optimizer.decay_all": False,
+    "optimizer.schedule": "cosine",
+    "optimizer.warmup_epochs": 20.0,
+    "augmentation.policy": "randaugment",
+    "augmentation.magnitude": 9.0,
+    "augmentation.erasing": 0.25,
+    "augmentation.mixup": 0.8,
+    "augmentation.cutmix": 1.0,
+}
+
 
 @pytest.mark.parametrize(
     ("arg", "changes"), [(None, {}), ("recipe=paper", {}), ("recipe=modern", MODERN_RECIPE)]
@@ -179,8 +200,14 @@ def test_the_recipes_of_imagenet(arg, changes):
     found = schema.flatten(card("imagenet", arg))
     expected = IMAGENET_RECIPE | changes
     assert {key: found[key] for key in expected} == expected
-    with pytest.raises(UserError, match="recipe = old: allowed is paper or modern"):
-        card("imagenet", "recipe=old")
+
+
+def test_the_recipe_of_rdnets():
+    found = schema.flatten(card("imagenet", "model=rdnet_base,recipe=rdnet"))
+    assert {key: found[key] for key in RDNET_RECIPE} == RDNET_RECIPE
+    for arg in ("recipe=old", "recipe=rdnet"):  # the latter of a DenseNet
+        with pytest.raises(UserError, match="allowed are paper, modern, and rdnet for rdnet_tiny"):
+            card("imagenet", arg)
 
 
 def test_rates_of_imagenet():

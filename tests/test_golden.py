@@ -44,6 +44,12 @@ NETWORKS = {
         **{"modules": (1, 1), "widths": (4, 4), "output_widths": (8, 8)},
         **{"stem_widths": (4, 4, 4), "module_depth": 2},
     ),
+    "rdnet": lambda: models.fields(
+        "rdnet_cifar",
+        **{"stem_width": 8, "stem_stride": 2, "growth_rates": (8, 8), "stage_depth": 1},
+        **{"downsampling": (2,), "kernel_size": 3, "squeeze_excite_from": 2},
+        **{"layer_scale": 1.0, "drop_path": 0.2},
+    ),
 }
 
 

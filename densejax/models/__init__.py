@@ -29,10 +29,11 @@ from ml_collections import config_dict
 from densejax.config import UserError
 from densejax.models.dense_block import DenseBlock as DenseBlock
 from densejax.models.densenet import DenseNet
+from densejax.models.rdnet import RDNet
 from densejax.models.resnet import ResNet
 from densejax.models.vovnet import VoVNet
 
-FAMILIES = {"densenet": DenseNet, "resnet": ResNet, "vovnet": VoVNet}
+FAMILIES = {"densenet": DenseNet, "resnet": ResNet, "vovnet": VoVNet, "rdnet": RDNet}
 # Fields that the run decides and not the network's description.
 RUN_FIELDS = ("num_classes", "dtype", "batch_norm_axis", "parent", "name")
 
@@ -52,6 +53,7 @@ _RESNET_CIFAR = {"family": "resnet", "shortcut": "identity"}
 _PREACT = {"family": "resnet", "preactivation": True, "block": "bottleneck", "stride_on": "1x1"}
 _PLAIN = {"family": "resnet", "connect": "chain"}
 _VOVNET = {"family": "vovnet"}
+_RDNET = {"family": "rdnet"}
 _VOVNET_V2 = _VOVNET | {"squeeze_excite": True}
 MODELS = {
     "densenet_40_12": _DENSENET | VARIANTS["plain"] | {"depth": 40, "growth_rate": 12},
@@ -115,6 +117,34 @@ MODELS = {
     | {"modules": (1, 1, 1, 1), "module_depth": 3, "stem_widths": (64, 64, 64), "separable": True},
     "ese_vovnet39b": _VOVNET_V2 | {"modules": (1, 1, 2, 2)},
     "ese_vovnet57b": _VOVNET_V2 | {"modules": (1, 1, 4, 3)},
+    "rdnet_tiny": _RDNET,
+    "rdnet_small": _RDNET
+    | {
+        "stem_width": 72,
+        "growth_rates": (64, *(128,) * 8, 240, 240),
+        "downsampling": (2, 3, 10),
+    },
+    "rdnet_base": _RDNET
+    | {
+        "stem_width": 120,
+        "growth_rates": (96, 128, *(168,) * 7, 336, 336),
+        "downsampling": (2, 3, 10),
+    },
+    "rdnet_large": _RDNET
+    | {
+        "stem_width": 144,
+        "growth_rates": (128, 192, *(256,) * 8, 360, 360),
+        "downsampling": (2, 3, 11),
+    },
+    # Ours, as no paper has one for small images: 16x16, 8x8 and 4x4 pixels, and about the
+    # parameters of densenet_bc_100_12.
+    "rdnet_cifar": _RDNET
+    | {
+        "stem_width": 32,
+        "stem_stride": 2,
+        "growth_rates": (24, 32, 40, 40),
+        "downsampling": (2, 3),
+    },
 }
 
 

@@ -310,7 +310,7 @@ def _depthwise_forward(x, kernel, stride, padding):
 
 def _depthwise_backward(stride, padding, saved, dy):
     def backward(plan, x, kernel, dy):
-        if not plan.products:
+        if not (plan.products and len(x)):
             groups = x.shape[-1]
             return jax.vjp(lambda *x: _conv(*x, stride, padding, groups), x, kernel)[1](dy)
         # The transposed convolution: zeros between the pixels of dy, and the kernel turned round.
@@ -365,7 +365,7 @@ def _depthwise_kernel_gradient(x, dy, shape, stride):
             slopes = lax.dynamic_slice(dy, (image, row, 0, 0), (1, part, columns, channels))[0]
             slopes = at_least_float32(slopes)
             reads = (inputs[stride * i : stride * i + shape[0]] for i in range(part))
-            return total + sum(x * slopes[i] for i, x in enumerate(reads))
+            return total + sum(x * slopes[i, None] for i, x in enumerate(reads))
 
         total = jnp.zeros_like(at_least_float32(dy), shape=(shape[0], columns, channels))
         return lax.fori_loop(0, batch * (rows // part), add, total).sum(1)

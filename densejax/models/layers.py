@@ -12,7 +12,7 @@ from densejax.config import UserError
 from densejax.models.convolution import Convolution
 from densejax.models.normalization import BatchNorm, at_least_float32
 from densejax.models.pooling import max_pool
-from densejax.models.regularization import Dropout, StochasticDepth, raw_keys
+from densejax.models.regularization import Dropout, DropPath, StochasticDepth, raw_keys
 
 # He et al. 2015 with fan-out, std = sqrt(2 / (k * k * c_out)): as in the DenseNet authors' code.
 fan_out_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -86,6 +86,10 @@ class Layers:
         """Stochastic depth, one draw per example."""
         return StochasticDepth(probability, name=name)(x, self.train, self.keys)
 
+    def drop_path(self, x: jax.Array, rate: float, name: str) -> jax.Array:
+        """Drop path in training, one draw per example."""
+        return DropPath(rate if self.train else 0.0, name=name)(x, self.keys)
+
 
 def survival_probabilities(last: float, number: int) -> tuple[float, ...]:
     """p_l = 1 - l / L (1 - p_L) of each of so many layers: stochastic depth's linear rule."""
@@ -155,9 +159,13 @@ STEMS = {"cifar": CifarStem, "imagenet": ImageNetStem}
 
 
 class Head(nn.Module):
-    """Global average pooling and the linear classifier; logits are float32, None of 0 classes."""
+    """Global average pooling and the linear classifier; logits are float32, None of 0 classes.
+
+    With a `norm_epsilon` there is a LayerNorm between them.
+    """
 
     num_classes: int
+    norm_epsilon: float | None = None
 
     @nn.compact
     def __call__(self, features):
@@ -166,5 +174,8 @@ class Head(nn.Module):
         pooled = features.mean((1, 2), dtype=dtype)
         if self.num_classes == 0:
             return None, pooled
+        x = pooled
+        if self.norm_epsilon is not None:
+            x = nn.LayerNorm(epsilon=self.norm_epsilon, use_fast_variance=False, name="norm")(x)
         classifier = nn.Dense(self.num_classes, kernel_init=fan_in_uniform, name="classifier")
-        return classifier(pooled), pooled
+        return classifier(x), pooled

@@ -28,7 +28,7 @@ CLASSIFIER = ("params/head/classifier/kernel", "params/head/classifier/bias")
 
 
 def from_torch(model: nn.Module, state_dict: Weights, **adapt: Any) -> dict[str, Any]:
-    """Converts a state_dict with the names of torchvision, timm or the VoVNet authors.
+    """Converts a state_dict with the names of torchvision, timm or a network's authors.
 
     A prefix of all names ("module.") and the counters num_batches_tracked are left out.
 
@@ -69,14 +69,14 @@ def to_torch(
     Args:
       model: the network.
       variables: its variables, or a collection of them.
-      project: whose names to write, of `names.LAYOUTS`; "": the first of the family.
+      project: whose names to write, of `names.LAYOUTS`; "": the first that has such networks.
     """
     layouts = [x for x in _layouts(model, is_torch=True) if project in ("", x.project)]
     if not layouts:
         raise UserError(f"project = {project!r}: has no names for a {_family(model)}")
     fitting = [x for x in layouts if all(getattr(model, f) == v for f, v in x.fields.items())]
     flat = {path: np.asarray(array) for path, array in flatten(variables).items()}
-    paths = _paths_by_name(model, fitting[0] if project and fitting else layouts[0], flat)
+    paths = _paths_by_name(model, (fitting or layouts)[0], flat)
     return {name: _transpose(flat[path], (3, 2, 0, 1)) for name, path in paths.items()}
 
 

@@ -9,7 +9,7 @@ Rules = Mapping[str, Callable[..., str] | str]
 
 TORCH_VARIABLES = {
     **{"kernel": "weight", "scale": "weight", "bias": "bias"},
-    **{"mean": "running_mean", "var": "running_var"},
+    **{"mean": "running_mean", "var": "running_var", "layer_scale": "gamma"},
 }
 KERAS_VARIABLES = {"kernel": "kernel", "bias": "bias"}
 KERAS_NORM_VARIABLES = {
@@ -74,6 +74,8 @@ _VOVNET_LAYER = r"stage(\d+)_module(\d+)/layer(\d+)/(norm|conv)"
 _AGGREGATION = r"stage(\d+)_module(\d+)/aggregation/(norm|conv)"
 _SEPARABLE = "norm|conv|depthwise|pointwise"
 
+_RDNET_LAYER = r"stage(\d+)_layer(\d+)"
+
 _KERAS_ALIASES = {r":0$": ""}  # TensorFlow's output number
 _KIND = {"norm": "bn", "conv": "conv", "depthwise": "conv_dw", "pointwise": "conv_pw"}
 
@@ -102,6 +104,24 @@ _TIMM_VOVNET = {
     r"stage(\d+)_module(\d+)/squeeze_excite/conv": lambda s, m: (
         f"stages.{s - 1}.blocks.{m - 1}.attn.fc"
     ),
+    _CLASSIFIER: "head.fc",
+}
+
+
+def _rdnet_layer(stage: int, layer: int, part: str = "") -> str:
+    """Layers of a stage come after its transition, which the first stage does not have."""
+    place = f"dense_stages.{stage - 1}.{0 if stage == 1 else 2}.dense_block{layer - 1}"
+    numbers = {"depthwise": "0", "norm": "1", "expand": "2", "reduce": "4", "squeeze": "5.fc"}
+    return f"{place}.layers.layers.{numbers[part]}" if part else place
+
+
+_RDNET = {
+    _STEM: lambda kind: f"stem.{int(kind == 'norm')}",
+    _TRANSITION: lambda t, kind: f"dense_stages.{t}.{int(kind == 'conv')}",
+    _RDNET_LAYER: _rdnet_layer,
+    _RDNET_LAYER + "/(depthwise|norm|expand|reduce)": _rdnet_layer,
+    _RDNET_LAYER + "/(squeeze)_excite/conv": _rdnet_layer,
+    "head/norm": "head.norm",
     _CLASSIFIER: "head.fc",
 }
 # The layouts of each family; `to_torch` writes the first one unless another is asked for.
@@ -185,6 +205,15 @@ LAYOUTS: dict[str, list[Layout]] = {
             _TIMM_VOVNET,
             fields={"identity": True, "squeeze_excite": True},
             marker=r"\.attn\.fc\.weight$",
+        ),
+    ],
+    "rdnet": [
+        Layout("timm", _RDNET, fields={"head_norm_epsilon": 1e-6}),
+        Layout(
+            "authors",
+            _RDNET | {_STEM: lambda kind: f"stem.stem.{int(kind == 'norm')}"},
+            fields={"head_norm_epsilon": 1e-5},
+            marker=r"(^|[.:])stem\.stem\.0\.weight$",
         ),
     ],
 }

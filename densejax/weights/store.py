@@ -27,7 +27,8 @@ from densejax.weights.names import LAYOUTS
 
 COLLECTIONS = ("params", "batch_stats")  # the second is missing without BatchNorm
 # Fields that change the computation, but neither names nor shapes of the variables.
-HIDDEN_FIELDS = ("batch_norm_epsilon", "connect", "identity", "shortcut", "stride_on", "survival")
+HIDDEN_FIELDS = ("batch_norm_epsilon", "head_norm_epsilon", "connect", "identity", "shortcut")
+HIDDEN_FIELDS += ("stride_on", "survival")
 
 
 def save(directory: str, description: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
@@ -82,7 +83,8 @@ def load(directory: str) -> tuple[dict[str, Any], dict[str, Any]]:
         # least one array.
         depth, blocks = model.get("depth") or 0, sum(model.get("blocks") or ())
         modules = sum(model.get("modules") or ()) * model.get("module_depth", 1)
-        if max(depth, blocks, modules) > len(flat):
+        stages = len(model.get("growth_rates") or ()) * model.get("stage_depth", 1)
+        if max(depth, blocks, modules, stages) > len(flat):
             raise ValueError(f"{len(flat)} arrays are too few for its network")
         expected = conversion.abstract(models.create(description["model"], classes), channels)
     conversion.check_fit(flat, expected, f"{directory}/weights.safetensors")

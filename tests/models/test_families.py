@@ -33,6 +33,11 @@ TWINS = {
     "plain": SMALL | {"connect": "chain"},
     "vovnet": VOVNET,
     "vovnet_v2": VOVNET | {"separable": True, "squeeze_excite": True},
+    "rdnet": {
+        "family": "rdnet",
+        **{"stem_width": 8, "stem_stride": 1, "stage_depth": 2, "growth_rates": (4, 4)},
+        **{"downsampling": (2,), "kernel_size": 3, "squeeze_excite_from": 2, "drop_path": 0.5},
+    },
 }
 
 
@@ -95,6 +100,7 @@ def test_feature_info_names_channels_and_reduction_in_order(twin):
     is_vovnet = TWINS[twin]["family"] == "vovnet"
     first = 4 if is_vovnet or twin == "bottleneck" else 1
     channels = (8, 8, 12) if is_vovnet else (4, 4 * times, 8 * times)
+    channels = (8, 16, 16) if twin == "rdnet" else channels
     expected = {
         "stem": (channels[0], first),
         "stage1": (channels[1], first),
@@ -117,6 +123,7 @@ def test_feature_info_names_channels_and_reduction_in_order(twin):
 @pytest.mark.parametrize("height", [224, 255, 97])
 def test_reduction_does_not_depend_on_odd_sizes(height):
     one_each = {"densenet121": {"blocks": (1, 1, 1, 1)}, "resnet18": {}, "vovnet39": {}}
+    one_each["rdnet_tiny"] = {"stage_depth": 1}
     for name, changes in one_each.items():
         model = models.create(models.fields(name, **changes), 0)
         info = models.feature_info(model, (height, height, 3))
@@ -124,7 +131,7 @@ def test_reduction_does_not_depend_on_odd_sizes(height):
 
 
 # The others are trained by the golden runs, or differ by a stride.
-FAST = ("one_shot", "bottleneck", "preactivation", "vovnet")
+FAST = ("one_shot", "bottleneck", "preactivation", "vovnet", "rdnet")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +160,9 @@ def test_gradient_reaches_every_parameter(twin):
 
 
 @pytest.mark.parametrize("batch", [0, 4])
-@pytest.mark.parametrize("twin", ["random", "one_shot", "bottleneck", "preactivation", "vovnet"])
+@pytest.mark.parametrize(
+    "twin", ["random", "one_shot", "bottleneck", "preactivation", "vovnet", "rdnet"]
+)
 def test_what_flax_users_may_do(twin, batch):
     """Frozen variables, an empty batch, typed keys, JAX told to refuse operands of other ranks."""
     model = build(TWINS.get(twin, TWINS["densenet"] | {"dropout_rate": 0.5, "survival": 0.5}))
@@ -164,7 +173,7 @@ def test_what_flax_users_may_do(twin, batch):
         logits, _ = model.apply(variables, image)
 
         def loss(params):
-            inputs = {"params": params, "batch_stats": variables["batch_stats"]}
+            inputs = {**variables, "params": params}
             (logits, _), _ = model.apply(inputs, image, True, keys, mutable=["batch_stats"])
             return logits.sum()
 
@@ -234,6 +243,22 @@ REFUSED = {
         ({"output_widths": (4, 4, 4, 4.5)}, "4 positive integers"),
         ({"stem_widths": (4, 4)}, "3 positive integers"),
         ({"module_depth": 0}, "at least 1"),
+    ],
+    "rdnet": [
+        ({"growth_rates": ()}, "positive integers"),
+        ({"growth_rates": (4, 0)}, "2 positive integers"),
+        ({"stem_width": 0}, "at least 1"),
+        ({"stage_depth": 0}, "at least 1"),
+        ({"downsampling": (1, 2)}, "stages from 2 to 7, in rising order"),
+        ({"downsampling": (3, 2)}, "in rising order"),
+        ({"downsampling": (2, 2)}, "in rising order"),
+        ({"kernel_size": 4}, "must be odd"),
+        ({"compression": 0.0}, "(0, 1]"),
+        ({"stem_width": 1, "growth_rates": (4, 4), "downsampling": (), "compression": 0.5}, "8"),
+        ({"expansion": 0.1}, "fewer than 8 channels"),
+        ({"drop_path": 1.0}, "[0, 1)"),
+        ({"layer_scale": 0.0}, "above 0"),
+        ({"head_norm_epsilon": 0.0}, "above 0"),
     ],
 }
 

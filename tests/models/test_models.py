@@ -122,6 +122,11 @@ TABLE = {
     "ese_vovnet19b_dw": (1000, 224, 3, 6_543_080, "1.333G"),
     "ese_vovnet39b": (1000, 224, 3, 24_568_936, "7.074G"),
     "ese_vovnet57b": (1000, 224, 3, 38_608_936, "8.932G"),
+    "rdnet_tiny": (1000, 224, 3, 23_863_008, "5.033G"),
+    "rdnet_small": (1000, 224, 3, 50_436_448, "8.706G"),
+    "rdnet_base": (1000, 224, 3, 87_451_096, "15.358G"),
+    "rdnet_large": (1000, 224, 3, 186_269_632, "34.675G"),
+    "rdnet_cifar": (10, 32, 3, 850_418, "36.4M"),  # ours: our own count
 }
 # The same nets with other fields: the authors' code has stems of 2k, the paper's text of 16.
 CHANGED = [

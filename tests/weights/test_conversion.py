@@ -22,9 +22,16 @@ VOVNET = {
 }
 
 
+RDNET = {
+    **{"stem_width": 8, "growth_rates": (4, 4), "stage_depth": 2},
+    **{"downsampling": (2,), "kernel_size": 3, "squeeze_excite_from": 2},
+}
+
+
 def network(family, fields, num_classes=7):
-    section = {"densenet": "densenet121", "resnet": "resnet18", "vovnet": "vovnet39"}[family]
-    reset = {"stem": "cifar"} if family != "vovnet" else {}
+    section = {"densenet": "densenet121", "resnet": "resnet18", "vovnet": "vovnet39"}
+    section = section.get(family, "rdnet_tiny")
+    reset = {"stem": "cifar"} if family in ("densenet", "resnet") else {}
     return models.create(models.fields(section, **{**reset, **fields}), num_classes)
 
 
@@ -121,6 +128,29 @@ def vovnet(authors, separable=False):
     return shapes | linear("classifier" if authors else "head.fc", inputs, 7)
 
 
+def rdnet(stem):
+    def layer_norm(name, width):
+        return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+    shapes, width = conv(f"{stem}.0", 3, 8, 4, True) | layer_norm(f"{stem}.1", 8), 8
+    for stage in range(2):
+        at = f"dense_stages.{stage}"
+        if stage:
+            shapes |= layer_norm(f"{at}.0", width) | conv(f"{at}.1", width, 8, 2, True)
+            width = 8
+        for index in range(2):
+            block = f"{at}.{2 * stage}.dense_block{index}"
+            shapes |= {f"{block}.gamma": (4,)}
+            shapes |= conv(f"{block}.layers.layers.0", 1, width, 3, True)
+            shapes |= layer_norm(f"{block}.layers.layers.1", width)
+            inner = 4 * width // 8 * 8
+            shapes |= conv(f"{block}.layers.layers.2", width, inner, 1, True)
+            shapes |= conv(f"{block}.layers.layers.4", inner, 4, 1, True)
+            shapes |= conv(f"{block}.layers.layers.5.fc", 4, 4, 1, True) if stage else {}
+            width += 4
+    return shapes | layer_norm("head.norm", width) | linear("head.fc", width, 7)
+
+
 def draw(shapes, seed=0):
     """Random arrays, drawn in the order of the shapes."""
     random = np.random.default_rng(seed)
@@ -148,6 +178,8 @@ CASES = {
         *("vovnet", VOVNET | {"separable": True, "squeeze_excite": True}),
         vovnet(authors=False, separable=True),
     ),
+    "timm's rdnet": ("rdnet", RDNET, rdnet("stem")),
+    "rdnet": ("rdnet", RDNET | {"head_norm_epsilon": 1e-5}, rdnet("stem.stem")),
 }
 
 
