@@ -290,7 +290,8 @@ class Worker:
                 if not work.result():
                     self.train(work)
             if work.result():
-                with contextlib.suppress(OSError):
+                # Another worker may just have claimed it; etils has an error of its own for that.
+                with contextlib.suppress(OSError, ValueError):
                     claim.rmdir()
         except lock.LockError:
             return False
