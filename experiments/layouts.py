@@ -33,14 +33,20 @@ STEPS = 50
 
 
 def start(
-    run: pathlib.Path, processes: int, devices: int, dtype: str, mode: str, *flags: str
+    run: pathlib.Path,
+    processes: int,
+    devices: int,
+    dtype: str,
+    mode: str,
+    *flags: str,
+    platform: str = "cpu",
 ) -> list[subprocess.Popen]:
     """Starts the processes of a run; what each prints goes to output<process> in its directory."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
+        "JAX_PLATFORMS": platform,
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_ENABLE_X64": str(int(dtype == "float64")),
     }
@@ -54,7 +60,11 @@ def start(
         with open(run / f"output{process}", "w") as output:
             started.append(
                 subprocess.Popen(
-                    [*command, *job], env=environment, stdout=output, stderr=subprocess.STDOUT
+                    [*command, *job],
+                    env=environment,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    cwd=pathlib.Path(__file__).parents[1],
                 )
             )
     return started

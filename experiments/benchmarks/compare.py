@@ -1,6 +1,7 @@
 """Times implementations of one network side by side, each in a process of its own."""
 
 import argparse
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -24,7 +25,12 @@ from experiments import script
 
 HERE = pathlib.Path(__file__).parent
 LAYOUTS = ("nchw", "channels_last")
-PEERS = ("torchvision", "torch_compile", "keras")  # skipped, aloud, where they cannot be measured
+PEERS = (
+    "torchvision",
+    "torch_compile",
+    "torch_graphs",
+    "keras",
+)  # skipped, aloud, where they cannot be measured
 LIMIT = 1e-3  # by which implementations may differ, as a share of the largest value
 
 
@@ -39,7 +45,7 @@ def expand(text: str, work: Work, recompute: str = "none") -> list[str]:
     names = []
     for name in text.split(","):
         first, _, rest = name.partition(":")
-        if first in PEERS[:2] and rest in ("", *LAYOUTS):
+        if first in PEERS[:3] and rest in ("", *LAYOUTS):
             names += [f"{first}:{layout}" for layout in ([rest] if rest else LAYOUTS)]
         elif name in ("flax", "keras", "densejax"):
             names.append(name)
@@ -66,26 +72,32 @@ def specification(work: Work, mode: str, directory: str) -> dict[str, Any]:
     return spec | {"optimizer": networks.recipe().to_dict()}
 
 
-def start(names: Sequence[str], spec: Mapping[str, Any], torch_python: str) -> dict[str, Process]:
-    """One process after the other: while one builds and compiles, those before it wait.
+def start(
+    names: Sequence[str], spec: Mapping[str, Any], torch_python: str, at_once: int = 1
+) -> dict[str, Process]:
+    """One process after the other, or so many at once, build and compile; then they wait.
 
     Raises:
       Unavailable: ours or the plain flax network cannot be measured.
     """
     commands = {True: [torch_python, HERE / "torch_child.py"]}
     commands[False] = [sys.executable, HERE / "jax_child.py"]
-    children = {}
     Process(commands[False], {**spec, "implementation": "draw"}).close()
-    for name in names:
+
+    def child(name):
         peer = name.partition(":")[0]
         try:
-            is_torch = peer in PEERS[:2]
-            children[name] = Process(commands[is_torch], {**spec, "implementation": name})
+            is_torch = peer in PEERS[:3]
+            return Process(commands[is_torch], {**spec, "implementation": name})
         except Unavailable as error:
             if peer not in PEERS:
                 raise
             print(f"{name}: skipped: {error}", file=sys.stderr)
-    return children
+            return None
+
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        children = dict(zip(names, pool.map(child, names), strict=True))
+    return {name: child for name, child in children.items() if child}
 
 
 def row(name: str, facts: Mapping, answers: Sequence[Mapping], batch_size: int) -> dict[str, Any]:
@@ -128,14 +140,15 @@ class Different(Exception):
     """Implementations that do not compute the same."""
 
 
-def check(values: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+def check(values: Mapping[str, Mapping[str, Sequence[float]]], limit: float = LIMIT) -> None:
     """Prints how far each implementation's quantities are from the first one's.
 
     Args:
       values: of each implementation its logits, or its first loss and the norms of its gradient.
+      limit: share of the largest value by which they may differ.
 
     Raises:
-      Different: by more than LIMIT of the largest value.
+      Different: by more than that.
     """
     (first, expected), *_ = values.items()
     wrong = {}
@@ -144,18 +157,18 @@ def check(values: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
             error = np.inf  # of networks that do not have as many arrays
             if len(found[quantity]) == len(numbers):
                 error = np.abs(np.subtract(found[quantity], numbers)).max() / np.abs(numbers).max()
-            if not error < LIMIT:
+            if not error < limit:
                 wrong[name] = quantity
             print(f"{name}: {quantity} {error:.1e} from {first}'s", file=sys.stderr)
     if wrong:
         names = ", ".join(f"{name} ({quantity})" for name, quantity in wrong.items())
-        raise Different(f"{names}: more than {LIMIT} from {first}; nothing is timed")
+        raise Different(f"{names}: more than {limit} from {first}; nothing is timed")
 
 
 def text(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     """The table for people."""
     seconds = {found["implementation"]: found["seconds_per_step"] for found in rows}
-    torch = min((seconds[name] for name in PEERS[:2] if name in seconds), default=None)
+    torch = min((seconds[name] for name in PEERS[:3] if name in seconds), default=None)
 
     def ratio(found, other):
         return f"{found['seconds_per_step'] / other:.2f}" if other else "-"

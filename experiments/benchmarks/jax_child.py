@@ -21,6 +21,7 @@ import densejax
 from densejax import models, pretrained
 from densejax.config import UserError
 from densejax.inference.classifier import Classifier
+from densejax.topology import hlo
 from densejax.training import parallel
 from densejax.weights import conversion
 from densejax.weights.names import LAYOUTS
@@ -35,7 +36,8 @@ def draw(work: Work, directory: pathlib.Path) -> None:
     inputs = networks.preparation("float32").evaluation(examples["image"])
     np.savez(directory / "batch.npz", **examples, input=np.asarray(inputs))
     try:
-        np.savez(directory / "torch.npz", **pretrained.to_torch(network, variables))
+        project = "timm" if work.model.startswith("vovnet") else ""
+        np.savez(directory / "torch.npz", **pretrained.to_torch(network, variables, project))
     except UserError:  # a network that PyTorch's projects do not have
         return
 
@@ -54,6 +56,7 @@ def compiled(function: Callable, *arguments: Any) -> tuple[Callable, dict[str, A
     return program, {
         "compile_seconds": time.perf_counter() - start,
         "temp_bytes": memory and memory.temp_size_in_bytes,
+        "moved_bytes": hlo.read(program.as_text())["bytes"],
     }
 
 
@@ -75,10 +78,11 @@ def training(work: Work, directory: pathlib.Path, name: str) -> tuple[dict, Call
     arrays = jax.device_put({key: arrays[key] for key in batch}, parallel.split(mesh))
 
     def take_step():
-        held[0], seen = jax.block_until_ready(program(held[0], arrays))
-        return float(seen if name == "flax" else seen["loss"] / seen["count"])
+        held[0], seen = program(held[0], arrays)
+        return lambda: jax.block_until_ready(seen)
 
-    check = {"loss": [take_step()]}
+    seen = take_step()()
+    check = {"loss": [float(seen if name == "flax" else seen["loss"] / seen["count"])]}
     # After one step the optimizer's memory is that step's gradient, weight decay added.
     memory = held[0]["optimizer"] if name == "flax" else held[0].opt_state
     check["gradient"] = norms([leaf for leaf in jax.tree.leaves(memory) if leaf.ndim])
@@ -114,9 +118,10 @@ def inference(work: Work, directory: pathlib.Path, name: str) -> tuple[dict, Cal
     program, facts = compiled(jax.jit(logits), variables, images)
 
     def take_step():
-        return jax.block_until_ready(program(variables, images))
+        logits = program(variables, images)
+        return lambda: jax.block_until_ready(logits)
 
-    return facts | {"check": {"logits": np.asarray(take_step())[0].tolist()}}, take_step
+    return facts | {"check": {"logits": np.asarray(take_step()())[0].tolist()}}, take_step
 
 
 def keras_network(work: Work, variables: Mapping[str, Any]) -> Any:
@@ -203,7 +208,13 @@ def with_keras(work: Work, directory: pathlib.Path, is_training: bool) -> tuple[
     if is_training:  # its memory is the gradient times the negative rate, without the decay
         memory = [-np.asarray(v) / settings.learning_rate for v in network.optimizer.momentums]
         check["gradient"] = norms([m + d for m, d in zip(memory, decay, strict=True)])
-    return facts | {"check": check}, train if is_training else classify
+    function = train if is_training else classify
+
+    def take_step():
+        found = function()
+        return lambda: found
+
+    return facts | {"check": check}, take_step
 
 
 def build(spec: Mapping[str, Any]) -> tuple[dict[str, Any], Callable]:
@@ -212,7 +223,7 @@ def build(spec: Mapping[str, Any]) -> tuple[dict[str, Any], Callable]:
     name, is_training = spec["implementation"], spec["mode"] == "train"
     if name == "draw":
         draw(work, directory)
-        return {}, lambda: None
+        return {}, lambda: lambda: None
     versions = {"jax": jax.__version__, "flax": flax.__version__}
     if name == "keras":
         import keras
@@ -224,6 +235,8 @@ def build(spec: Mapping[str, Any]) -> tuple[dict[str, Any], Callable]:
             facts, take_step = (training if is_training else inference)(work, directory, name)
         except UserError as error:
             raise Unavailable(str(error)) from error
+    if memory := jax.devices()[0].memory_stats():
+        facts["peak_device_bytes"] = memory["peak_bytes_in_use"]
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return facts | {"device": device, "versions": versions}, take_step
 

@@ -74,13 +74,15 @@ class Work:
 
 
 def mesh(target: str) -> Mesh:
-    """One device of densejax/targets, which need not be there, to compile for; or "cpu".
+    """One device of densejax/targets, which need not be there, to compile for; "cpu"; or "here".
 
     Raises:
       UserError: no such target, or its compiler is not installed.
     """
     if target == "cpu":
         jax.config.update("jax_platforms", "cpu")
+        devices = jax.devices()
+    elif target == "here":
         devices = jax.devices()
     else:
         devices = targets.target(target).devices()

@@ -1,7 +1,8 @@
 """The process of an implementation in PyTorch (see turns.py); needs torch alone.
 
 The network is torchvision's own class where it has one that fits, with our CIFAR stem in the place
-of its own, and otherwise a DenseNet of the same layers and names, written here.
+of its own, or timm's VoVNet, and otherwise a DenseNet of the same layers and names, written here.
+bfloat16 is autocast, as PyTorch's users write it.
 """
 
 import json
@@ -114,6 +115,11 @@ def network_of(spec: Mapping[str, Any]) -> tuple[nn.Module, str]:
             network.features = nn.Sequential()
             for name, module in (stem | rest).items():
                 network.features.add_module(name, module)
+    elif fields["family"] == "vovnet":
+        import timm
+
+        name = f"{spec['work']['model']}a"  # with our identities it is another of their networks
+        return timm.create_model(name, num_classes=classes), f"timm {timm.__version__}"
     elif torchvision is None:
         raise Unavailable("torchvision is not installed")
     elif spec["work"]["fields"] or not hasattr(torchvision.models, spec["work"]["model"]):
@@ -153,36 +159,48 @@ def build(spec: Mapping[str, Any]) -> tuple[dict[str, Any], Callable]:
     )
     is_training = spec["mode"] == "train"
     network.train(is_training)
-    forward = torch.compile(network) if name == "torch_compile" else network
+    forward = network
+    if name in ("torch_compile", "torch_graphs"):  # the second replays CUDA graphs
+        mode = "reduce-overhead" if name == "torch_graphs" else "default"
+        forward = torch.compile(network, mode=mode)
 
-    def wait():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    dtype = getattr(torch, spec["work"]["dtype"])
+    precision = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def train():
         optimizer.zero_grad(set_to_none=True)
-        loss = functional.cross_entropy(forward(images), labels)
+        with precision:
+            loss = functional.cross_entropy(forward(images), labels)
         loss.backward()
         optimizer.step()
-        wait()
-        return loss.item()
+        return loss
 
     @torch.inference_mode()
     def classify():
-        logits = forward(images)
-        wait()
-        return logits
+        with precision:
+            return forward(images)
+
+    def take_step():
+        found = (train if is_training else classify)()
+
+        def wait():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return found.float()
+
+        return wait
 
     start = time.perf_counter()
-    take_step = train if is_training else classify
     try:
-        first = take_step()
+        first = take_step()()
     except Exception as error:  # whatever a compiler may raise
-        if name != "torch_compile":
+        if name == "torchvision":
             raise
         raise Unavailable(f"torch.compile: {str(error).strip().splitlines()[0]}") from error
-    compiling = {"compile_seconds": time.perf_counter() - start} if name == "torch_compile" else {}
-    check = {"loss": [first]} if is_training else {"logits": first[0].tolist()}
+    compiling = {} if name == "torchvision" else {"compile_seconds": time.perf_counter() - start}
+    if device.type == "cuda":
+        compiling["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+    check = {"loss": [first.item()]} if is_training else {"logits": first[0].tolist()}
     if is_training:  # after one step the buffer is that step's gradient, weight decay added
         buffers = [held["momentum_buffer"] for held in optimizer.state.values()]
         check["gradient"] = sorted(buffer.double().norm().item() for buffer in buffers)

@@ -104,8 +104,9 @@ def serve(build: Callable[[Mapping[str, Any]], tuple[dict[str, Any], Callable[[]
     """The other end of `Process`: builds what the last argument says, then answers every line.
 
     Args:
-      build: from the specification to facts, and a function that takes one step and returns when
-        it is done. It has taken its first steps already.
+      build: from the specification to facts, and a function that starts one step and returns a
+        function that waits for it, as a training loop waits rarely. It has taken its first steps
+        already.
     """
     # Nobody but us writes to the parent: compilers and progress bars go to stderr.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
@@ -119,7 +120,7 @@ def serve(build: Callable[[Mapping[str, Any]], tuple[dict[str, Any], Callable[[]
         print(json.dumps({"unavailable": f"{error.name} is not installed"}), file=channel)
         return
     for _ in range(2):  # the steps after the first may still fill caches
-        take_step()
+        take_step()()
     print(json.dumps(facts), file=channel)
     waiting, busy = time.perf_counter(), time.process_time()
     for line in sys.stdin:
@@ -127,7 +128,8 @@ def serve(build: Callable[[Mapping[str, Any]], tuple[dict[str, Any], Callable[[]
         idle = {"idle_seconds": start - waiting, "idle_processor_seconds": used - busy}
         steps = json.loads(line)["steps"]
         for _ in range(steps):
-            take_step()
+            wait = take_step()
+        wait()
         waiting, busy = time.perf_counter(), time.process_time()
         answer = {"seconds_per_step": (waiting - start) / steps, "peak_rss_bytes": peak_memory()}
         print(json.dumps(answer | idle), file=channel)

@@ -90,7 +90,7 @@ def build(spec):
         sys.exit(3)
     if spec["what"] == "noisy":
         os.write(channel, b"hello\\n")
-    return {{"device": spec["what"]}}, lambda: time.sleep(0.05)
+    return {{"device": spec["what"]}}, lambda: time.sleep(0.05) or (lambda: None)
 
 serve(build)
 """
