@@ -108,6 +108,7 @@ def evaluate(
     """
 
     def compute(plan, x, layers, running):
+        plan = dataclasses.replace(plan, channels_first=False)  # there is no sum along rows
         reads, emits = _ranges(graph, x.shape[-1])
         features, end = _with_room(x, graph), x.shape[-1]
         for params, stats, survival, read, width in zip(
@@ -378,7 +379,10 @@ def _backward(settings: Settings, plan: Plan, saved, d_features, d_stats):
         d_conv1, d_features, d_stats = layer.backward_conv1(
             features, stats_read, dy, d_features, d_stats, backward_norm2, hidden
         )
-        d_layers.append(d_conv2 | d_conv1)
+        d_layer = d_conv2 | d_conv1
+        if plan.channels_first:  # XLA:GPU would keep what this layer made until the end
+            d_features, d_stats, d_layer = lax.optimization_barrier((d_features, d_stats, d_layer))
+        d_layers.append(d_layer)
     return complete_gradient(slice(0, first)), d_layers[::-1]
 
 

@@ -229,12 +229,13 @@ def test_a_pointwise_module_is_flaxs_convolution():
 
 
 @pytest.mark.parametrize(
-    "platform, plan", [("cpu", "cpu"), ("tpu", "tpu"), ("cuda", "default"), ("rocm", "default")]
+    "platform, plan", [("cpu", "cpu"), ("tpu", "tpu"), ("cuda", "cuda"), ("rocm", "default")]
 )
 def test_a_platforms_plan_is_the_one_that_is_compiled(platform, plan):
     marks = {
         PLANS["cpu"]: 111.0,
         PLANS["tpu"]: 333.0,
+        PLANS["cuda"]: 444.0,
         PLANS["default"]: 222.0,
     }  # equal plans would be one
     step = jax.jit(lambda x: per_platform(lambda plan, x: x + marks[plan], x))

@@ -101,26 +101,26 @@ def by_concatenation(name, train):
 
 
 @pytest.mark.parametrize(
-    "name, train, recompute, piece_bytes, products",
+    "name, train, recompute, piece_bytes, like",
     [
-        ("bottleneck", True, "none", 1, True),
-        ("bottleneck", True, "layer", np.inf, False),
-        ("bottleneck", False, "none", 1, True),
-        ("plain", True, "layer", 1, False),
-        ("imagenet", True, "norm", np.inf, False),
-        ("plain_imagenet", True, "none", 1, True),
-        pytest.param("bottleneck", True, "block", np.inf, True, marks=pytest.mark.slow),
-        pytest.param("plain", True, "block", np.inf, True, marks=pytest.mark.slow),
-        pytest.param("plain", False, "none", np.inf, False, marks=pytest.mark.slow),
-        pytest.param("imagenet", False, "none", np.inf, True, marks=pytest.mark.slow),
+        ("bottleneck", True, "none", 1, "cpu"),
+        ("bottleneck", True, "layer", np.inf, "tpu"),
+        ("bottleneck", False, "none", 1, "cpu"),
+        ("plain", True, "layer", 1, "tpu"),
+        ("imagenet", True, "norm", np.inf, "gpu"),
+        ("plain_imagenet", True, "none", 1, "cpu"),
+        pytest.param("bottleneck", True, "block", np.inf, "cpu", marks=pytest.mark.slow),
+        pytest.param("plain", True, "block", np.inf, "cpu", marks=pytest.mark.slow),
+        pytest.param("plain", False, "none", np.inf, "tpu", marks=pytest.mark.slow),
+        pytest.param("imagenet", False, "none", np.inf, "cpu", marks=pytest.mark.slow),
     ],
 )
 def test_results_statistics_and_gradients_are_those_of_concatenation(
-    double, monkeypatch, name, train, recompute, piece_bytes, products
+    double, monkeypatch, name, train, recompute, piece_bytes, like
 ):
     variables, images, keys, expected = by_concatenation(name, train)
-    of_a_tpu = () if products else (True, len(images))
-    plan = convolution.Plan(piece_bytes, products, *of_a_tpu)
+    kinds = {"cpu": (True,), "tpu": (False, True, len(images)), "gpu": (False, True, 0, True)}
+    plan = convolution.Plan(piece_bytes, *kinds[like])
     monkeypatch.setitem(convolution.PLANS, "cpu", plan)
     model = tiny(**NETWORKS[name], block="in_place", recompute=recompute)
     assert_close(compiled(pull(model, train))(variables, images, keys), expected)
@@ -143,11 +143,12 @@ def test_every_option_changes_the_program_or_the_result(double, monkeypatch):
     changes += [{"bottleneck": False}, {"recompute": "layer"}, {"recompute": "block"}]
     texts += [program(base.clone(**change)) for change in changes]
     assert len(set(texts)) == len(texts)
-    plans = ((1, True), (1, False), (np.inf, False, True), (np.inf, False, False, 1))
+    plans = ((1, True), (1, False), (np.inf, False, False, 0, True))
+    plans += ((np.inf, False, True), (np.inf, False, False, 1))
     for plan in (*plans, (np.inf, False)):
         monkeypatch.setitem(convolution.PLANS, "cpu", convolution.Plan(*plan))
         texts.append(program(base))
-    pieces, *_, whole = texts[-4:]
+    pieces, *_, whole = texts[-5:]
     assert pieces.count("scan[") > whole.count("scan[")
     assert len(set(texts)) == len(texts) - (texts[0] == texts[-1])
 
