@@ -1,7 +1,7 @@
 """Compares densejax with torchvision and timm: logits, one training step, running statistics.
 
     pip install torch torchvision timm
-    python experiments/parity_torch.py [--size=64] [name ...]
+    python experiments/parity_torch.py [--size=64] [--hardnet=FILE] [name ...]
 
 Each network is built there with random weights and statistics, carried over by
 densejax.pretrained.from_torch, and given the same images. Per network one line: the largest
@@ -13,11 +13,14 @@ between them, and the last column is the difference without that factor. Exits w
 Everything is computed in float64 (but for pooling, float32 here): in float32 the gradients of deep
 networks differ by percents, because rounding decides which ReLUs are open. --float32 shows that.
 
-timm's networks are called "timm/name" and are left out where timm is not installed.
+timm's networks are called "timm/name" and are left out where timm is not installed. With --hardnet,
+the file hardnet.py of PingoLH/Pytorch-HarDNet, its networks are compared too. A parameter before a
+norm that takes its effect away has a gradient of rounding errors, and is compared with the largest.
 """
 
 import argparse
 import importlib.util
+import runpy
 import sys
 
 import jax
@@ -42,9 +45,10 @@ TIMM = {
     "timm/ese_vovnet39b": "ese_vovnet39b",
     "timm/rdnet_tiny": "rdnet_tiny",
 }
+HARDNET = {"hardnet39ds": 39, "hardnet68": 68, "hardnet68ds": 68, "hardnet85": 85}
 
 
-def build(name, dtype, classes=100):
+def build(name, dtype, hardnet, classes=100):
     """The peer's network with random statistics, scales and biases, and ours."""
     torch.manual_seed(0)
     if name in TIMM:
@@ -53,6 +57,13 @@ def build(name, dtype, classes=100):
         peer = timm.create_model(name.partition("/")[2], num_classes=classes)
         fields = {"identity": False} if name.startswith("timm/vovnet") else {}
         fields = models.fields(TIMM[name], **fields)
+    elif name in HARDNET:
+        authors = runpy.run_path(hardnet)["HarDNet"]
+        peer = authors(depth_wise=name.endswith("ds"), arch=HARDNET[name], pretrained=False)
+        peer.base[-1][3] = torch.nn.Linear(peer.base[-1][3].in_features, classes)
+        for module in peer.modules():
+            module.p = 0.0  # of dropout
+        fields = models.fields(name, dropout_rate=0.0)
     else:
         peer = getattr(torchvision.models, name)(num_classes=classes)
         fields = models.fields(name)
@@ -72,14 +83,14 @@ def arrays(state):
     return {name: value.detach().numpy().copy() for name, value in state.items()}
 
 
-def distance(found, expected):
-    """The largest difference as a share of the largest expected value."""
-    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
+def distance(found, expected, least=1e-30):
+    """The largest difference as a share of the largest expected value, or of `least`."""
+    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), least))
 
 
-def compare(name, size, batch, dtype):
+def compare(name, size, batch, dtype, hardnet):
     """The differences of one network, by what differs."""
-    peer, model = build(name, dtype)
+    peer, model = build(name, dtype, hardnet)
     random = np.random.default_rng(0)
     image = random.normal(size=(batch, 3, size, size)).astype(dtype)
     direction = random.normal(size=(batch, 100)).astype(dtype) / dtype(batch)
@@ -113,7 +124,8 @@ def compare(name, size, batch, dtype):
     gradient = pretrained.to_torch(model, {"params": jax.device_get(gradient)}, project(name))
     theirs = arrays({key: value.grad for key, value in peer.named_parameters()})
     assert gradient.keys() == theirs.keys()
-    found["gradient"] = max(distance(gradient[key], theirs[key]) for key in theirs)
+    least = 1e-6 * max(np.abs(array).max() for array in theirs.values())
+    found["gradient"] = max(distance(gradient[key], theirs[key], least) for key in theirs)
 
     after = arrays(peer.state_dict())
     stats = pretrained.to_torch(model, {"batch_stats": jax.device_get(stats)}, project(name))
@@ -141,16 +153,18 @@ def main():
     parser.add_argument("names", nargs="*", help="default: all")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--hardnet", default="")
     parser.add_argument("--float32", action="store_true")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", not options.float32)
     dtype = np.float32 if options.float32 else np.float64
     known = [*TORCHVISION, *(TIMM if importlib.util.find_spec("timm") else ())]
+    known += HARDNET if options.hardnet else ()
     if unknown := set(options.names) - set(known):
         parser.error(f"{', '.join(sorted(unknown))}: known here are {', '.join(known)}")
     worst = 0.0
     for name in options.names or known:
-        found = compare(name, options.size, options.batch, dtype)
+        found = compare(name, options.size, options.batch, dtype, options.hardnet)
         print(f"{name:18}", *(f"{what} {error:.1e}" for what, error in found.items()), flush=True)
         worst = max([worst, *(error for what, error in found.items() if what != "unbiased")])
     print(f"largest {worst:.1e}; torch {torch.__version__}, torchvision {torchvision.__version__}, "

@@ -50,6 +50,11 @@ NETWORKS = {
         **{"downsampling": (2,), "kernel_size": 3, "squeeze_excite_from": 2},
         **{"layer_scale": 1.0, "drop_path": 0.2},
     ),
+    "hardnet": lambda: models.fields(
+        "hardnet68",
+        **{"stem_widths": (4, 4), "blocks": (4, 2), "growth_rates": (4, 4), "downsampling": ()},
+        **{"output_widths": (8, 8), "dropout_rate": 0.1},
+    ),
 }
 
 

@@ -29,11 +29,13 @@ from ml_collections import config_dict
 from densejax.config import UserError
 from densejax.models.dense_block import DenseBlock as DenseBlock
 from densejax.models.densenet import DenseNet
+from densejax.models.hardnet import HarDNet
 from densejax.models.rdnet import RDNet
 from densejax.models.resnet import ResNet
 from densejax.models.vovnet import VoVNet
 
-FAMILIES = {"densenet": DenseNet, "resnet": ResNet, "vovnet": VoVNet, "rdnet": RDNet}
+FAMILIES = {"densenet": DenseNet, "resnet": ResNet, "vovnet": VoVNet}
+FAMILIES |= {"rdnet": RDNet, "hardnet": HarDNet}
 # Fields that the run decides and not the network's description.
 RUN_FIELDS = ("num_classes", "dtype", "batch_norm_axis", "parent", "name")
 
@@ -53,6 +55,7 @@ _RESNET_CIFAR = {"family": "resnet", "shortcut": "identity"}
 _PREACT = {"family": "resnet", "preactivation": True, "block": "bottleneck", "stride_on": "1x1"}
 _PLAIN = {"family": "resnet", "connect": "chain"}
 _VOVNET = {"family": "vovnet"}
+_HARDNET = {"family": "hardnet"}
 _RDNET = {"family": "rdnet"}
 _VOVNET_V2 = _VOVNET | {"squeeze_excite": True}
 MODELS = {
@@ -144,6 +147,20 @@ MODELS = {
         "stem_stride": 2,
         "growth_rates": (24, 32, 40, 40),
         "downsampling": (2, 3),
+    },
+    "hardnet39ds": _HARDNET
+    | {
+        **{"stem_widths": (24, 48), "blocks": (4, 16, 8, 4), "growth_rates": (16, 20, 64, 160)},
+        **{"output_widths": (96, 320, 640, 1024), "downsampling": (1, 2, 3)},
+        **{"connect": "hardnet:multiplier=1.6", "separable": True, "dropout_rate": 0.05},
+    },
+    "hardnet68": _HARDNET | {"dropout_rate": 0.1},
+    "hardnet68ds": _HARDNET | {"separable": True, "dropout_rate": 0.05},
+    "hardnet85": _HARDNET
+    | {
+        **{"stem_widths": (48, 96), "blocks": (8, 16, 16, 16, 16, 4)},
+        **{"growth_rates": (24, 24, 28, 36, 48, 256), "downsampling": (1, 3, 5)},
+        **{"output_widths": (192, 256, 320, 480, 720, 1280), "dropout_rate": 0.2},
     },
 }
 

@@ -116,6 +116,13 @@ def require_positive(network: nn.Module, field: str, number: int) -> None:
     require(network, field, holds, f"give {number} positive integers")
 
 
+def require_rising(network: nn.Module, field: str, first: int, last: int) -> None:
+    """Raises UserError unless a field is rising numbers of the parts `first` to `last`."""
+    value = getattr(network, field)
+    holds = list(value) == sorted(set(value)) and set(value) <= set(range(first, last + 1))
+    require(network, field, holds, f"give numbers from {first} to {last}, in rising order")
+
+
 class CifarStem(nn.Module):
     """One 3x3 convolution, stride 1: no norm, no pooling (as the authors' CIFAR networks)."""
 
@@ -161,14 +168,14 @@ STEMS = {"cifar": CifarStem, "imagenet": ImageNetStem}
 class Head(nn.Module):
     """Global average pooling and the linear classifier; logits are float32, None of 0 classes.
 
-    With a `norm_epsilon` there is a LayerNorm between them.
+    With a `norm_epsilon` there is a LayerNorm between them, with `layers` their dropout.
     """
 
     num_classes: int
     norm_epsilon: float | None = None
 
     @nn.compact
-    def __call__(self, features):
+    def __call__(self, features, layers: Layers | None = None):
         """Maps features [batch, height, width, channels] to (logits, pooled features)."""
         dtype = jnp.float64 if features.dtype == jnp.float64 else jnp.float32
         pooled = features.mean((1, 2), dtype=dtype)
@@ -177,5 +184,6 @@ class Head(nn.Module):
         x = pooled
         if self.norm_epsilon is not None:
             x = nn.LayerNorm(epsilon=self.norm_epsilon, use_fast_variance=False, name="norm")(x)
+        x = layers.dropout(x, name="dropout") if layers else x
         classifier = nn.Dense(self.num_classes, kernel_init=fan_in_uniform, name="classifier")
         return classifier(x), pooled

@@ -130,10 +130,7 @@ class RDNet(nn.Module):
         layers.require_positive(self, "growth_rates", stages or 1)
         for field in ("stem_width", "stem_stride", "stage_depth", "squeeze_excite_from"):
             layers.require(self, field, getattr(self, field) >= 1, "must be at least 1")
-        places = sorted(set(self.downsampling))
-        rising = list(self.downsampling) == places and set(places) <= set(range(2, stages + 1))
-        wanted = f"give stages from 2 to {stages}, in rising order"
-        layers.require(self, "downsampling", rising, wanted)
+        layers.require_rising(self, "downsampling", 2, stages)
         odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
         layers.require(self, "kernel_size", odd, "must be odd")
         layers.require(self, "compression", 0 < self.compression <= 1, "must be in (0, 1]")

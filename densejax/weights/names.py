@@ -124,6 +124,44 @@ _RDNET = {
     "head/norm": "head.norm",
     _CLASSIFIER: "head.fc",
 }
+
+
+def _hardnet(downsampling: tuple[int, ...], blocks: int, dropout: int = 0) -> Layout:
+    """The authors' names, which are numbers in the order of computation.
+
+    Args:
+      downsampling: the field of the network.
+      blocks: how many it has.
+      dropout: 1 where the authors have a dropout layer before the last 1x1, which has a number.
+    """
+    number, starts = 3, []  # after the two layers of the stem and its downsampling
+    for block in range(1, blocks + 1):
+        starts.append(number)
+        number += 3 if block in downsampling else 2
+    last = starts[-1] + 1 + dropout
+    joins = [*(start + 1 for start in starts[:-1]), last]
+    parts = {"": "", "pointwise": ".layer1", "depthwise": ".layer2"}
+
+    def layer(block, index, part, kind):
+        kind = "dwconv" if (part, kind) == ("depthwise", "conv") else kind
+        return f"base.{starts[block - 1]}.layers.{index - 1}{parts[part]}.{kind}"
+
+    return Layout(
+        "authors",
+        {
+            _VOVNET_STEM: lambda n, kind: f"base.{n - 1}.{kind}",
+            r"downsampling(\d+)/(norm|conv)": lambda n, kind: (
+                f"base.{joins[n - 1] + 1 if n else 2}.{'dwconv' if kind == 'conv' else kind}"
+            ),
+            r"block(\d+)/layer(\d+)_?(|pointwise|depthwise)/(norm|conv)": layer,
+            _TRANSITION: lambda b, kind: f"base.{joins[b - 1]}.{kind}",
+            _CLASSIFIER: f"base.{last + 1}.3",
+        },
+        fields={"downsampling": downsampling},
+        marker=rf"(^|[.:])base\.{last}\.conv\.weight$",
+    )
+
+
 # The layouts of each family; `to_torch` writes the first one unless another is asked for.
 LAYOUTS: dict[str, list[Layout]] = {
     "densenet": [
@@ -216,4 +254,6 @@ LAYOUTS: dict[str, list[Layout]] = {
             marker=r"(^|[.:])stem\.stem\.0\.weight$",
         ),
     ],
+    # HarDNet-39DS, 68 (and 68DS) and 85.
+    "hardnet": [_hardnet((1, 2, 3), 4), _hardnet((1, 3, 4), 5), _hardnet((1, 3, 5), 6, dropout=1)],
 }

@@ -22,6 +22,11 @@ VOVNET = {
     "module_depth": 2,
     "stem_widths": (4, 4, 8),
 }
+HARDNET = {
+    "family": "hardnet",
+    **{"stem_widths": (4, 4), "blocks": (2, 4), "growth_rates": (4, 4), "downsampling": (1,)},
+    **{"output_widths": (8, 12), "dropout_rate": 0.2},
+}
 TWINS = {
     "densenet": {"family": "densenet", "blocks": (1, 2), "growth_rate": 4},
     "one_shot": {"family": "densenet", "blocks": (1, 2), "growth_rate": 4, "connect": "one_shot"},
@@ -38,6 +43,8 @@ TWINS = {
         **{"stem_width": 8, "stem_stride": 1, "stage_depth": 2, "growth_rates": (4, 4)},
         **{"downsampling": (2,), "kernel_size": 3, "squeeze_excite_from": 2, "drop_path": 0.5},
     },
+    "hardnet": HARDNET,
+    "hardnet_ds": HARDNET | {"separable": True, "dropout_rate": 0.0},
 }
 
 
@@ -108,6 +115,14 @@ def test_feature_info_names_channels_and_reduction_in_order(twin):
         "final": (channels[2], 2 * first),
         "pooled": (channels[2], None),
     }
+    if TWINS[twin]["family"] == "hardnet":
+        expected = {
+            "stem": (4, 4),
+            "block1": (8, 4),
+            "block2": (12, 8),
+            "final": (12, 8),
+            "pooled": (12, None),
+        }
     if TWINS[twin]["family"] == "densenet":
         expected = {
             "stem": (8, 1),
@@ -123,7 +138,7 @@ def test_feature_info_names_channels_and_reduction_in_order(twin):
 @pytest.mark.parametrize("height", [224, 255, 97])
 def test_reduction_does_not_depend_on_odd_sizes(height):
     one_each = {"densenet121": {"blocks": (1, 1, 1, 1)}, "resnet18": {}, "vovnet39": {}}
-    one_each["rdnet_tiny"] = {"stage_depth": 1}
+    one_each |= {"rdnet_tiny": {"stage_depth": 1}, "hardnet68": {"blocks": (1,) * 5}}
     for name, changes in one_each.items():
         model = models.create(models.fields(name, **changes), 0)
         info = models.feature_info(model, (height, height, 3))
@@ -131,7 +146,7 @@ def test_reduction_does_not_depend_on_odd_sizes(height):
 
 
 # The others are trained by the golden runs, or differ by a stride.
-FAST = ("one_shot", "bottleneck", "preactivation", "vovnet", "rdnet")
+FAST = ("one_shot", "bottleneck", "preactivation", "vovnet")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +264,7 @@ REFUSED = {
         ({"growth_rates": (4, 0)}, "2 positive integers"),
         ({"stem_width": 0}, "at least 1"),
         ({"stage_depth": 0}, "at least 1"),
-        ({"downsampling": (1, 2)}, "stages from 2 to 7, in rising order"),
+        ({"downsampling": (1, 2)}, "numbers from 2 to 7, in rising order"),
         ({"downsampling": (3, 2)}, "in rising order"),
         ({"downsampling": (2, 2)}, "in rising order"),
         ({"kernel_size": 4}, "must be odd"),
@@ -259,6 +274,16 @@ REFUSED = {
         ({"drop_path": 1.0}, "[0, 1)"),
         ({"layer_scale": 0.0}, "above 0"),
         ({"head_norm_epsilon": 0.0}, "above 0"),
+    ],
+    "hardnet": [
+        ({"blocks": ()}, "5 positive integers"),
+        ({"growth_rates": (4, 4)}, "5 positive integers"),
+        ({"output_widths": (4,)}, "5 positive integers"),
+        ({"stem_widths": (4,)}, "2 positive integers"),
+        ({"downsampling": (3, 1)}, "from 1 to 5, in rising order"),
+        ({"downsampling": (6,)}, "from 1 to 5, in rising order"),
+        ({"connect": "harmonic"}, "dense, chain, "),
+        ({"dropout_rate": 1.0}, "[0, 1)"),
     ],
 }
 

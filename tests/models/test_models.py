@@ -128,6 +128,11 @@ TABLE = {
     "rdnet_base": (1000, 224, 3, 87_451_096, "15.358G"),
     "rdnet_large": (1000, 224, 3, 186_269_632, "34.675G"),
     "rdnet_cifar": (10, 32, 3, 850_418, "36.4M"),  # ours: our own count
+    # Of the authors' code, PingoLH/Pytorch-HarDNet, by the shapes of its layers.
+    "hardnet39ds": (1000, 224, 3, 3_488_228, "429.5M"),
+    "hardnet68": (1000, 224, 3, 17_565_348, "4.246G"),
+    "hardnet68ds": (1000, 224, 3, 4_180_602, "775.3M"),
+    "hardnet85": (1000, 224, 3, 36_670_212, "9.074G"),
 }
 # The same nets with other fields: the authors' code has stems of 2k, the paper's text of 16.
 CHANGED = [
@@ -186,7 +191,9 @@ def test_one_shot_width_27_comes_nearest_to_the_parameters_of_densenet_40():
 LARGE = (
     "densenet_100_24 densenet_bc_190_40 densenet_bc_250_24 densenet232 densenet264 densenet264_48"
 )
-LARGE += " densenet201 resnet152 resnet1202_cifar preact_resnet1001"
+LARGE += (
+    " rdnet_base rdnet_large hardnet85 densenet201 resnet152 resnet1202_cifar preact_resnet1001"
+)
 SLOW = {name: pytest.mark.slow for name in LARGE.split()}
 
 

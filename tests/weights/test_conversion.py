@@ -26,11 +26,15 @@ RDNET = {
     **{"stem_width": 8, "growth_rates": (4, 4), "stage_depth": 2},
     **{"downsampling": (2,), "kernel_size": 3, "squeeze_excite_from": 2},
 }
+HARDNET = {
+    **{"blocks": (2, 1, 4, 2), "growth_rates": (4, 4, 4, 4), "output_widths": (6, 6, 6, 12)},
+    **{"stem_widths": (4, 6), "downsampling": (1, 2, 3)},
+}
 
 
 def network(family, fields, num_classes=7):
     section = {"densenet": "densenet121", "resnet": "resnet18", "vovnet": "vovnet39"}
-    section = section.get(family, "rdnet_tiny")
+    section = (section | {"rdnet": "rdnet_tiny", "hardnet": "hardnet68"})[family]
     reset = {"stem": "cifar"} if family in ("densenet", "resnet") else {}
     return models.create(models.fields(section, **{**reset, **fields}), num_classes)
 
@@ -151,6 +155,39 @@ def rdnet(stem):
     return shapes | layer_norm("head.norm", width) | linear("head.fc", width, 7)
 
 
+def hardnet(separable):
+    """Blocks of layers that read (1), (1, 0), (2) and (3, 2, 0), numbered from the input, 0."""
+
+    def layer(name, inputs, outputs, size):
+        return conv(f"{name}.conv", inputs, outputs, size) | norm(f"{name}.norm", outputs)
+
+    def halved(index, width):
+        name = f"base.{index}"
+        if not separable:
+            return {}
+        return conv(f"{name}.dwconv", 1, width, 3) | norm(f"{name}.norm", width)
+
+    shapes = layer("base.0", 3, 4, 3) | layer("base.1", 4, 6, 1 if separable else 3)
+    shapes |= halved(2, 6)
+    # (inputs, outputs) of each layer: k times 1.7 for each source but the first, made even.
+    blocks = [[(6, 4), (10, 6)], [(6, 4)], [(6, 4), (10, 6), (6, 4), (16, 12)], [(6, 4), (10, 6)]]
+    for number, (block, emitted, width) in enumerate(
+        zip(blocks, (10, 4, 20, 10), (6, 6, 6, 12), strict=True)
+    ):
+        at = 3 + 3 * number
+        for index, (inputs, outputs) in enumerate(block):
+            name = f"base.{at}.layers.{index}"
+            if separable:
+                shapes |= layer(f"{name}.layer1", inputs, outputs, 1)
+                shapes |= conv(f"{name}.layer2.dwconv", 1, outputs, 3)
+                shapes |= norm(f"{name}.layer2.norm", outputs)
+            else:
+                shapes |= layer(name, inputs, outputs, 3)
+        shapes |= layer(f"base.{at + 1}", emitted, width, 1)
+        shapes |= halved(at + 2, width) if number < 3 else {}
+    return shapes | linear("base.14.3", 12, 7)
+
+
 def draw(shapes, seed=0):
     """Random arrays, drawn in the order of the shapes."""
     random = np.random.default_rng(seed)
@@ -179,6 +216,8 @@ CASES = {
         vovnet(authors=False, separable=True),
     ),
     "timm's rdnet": ("rdnet", RDNET, rdnet("stem")),
+    "hardnet": ("hardnet", HARDNET, hardnet(separable=False)),
+    "separable hardnet": ("hardnet", HARDNET | {"separable": True}, hardnet(separable=True)),
     "rdnet": ("rdnet", RDNET | {"head_norm_epsilon": 1e-5}, rdnet("stem.stem")),
 }
 
