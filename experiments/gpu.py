@@ -1,6 +1,6 @@
 """What a CPU cannot show, measured on one NVIDIA GPU: results, speed, memory and bytes moved.
 
-Command: python experiments/gpu.py --output=experiments/results/gpu [--parts=device,forms,...]
+Command: python experiments/gpu.py --output=runs/gpu [--parts=device,forms,...]
 Needs:   one GPU and `make cuda`; PyTorch, torchvision and timm for what is compared with them.
 
 Each part is a process with a time limit below ten minutes and writes one PART.json, with the card,

@@ -9,6 +9,8 @@ import gpu
 import numpy as np
 import pytest
 
+from densejax.config import UserError
+
 FACTS = {"card_and_driver": "card", "versions": {"jax": "1"}, "code": "c", "date": "d"}
 
 
@@ -45,10 +47,11 @@ def test_the_table_compares_with_the_floor_and_with_ours():
     assert theirs[0] == "torchvision" and theirs[7] == "1.50"
 
 
-def test_what_is_no_part(tmp_path):
-    done = rehearse(tmp_path, "--parts=speed")
-    assert done.returncode == 2
-    assert done.stderr.startswith("densejax: --parts: speed unknown; allowed are device, forms")
+def test_what_is_no_part(tmp_path, monkeypatch):
+    flags = [f"--output={tmp_path}", "--rehearse", "--parts=speed"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *flags])
+    with pytest.raises(UserError, match="^--parts: speed unknown; allowed are device, forms"):
+        gpu.main()
 
 
 @pytest.mark.slow

@@ -242,3 +242,9 @@ def test_a_platforms_plan_is_the_one_that_is_compiled(platform, plan):
     lowered = step.trace(jnp.float32(0)).lower(lowering_platforms=(platform,))
     found = [name for name in PLANS if f"{marks[PLANS[name]]:e}" in lowered.as_text()]
     assert found == [plan]
+
+
+def test_training_on_a_gpu_is_by_its_plan():
+    """JAX calls the devices of platform "cuda" "gpu"."""
+    with tracing_for("gpu"):
+        assert per_platform(lambda plan: plan) == PLANS["cuda"]
