@@ -164,7 +164,7 @@ def test_depthwise_convolutions_are_xlas(monkeypatch, platform, size, stride, sh
 
 
 def test_a_bfloat16_depthwise_convolution_is_summed_in_float32():
-    x, kernel = (np.abs(draws(*shape)) for shape in ((64, 6, 6, 2), (5, 5, 1, 2)))
+    x, kernel = (np.abs(draws(*shape)) for shape in ((512, 6, 6, 2), (5, 5, 1, 2)))
     module = Convolution(2, (5, 5), 1, False, jnp.bfloat16, jax.nn.initializers.ones, groups=2)
 
     def gradient(kernel):
