@@ -28,6 +28,13 @@ def draws(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)
 
 
+def pulled(functions, x, kernel):
+    """The result of each function, and the gradients of what it was given."""
+    pulls = [jax.vjp(function, x, kernel) for function in functions]
+    dy = draws(*pulls[-1][0].shape, seed=2)
+    return [(y, pull(dy)) for y, pull in pulls]
+
+
 def xla(x, params):
     """XLA's convolution, in x's precision, zeros around."""
     kernel = params["kernel"].astype(x.dtype)
@@ -123,11 +130,7 @@ def test_convolutions_of_images_have_xlas_gradients(
         def ours(x, kernel):
             return module.apply({"params": {"kernel": kernel}}, x)
 
-        def both(x, kernel):
-            pulls = [jax.vjp(function, x, kernel) for function in (ours, theirs)]
-            dy = draws(*pulls[1][0].shape, seed=2)
-            return [(y, pull(dy)) for y, pull in pulls]
-
+        both = functools.partial(pulled, (ours, theirs))
         first, second = jax.jit(both)(x, kernel)
         has_products = "dot_general" in str(jax.make_jaxpr(both)(x, kernel))
     assert has_products == (platform == "cpu")
@@ -152,11 +155,7 @@ def test_depthwise_convolutions_are_xlas(monkeypatch, platform, size, stride, sh
         def ours(x, kernel):
             return module.apply({"params": {"kernel": kernel}}, x)
 
-        def both(x, kernel):
-            pulls = [jax.vjp(function, x, kernel) for function in (ours, theirs)]
-            dy = draws(*pulls[1][0].shape, seed=2)
-            return [(y, pull(dy)) for y, pull in pulls]
-
+        both = functools.partial(pulled, (ours, theirs))
         first, second = jax.jit(both)(x, kernel)
         convolutions = str(jax.make_jaxpr(ours)(x, kernel)).count("conv_general_dilated")
     assert convolutions == (platform != "cpu")
