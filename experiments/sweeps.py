@@ -352,6 +352,36 @@ def dropout(base: Base) -> Iterator[Run]:
         yield base.dense(dropout_rate=rate).run(name, axes, **changes)
 
 
+def recipe(base: Base) -> Iterator[Run]:
+    """Each part of a newer recipe alone, beside the card's own recipe, and most of them together.
+
+    Rates are those of the parts' papers or of common use; none is tuned. Cutout's square has a
+    quarter of the image's height where images are stored at twice the height that is read.
+    """
+    adamw = {"name": "adamw", "learning_rate": 3e-3, "weight_decay": 0.05, "nesterov": False}
+    adamw |= {"decay_all": False}
+    parts = {
+        "card": {},
+        "label_smoothing": {"train__label_smoothing": 0.1},
+        "average": {"train__average_decay": 0.999},
+        "adamw": {f"optimizer__{key}": value for key, value in adamw.items()},
+        "clip": {"optimizer__clip_norm": 1.0},
+        "mixup": {"augmentation__mixup": 0.2},
+        "cutmix": {"augmentation__cutmix": 1.0},
+        "cutout": {"augmentation__cutout": base.image_shape[0] // 2},
+        "erasing": {"augmentation__erasing": 0.25},
+        "randaugment": {"augmentation__policy": "randaugment"},
+        "trivialaugment": {"augmentation__policy": "trivialaugment"},
+        "alternate_flip": {"augmentation__alternate_flip": True},
+        "views": {"evaluate__mirror": True, "evaluate__shift": 1},
+        "stochastic_depth": {"model__survival": 0.8},
+    }
+    together = ("label_smoothing", "average", "adamw", "clip", "mixup", "erasing", "views")
+    parts["together"] = {key: value for part in together for key, value in parts[part].items()}
+    for part, changes in parts.items():
+        yield base.dense().run(part, {"recipe": part}, **changes)
+
+
 def learning_rate(base: Base) -> Iterator[Run]:
     """The peak for each kind of network at equal parameters, measured on held-out images.
 
@@ -380,7 +410,7 @@ SWEEPS = {
     for sweep in (
         *(growth_rate, depth_width, degradation, connectivity, patterns, variants),
         growth_schedule,
-        *(train_size, compression, dropout, learning_rate),
+        *(train_size, compression, dropout, recipe, learning_rate),
     )
 }
 

@@ -23,9 +23,7 @@ from densejax.analysis import reuse
 from densejax.analysis.reuse import HeatMap
 from densejax.config import UserError
 from densejax.inference.classifier import Classifier
-from densejax.models.densenet import DenseNet
 from densejax.models.normalization import at_least_float32
-from densejax.models.vovnet import VoVNet
 from densejax.training import metrics
 from densejax.training.losses import Loss
 from densejax.training.step import evaluated_logits
@@ -60,25 +58,20 @@ def connections(model: nn.Module, params: Any) -> list[Connection]:
     Raises:
       UserError: a network whose layers read no concatenations.
     """
-    if not isinstance(model, DenseNet | VoVNet):
+    if not hasattr(model, "readers"):
         raise UserError(
             f"{type(model).__name__}: connections are cut where layers read concatenations; take a "
             f"DenseNet"
         )
-    found, graphs, widths = [], model.graphs(), reuse.output_widths(model, params)
+    found, widths = [], reuse.output_widths(model, params)
+    readers = reuse.several_sources(model)
     for one in reuse.heat_maps(model, params):
-        graph = graphs[one.block]
-        for column, target in enumerate(one.targets):
-            read, module = graph.emits, {"classifier": "norm"}.get(target, target)
-            if target.startswith("layer"):
-                read = graph.reads[int(target.removeprefix("layer")) - 1]
-                module = f"{one.block}/{target}/norm1"
-            elif target == "aggregation":
-                module = f"{one.block}/{target}"
-            sources = np.repeat(read, np.take(widths[one.block], read))  # of each channel
-            for source in read:
+        for column, reader in enumerate(readers[one.block]):
+            widths_read = [widths[one.block][source] for source in reader.reads]
+            sources = np.repeat(reader.reads, widths_read)  # of each channel
+            for source in reader.reads:
                 weight = float(one.weights[source, column])
-                fields = (one.block, target, source, weight, module, sources == source)
+                fields = (one.block, reader.name, source, weight, reader.module, sources == source)
                 found.append(Connection(*fields))
     return found
 

@@ -12,13 +12,12 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
+from flax import traverse_util
 
 from densejax.config import UserError
-from densejax.models.connections import Stage, coefficients
-from densejax.models.densenet import DenseNet
+from densejax.models.connections import Reader, Stage, coefficients
 from densejax.models.layers import Layers
 from densejax.models.resnet import ResNet
-from densejax.models.vovnet import VoVNet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +58,7 @@ def heat_maps(model: nn.Module, params: Any, batch_stats: Any = None) -> list[He
     what follows the block: a 1x1 convolution, or the classifier.
 
     Args:
-      model: a network with `graphs`.
+      model: a network that has `graphs`, and `readers` if it concatenates.
       params: its parameters.
       batch_stats: its running statistics; the pattern "dsnet" alone needs them.
 
@@ -69,7 +68,7 @@ def heat_maps(model: nn.Module, params: Any, batch_stats: Any = None) -> list[He
     if isinstance(model, ResNet):
         maps = _stages(model, {"params": params, "batch_stats": batch_stats or {}})
     else:
-        maps = _concatenated(model, params) if hasattr(model, "graphs") else ()
+        maps = _concatenated(model, params) if hasattr(model, "readers") else ()
     if not (maps := list(maps)):
         raise UserError(
             f"{type(model).__name__}: its layers read only one source, or sums without weights; "
@@ -79,53 +78,50 @@ def heat_maps(model: nn.Module, params: Any, batch_stats: Any = None) -> list[He
 
 
 def _concatenated(model: nn.Module, params: Any) -> Iterator[HeatMap]:
-    readers = {"DenseNet": _densenet_kernels, "VoVNet": _vovnet_kernels}[type(model).__name__]
     widths_of = output_widths(model, params)
-    for name, graph in model.graphs().items():
-        kernels, end = readers(model, params, name)
-        reads, widths = {}, widths_of[name]
-        if any(len(read) > 1 for read in graph.reads):
-            pairs = zip(graph.reads, kernels, strict=True)
-            reads = {f"layer{n}": pair for n, pair in enumerate(pairs, 1)}
-        for target, kernel in end.items():
-            reads[target] = graph.emits, kernel
-        weights = np.full((len(widths), len(reads)), np.nan)
-        for column, (read, kernel) in enumerate(reads.values()):
-            weights[list(read), column] = mean_weights(kernel, [widths[n] for n in read])
-        if any(len(read) > 1 for read, _ in reads.values()):
-            yield HeatMap(name, _sources(len(widths) - 1), tuple(reads), weights)
+    for name, readers in several_sources(model).items():
+        widths = widths_of[name]
+        weights = np.full((len(widths), len(readers)), np.nan)
+        for column, reader in enumerate(readers):
+            read = list(reader.reads)
+            found = mean_weights(_kernel(params, reader), [widths[n] for n in read])
+            weights[read, column] = found
+        targets = tuple(reader.name for reader in readers)
+        yield HeatMap(name, _sources(len(widths) - 1), targets, weights)
 
 
-def output_widths(model: DenseNet | VoVNet, params: Any) -> dict[str, tuple[int, ...]]:
+def several_sources(model: nn.Module) -> dict[str, list[Reader]]:
+    """What a heat map shows of each block: its layers, if one reads several outputs, and its end.
+
+    Blocks of which nothing reads several outputs are left out.
+    """
+    found = {}
+    for block, readers in model.readers().items():
+        layers = [reader for reader in readers if reader.name.startswith("layer")]
+        if all(len(reader.reads) == 1 for reader in layers):
+            readers = readers[len(layers) :]
+        if any(len(reader.reads) > 1 for reader in readers):
+            found[block] = readers
+    return found
+
+
+def output_widths(model: nn.Module, params: Any) -> dict[str, tuple[int, ...]]:
     """The feature maps of each output of each block, by the block's name, from its input on."""
-    graphs = model.graphs()
-    if isinstance(model, DenseNet):
-        inputs = model.widths()
-    else:
-        totals = [np.shape(params[name]["aggregation"]["conv"]["kernel"])[-2] for name in graphs]
-        inputs = [total - sum(g.widths) for total, g in zip(totals, graphs.values(), strict=True)]
-    pairs = zip(graphs.items(), inputs, strict=True)
-    return {name: (width, *graph.widths) for (name, graph), width in pairs}
+    found, readers = {}, model.readers()
+    for name, graph in model.graphs().items():
+        widths = (0, *graph.widths)
+        reader = next(reader for reader in readers[name] if 0 in reader.reads)
+        total = np.shape(_kernel(params, reader))[-2]
+        found[name] = (total - sum(widths[n] for n in reader.reads), *graph.widths)
+    return found
+
+
+def _kernel(params: Any, reader: Reader) -> Any:
+    return traverse_util.flatten_dict(params, sep="/")[f"{reader.kernel}/kernel"]
 
 
 def _sources(depth: int) -> tuple[str, ...]:
     return ("input", *(f"layer{number}" for number in range(1, depth + 1)))
-
-
-def _densenet_kernels(model: DenseNet, params: Any, block: str):
-    """Of a block: the kernel of each layer, and that of what follows it, by name."""
-    kernels = [params[block][f"layer{n + 1}"]["conv1"]["kernel"] for n in range(len(params[block]))]
-    transition = block.replace("block", "transition")
-    if transition in params:
-        return kernels, {transition: params[transition]["conv"]["kernel"]}
-    if model.num_classes:
-        return kernels, {"classifier": params["head"]["classifier"]["kernel"]}
-    return kernels, {}
-
-
-def _vovnet_kernels(model: VoVNet, params: Any, block: str):
-    """The same of an OSA module, whose layers read one source each."""
-    return (), {"aggregation": params[block]["aggregation"]["conv"]["kernel"]}
 
 
 def _stages(model: ResNet, variables: Any) -> Iterator[HeatMap]:

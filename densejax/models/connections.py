@@ -46,6 +46,23 @@ class Graph:
     widths: Sequence[int] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Where a network reads outputs of a block as one concatenation.
+
+    Attributes:
+      name: "layer1", "layer2", ..., or that of what follows the block.
+      reads: the outputs, in the order of the concatenation.
+      module: path of the module that gets the concatenation.
+      kernel: path of the layer whose kernel is the first to mix its channels.
+    """
+
+    name: str
+    reads: Sequence[int]
+    module: str
+    kernel: str
+
+
 def dense(depth: int, growth_rate: int) -> Graph:
     """A layer reads all outputs before it (Huang et al., arXiv:1608.06993)."""
     return Graph([range(layer) for layer in range(1, depth + 1)])

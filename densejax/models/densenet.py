@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from densejax.config import UserError
 from densejax.models import connections, dense_block, layers
-from densejax.models.connections import Connect, Graph
+from densejax.models.connections import Connect, Graph, Reader
 from densejax.models.dense_block import IMPLEMENTATIONS, DenseBlock
 from densejax.models.layers import Layers
 from densejax.models.normalization import PrecomputedStatistics
@@ -144,6 +144,21 @@ class DenseNet(nn.Module):
             name: connections.graph(connect, *size)
             for name, connect, size in zip(names, each, sizes, strict=True)
         }
+
+    def readers(self) -> dict[str, list[Reader]]:
+        """What reads the outputs of each block, by the block's name."""
+        found, graphs = {}, self.graphs()
+        for number, (block, graph) in enumerate(graphs.items(), 1):
+            found[block] = [
+                Reader(name := f"layer{n}", read, f"{block}/{name}/norm1", f"{block}/{name}/conv1")
+                for n, read in enumerate(graph.reads, 1)
+            ]
+            if number < len(graphs):
+                name = f"transition{number}"
+                found[block].append(Reader(name, graph.emits, name, f"{name}/conv"))
+            elif self.num_classes:
+                found[block].append(Reader("classifier", graph.emits, "norm", "head/classifier"))
+        return found
 
     def connects(self) -> tuple[Connect, ...]:
         """The field `connect` of each block (raises UserError)."""

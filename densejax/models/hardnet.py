@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from densejax.models import connections, layers
+from densejax.models.connections import Graph, Reader
 from densejax.models.layers import Layers
 from densejax.models.pooling import max_pool
 
@@ -102,8 +103,29 @@ class HarDNet(nn.Module):
             layers.require_positive(self, field, length)
         layers.require_rising(self, "downsampling", 1, number)
         layers.require(self, "dropout_rate", 0 <= self.dropout_rate < 1, "must be in [0, 1)")
-        for depth, growth_rate in zip(self.blocks, self.growth_rates, strict=True):
-            connections.graph(self.connect, depth, growth_rate)
+        self.graphs()
+
+    def graphs(self) -> dict[str, Graph]:
+        """What the layers of each block read, by the block's name (raises UserError)."""
+        sizes = zip(self.blocks, self.growth_rates, strict=True)
+        return {
+            f"block{number}": connections.graph(self.connect, *size)
+            for number, size in enumerate(sizes, 1)
+        }
+
+    def readers(self) -> dict[str, list[Reader]]:
+        """What reads the outputs of each block, by the block's name."""
+        found, end = {}, "_pointwise" if self.separable else ""
+        for number, (block, graph) in enumerate(self.graphs().items(), 1):
+            paths = [
+                (f"layer{n}", f"{block}/layer{n}{end}") for n in range(1, len(graph.reads) + 1)
+            ]
+            paths.append((f"transition{number}", f"transition{number}"))
+            found[block] = [
+                Reader(name, read, path, f"{path}/conv")
+                for (name, path), read in zip(paths, (*graph.reads, graph.emits), strict=True)
+            ]
+        return found
 
     @nn.compact
     def __call__(

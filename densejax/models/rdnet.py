@@ -12,7 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from densejax.models import layers
+from densejax.models import connections, layers
+from densejax.models.connections import Graph, Reader
 from densejax.models.layers import Layers
 from densejax.models.normalization import per_channel
 
@@ -123,6 +124,28 @@ class RDNet(nn.Module):
             width = widths[-1] + self.stage_depth * growth_rate
             widths.append(multiple_of_8(self.compression * width))
         return tuple(widths)
+
+    def graphs(self) -> dict[str, Graph]:
+        """What the layers of each stage read, by the stage's name."""
+        return {
+            f"stage{stage}": connections.graph("dense", self.stage_depth, growth_rate)
+            for stage, growth_rate in enumerate(self.growth_rates, 1)
+        }
+
+    def readers(self) -> dict[str, list[Reader]]:
+        """What reads the outputs of each stage, by the stage's name."""
+        found, graphs = {}, self.graphs()
+        for number, (stage, graph) in enumerate(graphs.items(), 1):
+            found[stage] = [
+                Reader(f"layer{n}", read, path := f"{stage}_layer{n}", f"{path}/expand")
+                for n, read in enumerate(graph.reads, 1)
+            ]
+            if number < len(graphs):
+                name = f"transition{number}"
+                found[stage].append(Reader(name, graph.emits, name, f"{name}/conv"))
+            elif self.num_classes:
+                found[stage].append(Reader("classifier", graph.emits, "head", "head/classifier"))
+        return found
 
     def check(self) -> None:
         """Raises UserError for fields that describe no network."""

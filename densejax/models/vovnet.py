@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from densejax.models import connections, layers
-from densejax.models.connections import Graph
+from densejax.models.connections import Graph, Reader
 from densejax.models.layers import Layers
 from densejax.models.pooling import max_pool
 
@@ -119,6 +119,14 @@ class VoVNet(nn.Module):
             for stage, (number, width) in enumerate(zip(self.modules, self.widths, strict=True), 1)
             for module in range(1, number + 1)
         }
+
+    def readers(self) -> dict[str, list[Reader]]:
+        """What reads several outputs of each module, by the module's name."""
+        found = {}
+        for name, graph in self.graphs().items():
+            path = f"{name}/aggregation"
+            found[name] = [Reader("aggregation", graph.emits, path, f"{path}/conv")]
+        return found
 
     @nn.compact
     def __call__(

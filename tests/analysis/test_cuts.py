@@ -166,6 +166,26 @@ def test_a_cut_of_vovnet_is_a_kernel_without_the_source_and_a_shifted_norm():
     assert abs(uncut["loss"] - expected) > 1e-3
 
 
+def test_cuts_of_other_families():
+    """In HarDNet a source that no kernel reads does no harm, and all others do; RDNet's all do."""
+    fields = {"stem_widths": (2, 4), "growth_rates": (4,), "blocks": (4,), "output_widths": (8,)}
+    network = trained(models.create(models.fields("hardnet68", **fields, downsampling=()), 3), 16)
+    # Layer 4 reads outputs 3, 2 and 0; output 3 has 4 maps. Afterwards, 2 has 6 maps, 0 has 4.
+    network.variables["params"]["block1"]["layer4"]["conv"]["kernel"][:, :, 4:10] = 0
+    found = cuts.connections(network.model, network.variables["params"])
+    uncut, results = measured(network)
+    assert len(found) == 1 + 2 + 1 + 3 + 3
+    for one, result in zip(found, results, strict=True):
+        is_unread = (one.target, one.source) == ("layer4", 2)
+        damage = abs(result["loss"] - uncut["loss"])
+        assert damage < 1e-6 if is_unread else damage > 1e-5, (one.target, one.source)
+    fields = {"growth_rates": (8, 16), "stem_width": 4, "downsampling": (2,), "stage_depth": 2}
+    network = trained(models.create(models.fields("rdnet_cifar", **fields), 3))
+    uncut, results = measured(network)
+    assert len(results) == 2 * (1 + 2 + 3)
+    assert all(abs(result["loss"] - uncut["loss"]) > 1e-6 for result in results)
+
+
 def test_rank_correlation():
     def correlation(*targets):
         """Of each target: its weights and damages."""

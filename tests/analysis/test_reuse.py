@@ -189,6 +189,42 @@ def test_a_graph_of_one_s_own_is_drawn_as_it_reads():
     np.testing.assert_array_equal(found.weights, [[1, 3, 1], [nan, 2, nan], [nan, nan, 1]])
 
 
+HARDNET = {"stem_widths": (2, 4), "growth_rates": (4, 6), "blocks": (2, 4)}
+HARDNET |= {"output_widths": (8, 10), "downsampling": (1,)}
+HARDNET_READS = ((0,), (1, 0), (2,), (3, 2, 0), (1, 3, 4))  # of the second block, in order
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "layer", "widths", "reads", "end"),
+    [
+        # Two outputs read: 6 * 1.7 maps, three: 6 * 1.7^2; made even as the authors' code does.
+        ("hardnet68", HARDNET, "block2/{}", (8, 6, 10, 6, 18), HARDNET_READS, "transition2"),
+        ("hardnet68ds", HARDNET, "block2/{}_pointwise", (8, 6, 10, 6, 18), HARDNET_READS, None),
+        (
+            *("rdnet_cifar", {"growth_rates": (8, 16), "stem_width": 4, "downsampling": (2,)}),
+            *("stage2_{}/expand", (8, 16, 16, 16)),  # an input of (4 + 3 * 8) / 2, a multiple of 8
+            *(((0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)), "classifier"),
+        ),
+    ],
+)
+def test_other_families_say_what_their_layers_read(name, fields, layer, widths, reads, end):
+    model, params = network(name, **fields)
+    end = end or "transition2"
+    for number, read in enumerate(reads, 1):
+        place = layer.format(f"layer{number}").split("/") if number < len(reads) else [end]
+        place = ["head", end] if end == "classifier" and number == len(reads) else place
+        tree = functools.reduce(lambda tree, part: tree[part], place, params)
+        kernel = tree.get("conv", tree)["kernel"]
+        kernel[...] = np.concatenate([np.full(widths[n], n + 1.0) for n in read])[:, None]
+    found = reuse.heat_maps(model, params)[-1]
+    targets = (*(f"layer{number}" for number in range(1, len(reads))), end)
+    assert (found.targets, found.sources[0]) == (targets, "input")
+    expected = np.full((len(widths), len(reads)), np.nan)
+    for column, read in enumerate(reads):
+        expected[list(read), column] = [n + 1 for n in read]
+    np.testing.assert_allclose(found.weights, expected)
+
+
 def test_learned_weights_are_drawn_as_what_they_amount_to():
     """DenseFormer's averages: what an output's part is in a later one, by hand."""
     fields = {"blocks": (2,), "widths": (16,), "block": "basic", "stride_on": "3x3"}
