@@ -64,6 +64,14 @@ _STEPS = _Range(
     or ([type(step) for step in value] == [int, int] and 0 < value[0] <= value[1]),
     "() or (first, last), steps from 1",
 )
+_LEVELS = _Range(
+    lambda value: all(type(x) in (int, float) and 0 <= x <= 255 for x in value),
+    "() or a number from 0 to 255 for each channel",
+)
+_SPREADS = _Range(
+    lambda value: all(type(x) in (int, float) and 1 <= x <= 255 for x in value),
+    "() or a number from 1 to 255 for each channel, as images are stored",
+)
 _NAME = _Range(
     lambda value: 0 < len(value) <= 100 and value.isprintable() and "/" not in value,
     "a name of at most 100 printable characters without '/'",
@@ -99,34 +107,52 @@ KEYS = {
     "data.storage": Key(
         "memory",
         "Where images lie: 'memory', the whole set on every device; 'stream', on disk, and each is "
-        "decoded when it is needed.",
-        _one_of("memory", "stream"),
+        "decoded when it is needed; 'auto', a folder's: in memory where they fit, else on disk.",
+        _one_of("memory", "stream", "auto"),
+    ),
+    "data.memory_gigabytes": Key(
+        1.0, "'auto': what images in memory may take, in 2**30 bytes.", _NOT_NEGATIVE
     ),
     "data.directory": Key(
         "~/.cache/densejax/data", "Where sets are prepared, once.", _Range(bool, "a folder")
     ),
     "data.manual_dir": Key(
         "",
-        "Folder with the original files; '' downloads them. With data.storage = 'stream': a folder "
-        "with train/class/image.jpg and val/class/image.jpg; '' reads what TFDS has prepared.",
+        "Folder with the original files; '' downloads them. With data.storage = 'stream' or "
+        "'auto': a folder with class/image.jpg, or with train/class/image.jpg and the same in val "
+        "and test; '' streams what TFDS has prepared.",
+    ),
+    "data.test_share": Key(
+        0.2,
+        "'stream', 'auto': of a folder without val and test, the share of each class's images "
+        "that is tested on; the same ones whatever the seed.",
+        _SHARE,
+    ),
+    "data.channels": Key(
+        3,
+        "'stream', 'auto': what every image is made, 3 for colour, 1 for grey.",
+        _Range(lambda value: value in (1, 3), "1 or 3"),
     ),
     "data.workers": Key(
-        0, "'stream': processes that decode on each host; 0: the run itself does.", _NOT_NEGATIVE
+        0, "Streams: processes that decode on each host; 0: the run itself does.", _NOT_NEGATIVE
     ),
     "data.corrupt_images": Key(
         "fail",
-        "'stream': what an unreadable training image does: 'fail' ends the run, 'skip' trains on "
-        "the next one. An unreadable test image always ends the run.",
+        "'stream', 'auto': what an unreadable training image does: 'fail' ends the run, 'skip' "
+        "trains on the next one. An unreadable test image always ends the run.",
         _one_of("fail", "skip"),
     ),
     "data.train_split": Key("train", "Splits that train, such as 'train+extra' for SVHN."),
     "data.validation_size": Key(
-        0, "Training images that are held out; the same ones whatever the seed.", _NOT_NEGATIVE
+        0,
+        "Training images that are held out; the same ones whatever the seed. With data.storage = "
+        "'auto', of each class in proportion.",
+        _NOT_NEGATIVE,
     ),
     "data.train_size": Key(
         0,
         "Training images to use, 0 for all: the first of one fixed random order, so that a larger "
-        "set contains every smaller one. Classes are not balanced.",
+        "set contains every smaller one. Classes are in proportion with data.storage = 'auto'.",
         _NOT_NEGATIVE,
     ),
     "data.normalization": Key(
@@ -135,18 +161,22 @@ KEYS = {
         "'weights': as the images that train.weights were trained on.",
         _one_of("statistics", "scale", "weights"),
     ),
+    "data.mean": Key(
+        (), "'statistics': of each channel, from 0 to 255; (): the set's own.", _LEVELS
+    ),
+    "data.std": Key((), "'statistics': beside data.mean.", _SPREADS),
     "data.image_size": Key(
         0, "Pixels, height and width that images are resized to; 0: as stored.", _NOT_NEGATIVE
     ),
     "augmentation.shift": Key(
-        4, "Pixels of zero padding before a random crop; 0: no crop.", _NOT_NEGATIVE
+        4, "In memory: pixels of zero padding before a random crop; 0: no crop.", _NOT_NEGATIVE
     ),
     "augmentation.flip": Key(True, "Mirror half of the images."),
     "augmentation.alternate_flip": Key(
         False, "Mirror each image in every other epoch, the first drawn; False: drawn each time."
     ),
     "augmentation.crop_area": Key(
-        0.08, "'stream': the smallest share of an image's area that a crop has.", _SHARE
+        0.08, "Streams: the smallest share of an image's area that a crop has.", _SHARE
     ),
     "augmentation.jitter": Key(
         0.0, "Brightness, contrast and saturation change by up to this factor.", _FRACTION
@@ -270,7 +300,7 @@ KEYS = {
     ),
     "evaluate.resize_size": Key(
         0,
-        "'stream': pixels of the shorter side before the middle is cropped; 0: 256/224 of "
+        "'stream', 'auto': pixels of the shorter side before the middle is cropped; 0: 256/224 of "
         "data.image_size, as is usual.",
         _NOT_NEGATIVE,
     ),
@@ -359,7 +389,7 @@ def check(config: config_dict.ConfigDict) -> None:
         if allowed and not allowed.contains(value):
             raise UserError(f"{key} = {value!r}: allowed is {allowed.words}")
     # Where nothing reads it, it is 256, which runs have always stored.
-    size = config.data.image_size if config.data.storage == "stream" else 224
+    size = config.data.image_size if config.data.storage != "memory" else 224
     usual = {"evaluate.resize_size": round(size * 256 / 224)}
     config.evaluate.resize_size = config.evaluate.resize_size or usual["evaluate.resize_size"]
     values["evaluate.resize_size"] = config.evaluate.resize_size
@@ -377,7 +407,8 @@ def _conflicts(
     What one value of another key alone reads stays at its default elsewhere.
     """
     data, evaluate, parallel = config.data, config.evaluate, config.parallel
-    streams = data.storage == "stream"
+    are_files, files = data.storage != "memory", "data.storage = 'stream' or 'auto'"
+    by_statistics = data.normalization == "statistics"
     not_sgd = config.optimizer.name != "sgd"  # an added optimizer may read these, too
     without_drops = config.optimizer.schedule in ("cosine", "linear", "constant")
     augmentation, single = config.augmentation, not evaluate.crop_size
@@ -393,23 +424,34 @@ def _conflicts(
         ("optimizer.epsilon", not_sgd, "optimizer.name = 'adamw'"),
         ("optimizer.drop_at", not without_drops, "optimizer.schedule = 'step'"),
         ("optimizer.drop_factor", not without_drops, "optimizer.schedule = 'step'"),
-        ("data.workers", streams, "data.storage = 'stream'"),
-        ("data.corrupt_images", streams, "data.storage = 'stream'"),
-        ("augmentation.crop_area", streams, "data.storage = 'stream'"),
-        ("evaluate.resize_size", streams, "data.storage = 'stream'"),
-        ("evaluate.train_images", not streams, "data.storage = 'memory'"),
+        ("data.workers", are_files, files),
+        ("data.corrupt_images", are_files, files),
+        ("data.test_share", are_files, files),
+        ("data.channels", are_files, files),
+        ("data.memory_gigabytes", data.storage == "auto", "data.storage = 'auto'"),
+        ("data.mean", by_statistics, "data.normalization = 'statistics'"),
+        ("data.std", by_statistics, "data.normalization = 'statistics'"),
+        ("augmentation.crop_area", are_files, files),
+        ("evaluate.resize_size", are_files, files),
+        ("evaluate.train_images", not are_files, "data.storage = 'memory'"),
     ):
         yield key, key in changed and not is_read, f"only {reader} reads it"
-    cropped = streams and config.augmentation.shift > 0
+    yield (
+        "data.manual_dir",
+        data.storage == "auto" and not data.manual_dir,
+        "data.storage = 'auto' needs the folder with your images",
+    )
+    yield "data.mean", bool(data.mean) != bool(data.std), "give data.mean and data.std, or neither"
+    cropped = data.storage == "stream" and config.augmentation.shift > 0
     yield "augmentation.shift", cropped, "set it to 0, data.storage = 'stream' crops otherwise"
-    sizeless = streams and data.image_size == 0
-    yield "data.image_size", sizeless, "data.storage = 'stream' needs a size, such as 224"
+    sizeless = are_files and data.image_size == 0
+    yield "data.image_size", sizeless, f"{files} needs a size, such as 224"
     largest = evaluate.resize_size
     for key, size in (
         ("data.image_size", data.image_size),
         ("evaluate.crop_size", evaluate.crop_size),
     ):
-        yield key, streams and size > largest, f"must be at most evaluate.resize_size = {largest}"
+        yield key, are_files and size > largest, f"must be at most evaluate.resize_size = {largest}"
     nameless = data.normalization == "weights" and not config.train.weights
     yield "data.normalization", nameless, "needs train.weights; set 'statistics' or 'scale'"
     still = config.optimizer.nesterov and not config.optimizer.momentum
@@ -425,13 +467,15 @@ def _conflicts(
         grouped and parallel.mode == "pmap",
         "has no groups of devices; with parallel.batch_norm = 'groups' set 'shard_map'",
     )
+    # Whether a folder has images for validation, densejax.data finds out.
+    may_validate = data.validation_size > 0 or (are_files and data.manual_dir != "")
     best = config.checkpoint.select == "best"
     for key, reads in (
         ("evaluate.split", evaluate.split == "validation"),
         ("evaluate.final_split", evaluate.final_split == "validation"),
         ("checkpoint.select", best),
     ):
-        yield key, reads and not data.validation_size, "set data.validation_size above 0"
+        yield key, reads and not may_validate, "set data.validation_size above 0"
     yield (
         "checkpoint.select",
         best and (evaluate.split == "test" or not evaluate.every_epochs),

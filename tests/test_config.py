@@ -26,6 +26,11 @@ OUT_OF_RANGE = {
     "seed": [-1, 2**32],
     "data.name": [""],
     "data.storage": ["disk"],
+    "data.memory_gigabytes": [-1.0],
+    "data.test_share": [0.0, 1.1, float("nan")],
+    "data.channels": [0, 2, 4],
+    "data.mean": [(-1.0,), (256.0,), ("a",), (float("nan"),), ((1.0,),)],
+    "data.std": [(0.0,), (0.226, 0.229, 0.225), (256.0,), (None,)],
     "data.directory": [""],
     "data.workers": [-1],
     "data.corrupt_images": ["ignore"],
@@ -179,7 +184,7 @@ def test_an_integer_is_a_number_too(key):
         config.optimizer.name = "adamw"
     if key == "augmentation.magnitude":
         config.augmentation.policy = "randaugment"
-    if key == "augmentation.crop_area":
+    if key in ("augmentation.crop_area", "data.test_share"):
         config.data.storage, config.data.image_size, config.augmentation.shift = "stream", 224, 0
     schema.check(config)
 
@@ -216,7 +221,9 @@ HELD_OUT = {"data__validation_size": 77}
 BEST = HELD_OUT | {"checkpoint__select": "best"}
 COSINE = {"optimizer__schedule": "cosine"}
 GROUPS = {"parallel__batch_norm": "groups", "parallel__batch_norm_group_size": 2}
-NOT_STREAMED = "only data.storage = 'stream' reads it"
+NOT_STREAMED = "only data.storage = 'stream' or 'auto' reads it"
+AUTO = {"data__storage": "auto", "data__image_size": 224, "data__manual_dir": "somewhere"}
+GIVEN = {"data__mean": (1.0,), "data__std": (2.0,)}
 RANDAUGMENT = {"augmentation__policy": "randaugment"}
 NO_OPERATIONS = "only augmentation.policy = 'randaugment' reads it"
 NOT_CHOSEN = (
@@ -237,6 +244,38 @@ CONFLICTS = [  # changes, the line, and a further change that settles it
     ({"data__workers": 2}, f"data.workers = 2: {NOT_STREAMED}", STREAM),
     ({"data__corrupt_images": "skip"}, f"data.corrupt_images = 'skip': {NOT_STREAMED}", STREAM),
     ({"augmentation__crop_area": 0.5}, f"augmentation.crop_area = 0.5: {NOT_STREAMED}", STREAM),
+    ({"data__test_share": 0.5}, f"data.test_share = 0.5: {NOT_STREAMED}", STREAM),
+    ({"data__channels": 1}, f"data.channels = 1: {NOT_STREAMED}", STREAM),
+    (
+        {"data__memory_gigabytes": 2.0},
+        "data.memory_gigabytes = 2.0: only data.storage = 'auto' reads it",
+        AUTO,
+    ),
+    (
+        AUTO | {"data__manual_dir": ""},
+        "data.manual_dir = '': data.storage = 'auto' needs the folder with your images",
+        AUTO,
+    ),
+    (
+        {"data__mean": (1.0,)},
+        "data.mean = (1.0,): give data.mean and data.std, or neither",
+        GIVEN,
+    ),
+    (
+        {"data__std": (2.0,)},
+        "data.mean = (): give data.mean and data.std, or neither",
+        GIVEN,
+    ),
+    (
+        GIVEN | {"data__normalization": "scale"},
+        "data.mean = (1.0,): only data.normalization = 'statistics' reads it",
+        {"data__normalization": "statistics"},
+    ),
+    (
+        {"data__std": (2.0,), "data__normalization": "scale"},
+        "data.std = (2.0,): only data.normalization = 'statistics' reads it",
+        GIVEN | {"data__normalization": "statistics"},
+    ),
     ({"evaluate__resize_size": 232}, f"evaluate.resize_size = 232: {NOT_STREAMED}", STREAM),
     (
         {"augmentation__alternate_flip": True, "augmentation__flip": False},
@@ -276,7 +315,7 @@ CONFLICTS = [  # changes, the line, and a further change that settles it
     ),
     (
         STREAM | {"data__image_size": 0},
-        "data.image_size = 0: data.storage = 'stream' needs a size, such as 224",
+        "data.image_size = 0: data.storage = 'stream' or 'auto' needs a size, such as 224",
         {"data__image_size": 256},
     ),
     (
@@ -512,11 +551,14 @@ def test_every_key_is_read(monkeypatch, tmp_path):
     assert main.main() == 0
     assert sorted(path.name[:5] for path in (tmp_path / "runs").iterdir()) == ["tiny-"]
     streamed = {"augmentation.crop_area", "evaluate.resize_size"}
-    streamed |= {"data.corrupt_images", "data.workers"}
+    streamed |= {"data.corrupt_images", "data.workers", "data.channels", "data.std"}
+    streamed |= {"data.memory_gigabytes", "data.test_share"}
     optimizer.create(small.tiny(optimizer__name="adamw").optimizer, 0.1)
     assert set(KEYS) - reads == streamed
     photos.make(tmp_path / "photos")
-    config = small.tiny(**STREAM, data__manual_dir="photos", train__batch_size=4)
+    config = small.tiny(**AUTO | {"data__manual_dir": "photos", "data__memory_gigabytes": 0.0})
+    config.data.update(mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0))
+    config.train.batch_size = 4
     data.create(
         config, *[split(parallel.mesh()) for split in (parallel.replicated, parallel.split)]
     )

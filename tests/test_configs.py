@@ -4,16 +4,19 @@ import ast
 import importlib
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import densejax
 from densejax import config as schema
 from densejax import data
 from densejax.config import UserError
-from densejax.data import builders
+from densejax.data import builders, encoded
+from densejax.inference import classifier, prediction
 from densejax.training import experiment, loop, parallel
 from tests import archives, small
 
@@ -32,6 +35,7 @@ ARGUMENTS = {
     "svhn": ["variant=plain,depth=100,growth_rate=24"],
     "fashion_mnist": ["growth_rate=8", "tune=True"],
     "digits": ["depth=10,growth_rate=4"],
+    "folder": ["model=densenet_bc_40_12,image_size=32"],
     "imagenet": [
         *(f"model=densenet{depth}" for depth in (161, 169, 201, 264)),
         *(f"model=resnet{depth},recipe=modern" for depth in (18, 34, 50, 101, 152)),
@@ -45,11 +49,26 @@ def card(name, arg=None):
     return importlib.import_module(f"configs.{name}").get_config(arg)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """FOLDER/class/image.png: three classes of 40, 20 and 10 plain images with noise."""
+    path, random = tmp_path_factory.mktemp("folder"), np.random.default_rng(0)
+    for rank, (name, count) in enumerate({"blue": 40, "green": 20, "red": 10}.items()):
+        (path / name).mkdir()
+        for index in range(count):
+            pixels = random.integers(0, 100, (20 + index % 5, 24, 3)).astype(np.uint8)
+            pixels[..., 2 - rank] += 150
+            Image.fromarray(pixels).save(path / name / f"{index}.png")
+    return path
+
+
 @pytest.mark.parametrize(
     ("name", "arg"), [(name, arg) for name in CARDS for arg in (None, *ARGUMENTS.get(name, []))]
 )
-def test_every_card_describes_an_experiment(name, arg):
+def test_every_card_describes_an_experiment(name, arg, folder):
     config = card(name, arg)
+    if name == "folder":
+        config.data.manual_dir = str(folder)
     built = experiment.build(config)
     info, model = built.info, built.task.model
     assert config.name == name and model.num_classes == info.num_classes
@@ -301,6 +320,38 @@ def test_a_card_runs_from_the_archive_to_the_result(
         assert result["steps"] in (5, 10)  # the better of two epochs
     else:
         assert result["steps"] == steps
+
+
+def test_the_card_of_a_folder_runs_and_predicts_without_it(tmp_path, folder, capsys):
+    root = shutil.copytree(folder, tmp_path / "root")
+    config = card("folder", "model=densenet_bc_40_12,image_size=16")
+    config.model.update(depth=None, blocks=(1,), growth_rate=4)
+    config.data.manual_dir = str(root)
+    config.train.update(epochs=2, batch_size=16)
+    config.evaluate.batch_size = 16
+    assert loop.run(config, str(tmp_path / "run"), "train") == 0
+    lines = capsys.readouterr().out.splitlines()
+    for words in (
+        "data        folder, 56 images train, 14 test",
+        "classes     3: blue, green, red",
+        "images      16x16 RGB, in memory: 0.0513 MiB, up to 1024 fit",
+        "test        0.2 of each class, held out whatever the seed",
+    ):
+        assert [" ".join(line.split()) for line in lines].count(" ".join(words.split())) == 1, words
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["test_split"] == "held out" and "in memory" in summary["notes"]["images"]
+    test = encoded.open_splits("folder", config.data.directory, str(root), 0.2)[1]["test"]
+    files = [pathlib.Path(test[index][2]) for index in range(14)]
+    files = [
+        shutil.copy(file, tmp_path / f"{i}.{file.parent.name}") for i, file in enumerate(files)
+    ]
+    shutil.rmtree(root)
+    encoded.open_splits.cache_clear()
+    found = prediction.predict(classifier.load(tmp_path / "run"), tuple(files), top=1)
+    right = [
+        file.suffix[1:] == r["classes"][0]["name"] for file, r in zip(files, found, strict=True)
+    ]
+    assert np.mean(right) == pytest.approx(summary["test_accuracy"], abs=1e-9)
 
 
 def created(config):

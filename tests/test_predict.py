@@ -267,14 +267,14 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
     Image.fromarray(noise).save(content, "png")
     deep = io.BytesIO()
-    Image.fromarray(np.full((9, 9), 1000, np.uint16)).save(deep, "png")
+    Image.fromarray(np.full((9, 9), 1000, np.uint16)).save(deep, "tiff")
     damaged = {
         "missing.png": None,
         "empty.png": b"",
         "text.jpg": b"no image",
         "cut.png": content.getvalue()[:2000],
         "program.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # Pillow would run it
-        "deep.png": deep.getvalue(),  # of 16 bits a pixel
+        "deep.tif": deep.getvalue(),  # of 16 bits a pixel
         "flipped.png": content.getvalue()[:500] + b"\x00" * 500 + content.getvalue()[1000:],
     }
     for name, data in damaged.items():

@@ -2,14 +2,17 @@
 
 Kept in memory, all images of a split are read by `builders` (from the archives of `official`, from
 what TFDS has prepared, or from arrays of `added`) and put on the devices by `memory`. Streamed,
-image files are listed by `encoded` and decoded by `stream` while the run trains.
+image files are listed by `encoded` and decoded by `stream` while the run trains; where all fit into
+memory, `decoded` makes arrays of them instead.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,13 +20,13 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from densejax.config import UserError
-from densejax.data import builders, encoded, facts, stream
+from densejax.data import builders, decoded, encoded, facts, stream
 from densejax.data.added import ADDED
 from densejax.data.added import add as add
 from densejax.data.augment import Preparation
 from densejax.data.memory import MemorySet, permutation
 from densejax.data.mixing import Erasing, Mixing
-from densejax.data.official import SetInfo
+from densejax.data.official import STREAMED, SetInfo
 from densejax.data.operations import Operations
 from densejax.data.stream import StreamSet
 from densejax.runs import hosts
@@ -44,6 +47,7 @@ class Data:
       test_split: what the set itself calls the split that is "test" here.
       sample: reads some training images, spread over all of them, uint8 [n, height, width,
         channels], as they are evaluated.
+      notes: how image files were understood, by the name of what is said; {} of other sets.
     """
 
     train: MemorySet | StreamSet
@@ -51,6 +55,7 @@ class Data:
     version: str
     test_split: str
     sample: Callable[[], np.ndarray]
+    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def stop_waiting_when(self, is_stopping: Callable[[], bool]) -> None:
         """Once `is_stopping()`, a stream that has no batch soon raises `stream.BatchTimeout`."""
@@ -73,9 +78,8 @@ def info(config: ConfigDict) -> SetInfo:
     if section.storage == "memory":
         found = builders.info(section.name, section.directory)
     else:
-        found = encoded.info(
-            section.name, section.directory, section.manual_dir, section.image_size
-        )
+        shape = (section.image_size, section.image_size, section.channels)
+        found = encoded.info(section.name, *_place(config), image_shape=shape)
     mean, std, channels = found.mean, found.std, found.image_shape[-1]
     if section.normalization == "scale":
         mean, std = (0.0,) * channels, (255.0,) * channels
@@ -87,12 +91,34 @@ def info(config: ConfigDict) -> SetInfo:
                 f"data.normalization = 'weights': {config.train.weights} are for images of "
                 f"{len(mean)} channels, and these have {channels}"
             )
+    elif section.mean:
+        mean, std = section.mean, section.std
+    elif not mean and section.storage != "memory":
+        _, mean, std = _statistics(config)
     elif not mean:
         raise UserError(
-            f"data.normalization = 'statistics': none are known of {section.name}; set 'weights' "
-            f"to take those of train.weights, or 'scale' to divide by 255 alone"
+            f"data.normalization = 'statistics': none are known of {section.name}; set data.mean "
+            f"and data.std, or 'weights' to take those of train.weights, or 'scale' to divide by "
+            f"255 alone"
+        )
+    if {len(mean), len(std)} != {channels}:
+        raise UserError(
+            f"data.mean = {mean}, data.std = {std}: give {channels} numbers each, one for each "
+            f"channel of these images"
         )
     return dataclasses.replace(found, mean=mean, std=std)
+
+
+def in_memory(config: ConfigDict, found: SetInfo | None = None) -> bool:
+    """Whether the images lie on the devices; `found` is what `info(config)` gives, where known."""
+    section = config.data
+    if section.storage != "auto":
+        return section.storage == "memory"
+    return _gigabytes(found or info(config)) <= section.memory_gigabytes
+
+
+def _gigabytes(found):
+    return sum(found.splits.values()) * math.prod(found.image_shape) / 2**30
 
 
 def preparation(config: ConfigDict, found: SetInfo | None = None) -> Preparation:
@@ -110,8 +136,8 @@ def preparation(config: ConfigDict, found: SetInfo | None = None) -> Preparation
     augmentation = config.augmentation
     if channels != 3 and (augmentation.jitter or augmentation.lighting):
         raise UserError("augmentation.jitter and augmentation.lighting: these images are not RGB")
-    in_memory, crop = config.data.storage == "memory", config.evaluate.crop_size
-    if in_memory and crop > (size := config.data.image_size or min(found.image_shape[:2])):
+    are_arrays, crop = config.data.storage == "memory", config.evaluate.crop_size
+    if are_arrays and crop > (size := config.data.image_size or min(found.image_shape[:2])):
         raise UserError(
             f"evaluate.crop_size = {crop}: must be at most the images' {size}; data.image_size "
             f"enlarges them"
@@ -119,11 +145,11 @@ def preparation(config: ConfigDict, found: SetInfo | None = None) -> Preparation
     return Preparation(
         found.mean,
         found.std,
-        shift=augmentation.shift,
+        shift=augmentation.shift if in_memory(config, found) else 0,
         flip=augmentation.flip,
         jitter=augmentation.jitter,
         lighting=augmentation.lighting,
-        image_size=config.data.image_size if in_memory else 0,
+        image_size=config.data.image_size if are_arrays else 0,
         operations=Operations(
             augmentation.policy,
             augmentation.operations,
@@ -148,10 +174,15 @@ def train_size(config: ConfigDict, info: SetInfo) -> int:
     Raises:
       UserError: splits that are not there or must not train, or fewer images than one batch.
     """
+    measured = {"test"}
+    if config.data.storage != "memory":
+        _check_validation(config, info)
+        measured = {"test", "validation"}
     names = config.data.train_split.split("+")
+    trains = [split for split in info.splits if split not in measured]
     for name in names:
-        if name not in info.splits or name == "test" or names.count(name) > 1:
-            allowed = ", ".join(split for split in info.splits if split != "test")
+        if name not in trains or names.count(name) > 1:
+            allowed = ", ".join(trains)
             raise UserError(
                 f"data.train_split = {config.data.train_split!r}: name {allowed} once each, "
                 f"with '+' between them"
@@ -177,28 +208,56 @@ def train_size(config: ConfigDict, info: SetInfo) -> int:
     return size
 
 
-def hold_out(size: int, validation_size: int, train_size: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def _check_validation(config, info):
+    """Raises UserError where a folder has images for validation and others are held out, or none.
+
+    `densejax.config.check` leaves this to us: it does not know the folder.
+    """
+    evaluate, held_out = config.evaluate, config.data.validation_size
+    if "validation" in info.splits and held_out:
+        raise UserError(
+            f"data.validation_size = {held_out}: set it to 0, the folder has images for validation"
+        )
+    for key in ("split", "final_split"):
+        if evaluate[key] not in {"test", *info.splits} and not held_out:
+            raise UserError(
+                f"evaluate.{key} = {evaluate[key]!r}: set data.validation_size above 0, the folder "
+                f"has no images for validation beside those for test"
+            )
+
+
+def hold_out(
+    size: int, validation_size: int, train_size: int = 0, labels: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(indices that train, indices held out) of `size` examples, the same whatever the seed.
 
-    All that are not held out train, or the first `train_size` of them in the order drawn.
+    All that are not held out train, or the first `train_size` of them in the order drawn. With
+    `labels`, int [size], each class is there in proportion.
     """
     order = permutation(seed=0, epoch=0, size=size)
+    if labels is not None:
+        order = encoded.in_proportion(order, labels)
     held_out, rest = np.split(order, [validation_size])
     return np.sort(rest[: train_size or None]), np.sort(held_out)
 
 
-def _choose(config: ConfigDict, size: int) -> dict[str, list[tuple[str, Any]]]:
+def _choose(
+    config: ConfigDict, size: int, splits: Mapping[str, Sequence] | None = None
+) -> dict[str, list[tuple[str, Any]]]:
     """What "train", "validation" and "test" consist of: pairs of a split and indices into it.
 
     Held-out images are from the first split that `data.train_split` names, which has `size`
-    images. Test images are read only where the configuration measures on them.
+    images. Test images are read only where the configuration measures on them. `splits` are those
+    of image files, which may have "validation" themselves.
     """
-    evaluate = config.evaluate
-    first, *more = config.data.train_split.split("+")
-    trains, held_out = hold_out(size, config.data.validation_size, config.data.train_size)
+    evaluate, section = config.evaluate, config.data
+    first, *more = section.train_split.split("+")
+    labels = splits[first].labels if section.storage == "auto" else None
+    trains, held_out = hold_out(size, section.validation_size, section.train_size, labels)
     chosen = {"train": [(first, trains), *((split, slice(None)) for split in more)]}
-    if "test" in (evaluate.final_split, evaluate.split if evaluate.every_epochs else ""):
-        chosen["test"] = [("test", slice(None))]
+    for name in ("test", *({"validation"} & set(splits or ()))):
+        if name in (evaluate.final_split, evaluate.split if evaluate.every_epochs else ""):
+            chosen[name] = [(name, slice(None))]
     if len(held_out):
         chosen["validation"] = [(first, held_out)]
     return chosen
@@ -215,7 +274,7 @@ def prepare(config: ConfigDict) -> None:
 
 def version(config: ConfigDict) -> str:
     """The `Data.version` that `create` would find, without a device."""
-    if config.data.storage == "stream":
+    if not in_memory(config):
         return _version_of_splits(_open_splits(config)[1])
     return _version_of_arrays(*_read_arrays(config))
 
@@ -231,7 +290,7 @@ def create(config: ConfigDict, replicated: NamedSharding, sharded: NamedSharding
     Raises:
       UserError: a set, split or size that is not there; the message says how to get it.
     """
-    if config.data.storage == "stream":
+    if not in_memory(config):
         return _create_streams(config, sharded)
     (images, labels), arrays = _read_arrays(config)
     version = _version_of_arrays((images, labels), arrays)
@@ -249,12 +308,15 @@ def create(config: ConfigDict, replicated: NamedSharding, sharded: NamedSharding
         version,
         info(config).test_split,
         lambda: sample,
+        _notes(config),
     )
 
 
 def _read_arrays(config: ConfigDict) -> tuple[Pair, dict[str, Pair]]:
     """What trains, and by name what is evaluated."""
     section = config.data
+    if section.storage == "auto":
+        return _decode_arrays(config)
 
     @functools.cache
     def read(split):
@@ -272,6 +334,24 @@ def _read_arrays(config: ConfigDict) -> tuple[Pair, dict[str, Pair]]:
     return (images, labels), found
 
 
+def _decode_arrays(config):
+    """The same of a folder whose images fit into memory."""
+    splits, found = _open_splits(config)[1], {}
+    for name, ((split, indices),) in _choose(config, len(splits["train"]), splits).items():
+        trains, indices = name == "train", np.arange(len(splits[split]))[indices]
+        size = config.data.image_size if trains else _evaluation_size(config)
+        skip = trains and config.data.corrupt_images == "skip"
+        options = {"resize": config.evaluate.resize_size, "channels": config.data.channels}
+        found[name] = decoded.read(splits[split], indices, size, skip=skip, **options)
+    return found.pop("train"), found
+
+
+def _evaluation_size(config):
+    """Pixels; ten crops are of the whole square (Krizhevsky et al. 2012, section 4.1)."""
+    evaluate = config.evaluate
+    return evaluate.resize_size if evaluate.crop_size else config.data.image_size
+
+
 def _create_streams(config: ConfigDict, sharded: NamedSharding) -> Data:
     try:
         import grain  # noqa: F401
@@ -285,15 +365,15 @@ def _create_streams(config: ConfigDict, sharded: NamedSharding) -> Data:
     facts, splits = _open_splits(config)
     version = _version_of_splits(splits)
     hosts.require_same({"digest of the data": version})
-    section, evaluate, chosen = config.data, config.evaluate, _choose(config, len(splits["train"]))
-    crop = functools.partial(images.evaluation_crop, resize=evaluate.resize_size)
-    # Ten crops are of the whole square (Krizhevsky et al. 2012, section 4.1).
-    size = evaluate.resize_size if evaluate.crop_size else section.image_size
+    section, chosen = config.data, _choose(config, len(splits["train"]), splits)
+    crop = functools.partial(images.evaluation_crop, resize=config.evaluate.resize_size)
+    size = _evaluation_size(config)
 
     def create_set(name, batch_size, *arguments, **options):
         ((split, indices),) = chosen[name]  # a stream reads one split
         indices = np.arange(len(splits[split]))[indices]
         rows = stream.rows_of_process(sharded, batch_size)
+        options |= {"channels": section.channels}
         source = stream.ChunkSource(splits[split], indices, batch_size, rows, *arguments, **options)
         return StreamSet(source, sharded, section.workers)
 
@@ -307,7 +387,7 @@ def _create_streams(config: ConfigDict, sharded: NamedSharding) -> Data:
         alternates=config.augmentation.alternate_flip,
     )
     evaluation = {
-        name: create_set(name, evaluate.batch_size, crop, size)
+        name: create_set(name, config.evaluate.batch_size, crop, size)
         for name in chosen
         if name != "train"
     }
@@ -316,14 +396,61 @@ def _create_streams(config: ConfigDict, sharded: NamedSharding) -> Data:
         found, ((_, indices),) = [], chosen["train"]
         for index in indices[:: -(-len(indices) // 100)]:
             with contextlib.suppress(Exception):  # the run names what it cannot read
-                found.append(crop(splits["train"][int(index)][0], size))
-        return np.array(found, np.uint8).reshape(-1, size, size, 3)
+                image = crop(splits["train"][int(index)][0], size)
+                found.append(images.in_channels(image, section.channels))
+        return np.array(found, np.uint8).reshape(-1, size, size, section.channels)
 
-    return Data(train, evaluation, version, facts.test_split, sample)
+    return Data(train, evaluation, version, facts.test_split, sample, _notes(config))
+
+
+def _place(config: ConfigDict) -> tuple[str, str, float]:
+    """What `encoded.open_splits` needs to know beside the set's name."""
+    return config.data.directory, config.data.manual_dir, config.data.test_share
 
 
 def _open_splits(config: ConfigDict) -> tuple[SetInfo, dict[str, Any]]:
-    return encoded.open_splits(config.data.name, config.data.directory, config.data.manual_dir)
+    return encoded.open_splits(config.data.name, *_place(config))
+
+
+def _statistics(config):
+    section = config.data
+    return decoded.statistics(
+        section.name,
+        _place(config),
+        section.image_size,
+        resize=config.evaluate.resize_size,
+        channels=section.channels,
+        skip=section.corrupt_images == "skip",
+    )
+
+
+def _notes(config):
+    """`Data.notes`."""
+    section = config.data
+    if section.storage == "memory" or not section.manual_dir:
+        return {}
+    found, splits = info(config), _open_splits(config)[1]
+    names, size = found.class_names, section.image_size
+    colours = "grey" if section.channels == 1 else "RGB"
+    said = "in memory" if in_memory(config, found) else "streamed"
+    if section.storage == "auto":
+        mebibytes, most = 1024 * _gigabytes(found), 1024 * section.memory_gigabytes
+        said += f": {mebibytes:.3g} MiB, up to {most:g} fit"
+    notes = {
+        "classes": f"{len(names)}: {', '.join(names[:10])}" + ", ..." * (len(names) > 10),
+        "images": f"{size}x{size} {colours}, {said}",
+    }
+    if found.test_split == encoded.HELD_OUT:
+        notes["test"] = f"{section.test_share:g} of each class, held out whatever the seed"
+    if section.normalization == "statistics" and not section.mean and section.name not in STREAMED:
+        count, *numbers = _statistics(config)
+        mean, std = ("(" + ", ".join(f"{n:.1f}" for n in part) + ")" for part in numbers)
+        notes["mean, std"] = f"{mean}, {std}, of {count} training images"
+    folders = {split.path: split.left_out for split in splits.values()}
+    if left_out := sum(folders.values(), collections.Counter()):
+        said = ", ".join(f"{count} {kind or 'without suffix'}" for kind, count in left_out.items())
+        notes["left out"] = f"files that are no images by their name: {said}"
+    return notes
 
 
 def _version_of_arrays(train: Pair, arrays: dict[str, Pair]) -> str:

@@ -3,8 +3,11 @@
 A split is a sequence whose entry is read from the disk when it is asked for.
 """
 
+import collections
+import copy
 import dataclasses
 import functools
+import hashlib
 import os
 import unicodedata
 from collections.abc import Sequence
@@ -17,8 +20,14 @@ from densejax.data import builders
 from densejax.data.official import STREAMED, DataError, SetInfo, one_line
 from densejax.runs import files
 
-# The same as torchvision's ImageFolder reads.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# The same as torchvision's ImageFolder reads, and GIF.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+SPLITS = {  # and what their folders may be called, in small or capital letters
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+HELD_OUT = "held out"  # the `SetInfo.test_split` of a folder that has none
 Example = tuple[bytes, int, str]  # an encoded image, its label, and where it is stored
 # File systems spell a letter and its accent as one character or as two.
 _composed = functools.partial(unicodedata.normalize, "NFC")
@@ -32,6 +41,7 @@ class Folder(Sequence[Example]):
     """The images anywhere below `path/class`, in the order of torchvision's ImageFolder.
 
     Files and folders whose name begins with a dot are no part of it. A class's label is its rank.
+    `left_out` counts, by suffix, the other files that are no images by their name.
     """
 
     def __init__(self, path: epath.Path, class_names: tuple[str, ...] = ()):
@@ -40,7 +50,8 @@ class Folder(Sequence[Example]):
         Raises:
           DataError: a class has no image or is not among `class_names`, or nothing is there.
         """
-        self.path, found = path, _image_files(path)
+        self.path = path
+        found, self.left_out = _image_files(path)
         self.class_names = class_names or tuple(dict.fromkeys(map(_composed, found)))
         ranks, labels = {name: rank for rank, name in enumerate(self.class_names)}, []
         for name, images in found.items():
@@ -50,7 +61,8 @@ class Folder(Sequence[Example]):
                 raise DataError(f"data.manual_dir: {path / name} {problem}")
             labels += [label] * len(images)
         if not labels:
-            raise DataError(f"data.manual_dir: {path} has no class/image.jpg")
+            problem = "has no class/image.jpg; images lie in a folder for each class"
+            raise DataError(f"data.manual_dir: {path} {problem}")
         # A million strings are slow to send to workers, one array of bytes is not.
         self.names = np.array([os.fsencode(name) for images in found.values() for name in images])
         self.labels = np.array(labels, np.int32)
@@ -63,6 +75,23 @@ class Folder(Sequence[Example]):
         """Arrays that change with the set."""
         return self.names, self.labels
 
+    def only(self, indices: np.ndarray) -> "Folder":
+        """The same folder with these of its images alone."""
+        part = copy.copy(self)
+        part.names, part.labels = self.names[indices], self.labels[indices]
+        return part
+
+    def divided(self, share: float) -> tuple["Folder", "Folder"]:
+        """The folder without a share of each class's images, at least one in all, and that share.
+
+        Which images they are follows from their names alone: another one added moves few of them.
+        """
+        digests = [hashlib.sha256(name).digest() for name in self.names.tolist()]
+        order = np.array(sorted(range(len(self)), key=digests.__getitem__))
+        count = max(1, int(share * len(self) + 0.5))
+        held_out, rest = np.split(in_proportion(order, self.labels), [count])
+        return self.only(np.sort(rest)), self.only(np.sort(held_out))
+
     def __getitem__(self, index):
         """Reads an image; ImageError where that is impossible."""
         path = self.path / os.fsdecode(self.names[index])
@@ -73,18 +102,36 @@ class Folder(Sequence[Example]):
             raise ImageError(f"{path}: {error.strerror or error}") from error
 
 
-def _image_files(path: epath.Path) -> dict[str, list[str]]:
-    """The image files of each class by name, ordered, as paths below `path`."""
+def in_proportion(order: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """`order` changed such that its first n entries are of each class in proportion, for any n.
 
-    def refuse(error):
-        problem = f"data.manual_dir: the folder {error.filename} cannot be read"
-        raise DataError(f"{problem} ({error.strerror}); it needs train and val") from error
+    Of a class with c examples, the one with the rank r among them stands at (r + 1/2) / c: the
+    method of Sainte-Lague, which also fills parliaments.
 
-    found = {}
+    Args:
+      order: int [examples], a permutation.
+      labels: int [examples], which it permutes.
+    """
+    counts = np.bincount(labels)
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    ranks = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    places = np.empty(len(order))
+    places[by_class] = (ranks + 0.5) / counts[labels[by_class]]
+    return order[np.argsort(places[order], kind="stable")]
+
+
+def _refuse(error: OSError) -> None:
+    problem = f"the folder {error.filename} cannot be read ({error.strerror})"
+    raise DataError(f"data.manual_dir: {problem}") from error
+
+
+def _image_files(path: epath.Path) -> tuple[dict[str, list[str]], collections.Counter[str]]:
+    """The image files of each class by name, ordered, as paths below `path`, and other suffixes."""
+    found, others = {}, collections.Counter()
     if "://" in os.fspath(path):
-        walk = path.walk(on_error=refuse)
+        walk = path.walk(on_error=_refuse)
     else:
-        walk = os.walk(path, onerror=refuse, followlinks=True)
+        walk = os.walk(path, onerror=_refuse, followlinks=True)
     for folder, folders, names in walk:
         folders[:] = [name for name in folders if not name.startswith(".")]  # goes into these
         inside = str(folder).removeprefix(str(path)).strip("/")
@@ -96,7 +143,10 @@ def _image_files(path: epath.Path) -> dict[str, list[str]]:
                 found[inside.partition("/")[0]].append((inside, name))
             elif os.path.islink(place) and not os.path.exists(place):  # it may stand for a folder
                 raise DataError(f"data.manual_dir: the link {place} leads nowhere; remove it")
-    return {name: ["/".join(pair) for pair in sorted(pairs)] for name, pairs in found.items()}
+            else:
+                others[os.path.splitext(name)[1] if inside else "outside any class"] += 1
+    images = {name: ["/".join(pair) for pair in sorted(pairs)] for name, pairs in found.items()}
+    return images, others
 
 
 class Records(Sequence[Example]):
@@ -141,11 +191,40 @@ class Records(Sequence[Example]):
         return Records, (self.folder, self.split)
 
 
-@functools.cache
-def open_splits(name: str, directory: str, manual_dir: str) -> tuple[SetInfo, dict[str, Any]]:
-    """The facts and the splits, "train" and "test", of a set.
+def _open_folder(path: epath.Path, share: float, labelled_test: bool) -> tuple[str, dict[str, Any]]:
+    """What "test" is called there, and the splits."""
+    try:
+        children = {child.name.lower(): child for child in path.iterdir()}
+    except OSError as error:
+        _refuse(error)
+    names = {split: [n for n in SPLITS[split] if n in children] for split in SPLITS}
+    folders = {split: children[found[0]] for split, found in names.items() if found}
+    if not labelled_test:
+        folders.pop("test", None)
+    if folders and "train" not in folders:
+        other = next(iter(folders.values()))
+        raise DataError(
+            f"data.manual_dir: {other} is called as a split is, and there is no {path / 'train'}; "
+            f"rename it if it is a class"
+        )
+    train = Folder(folders.pop("train", path))
+    splits = {"train": train} | {s: Folder(f, train.class_names) for s, f in folders.items()}
+    if "test" in splits:
+        return folders["test"].name, splits
+    if "validation" in splits:
+        return folders["validation"].name, {"train": train, "test": splits["validation"]}
+    return HELD_OUT, dict(zip(("train", "test"), train.divided(share), strict=True))
 
-    With `manual_dir` the set is the folder with train/class/image.jpg and val/class/image.jpg.
+
+@functools.cache
+def open_splits(
+    name: str, directory: str, manual_dir: str, test_share: float = 0.2
+) -> tuple[SetInfo, dict[str, Any]]:
+    """The facts and the splits, "train", "test" and perhaps "validation", of a set.
+
+    With `manual_dir` the set is a folder with train/class/image.jpg and the same in `SPLITS`. Where
+    there is validation or test alone, it is "test"; where there is neither, a share of the
+    training images is. A folder without train has class/image.jpg.
     Without, it is the set `name` that TFDS has prepared in `directory`; where its "test" is not
     there or has no labels, as ImageNet's, "test" is its "validation".
 
@@ -154,9 +233,8 @@ def open_splits(name: str, directory: str, manual_dir: str) -> tuple[SetInfo, di
     """
     if manual_dir:
         path = epath.Path(manual_dir).expanduser()
-        splits, test = {"train": Folder(path / "train")}, "val"
+        test, splits = _open_folder(path, test_share, labelled_test=name not in STREAMED)
         class_names = splits["train"].class_names
-        splits["test"] = Folder(path / "val", class_names)
     else:
         builder = builders.prepare(name, directory)
         features = builder.info.features
@@ -179,10 +257,10 @@ def open_splits(name: str, directory: str, manual_dir: str) -> tuple[SetInfo, di
     return dataclasses.replace(facts, test_split=test), splits
 
 
-def info(name: str, directory: str, manual_dir: str, image_size: int) -> SetInfo:
-    """The facts of a set whose images are made [image_size, image_size, 3].
+def info(name: str, *place: str | float, image_shape: tuple[int, int, int]) -> SetInfo:
+    """The facts of a set whose images are made so large; `place` goes to `open_splits`.
 
     A set of `STREAMED` need not be there; of others, DataError as `open_splits`.
     """
-    facts = STREAMED.get(name) or open_splits(name, directory, manual_dir)[0]
-    return dataclasses.replace(facts, image_shape=(image_size, image_size, 3))
+    facts = STREAMED.get(name) or open_splits(name, *place)[0]
+    return dataclasses.replace(facts, image_shape=image_shape)

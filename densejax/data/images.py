@@ -45,15 +45,23 @@ class Picture:
         A JPEG of at least twice the least size that is asked for is decoded at a half, 3/8, a
         quarter or an eighth of its size: the cosine transform then does the antialiasing.
 
+        Of an animation it is the first image; what is transparent has the colour below it. A grey
+        PNG of 16 bits, where 65,535 is white, is divided by 257.
+
         Raises:
-          Exception: whatever Pillow or simplejpeg raises for an image that is not whole.
+          Exception: whatever Pillow or simplejpeg raises for an image that is not whole; ValueError
+            for other pixels of more than 8 bits, whose white no file says.
         """
         least = (min_width, min_height) if self._swapped else (min_height, min_width)
         pixels = self._decode_jpeg(*least)
         if pixels is None:
-            if self._image.mode.startswith(("I", "F")):  # Pillow would make all of them white
-                raise ValueError("its pixels have more than 8 bits")
-            pixels = np.asarray(self._image.convert("RGB"))
+            if self._image.format == "PNG" and self._image.mode == "I;16":
+                levels = np.rint(np.asarray(self._image) / 257).astype(np.uint8)
+                pixels = np.repeat(levels[..., None], 3, axis=-1)
+            elif self._image.mode.startswith(("I", "F")):  # Pillow would make all of them white
+                raise ValueError("its pixels have more than 8 bits; save it with 8 bits a channel")
+            else:
+                pixels = np.asarray(self._image.convert("RGB"))
         return (pixels.swapaxes(0, 1) if self._swapped else pixels)[self._rows, self._columns]
 
     def _decode_jpeg(self, min_height, min_width):
@@ -80,6 +88,11 @@ def _open(encoded):
         return Image.open(io.BytesIO(encoded), formats=FORMATS)
     except UnidentifiedImageError:
         raise ValueError(f"it is not recognised as {', '.join(FORMATS)}") from None
+
+
+def in_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """Makes uint8 [height, width, 1] of RGB pixels where there is one channel (ITU-R 601-2)."""
+    return pixels if channels == 3 else np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
 
 
 def evaluation_crop(encoded: bytes, size: int, *, resize: int) -> np.ndarray:

@@ -25,6 +25,7 @@ import numpy as np
 from absl import flags, logging
 from jax.sharding import Sharding
 
+from densejax.data import images
 from densejax.data.encoded import Example, ImageError
 from densejax.data.memory import Batch, mirrored, permutation
 from densejax.data.official import DataError, one_line
@@ -54,6 +55,7 @@ class ChunkSource:
       seed: of order and crops; None: the order of `indices`, once, then padding without end.
       skip: whether an image that cannot be read is replaced by the one after it.
       alternates: chunks say which examples are `memory.mirrored`.
+      channels: 3 for colour, 1 for grey.
     """
 
     examples: Sequence[Example]
@@ -65,6 +67,7 @@ class ChunkSource:
     seed: int | None = None
     skip: bool = False
     alternates: bool = False
+    channels: int = 3
 
     @property
     def chunk_size(self) -> int:
@@ -91,8 +94,9 @@ class ChunkSource:
             epoch, step = divmod(step, len(self.indices) // self.batch_size)
         rows = self.rows[part * self.chunk_size : (part + 1) * self.chunk_size]
         positions = step * self.batch_size + rows
+        shape = (len(rows), self.image_size, self.image_size, self.channels)
         chunk = {
-            "image": np.zeros((len(rows), self.image_size, self.image_size, 3), np.uint8),
+            "image": np.zeros(shape, np.uint8),
             "label": np.zeros(len(rows), np.int32),
             "mask": positions < len(self.indices),
         }
@@ -127,7 +131,8 @@ class ChunkSource:
     def _read(self, index, *bits):
         encoded, label, name = self.examples[index]
         try:
-            return self.crop(encoded, self.image_size, *bits), label
+            pixels = self.crop(encoded, self.image_size, *bits)
+            return images.in_channels(pixels, self.channels), label
         except Exception as error:  # decoders raise errors of many kinds for a damaged image
             raise ImageError(f"{name}: no image that can be read ({one_line(error)})") from error
 

@@ -101,10 +101,10 @@ def _of_run(path: epath.Path) -> Classifier:
             raise UserError(f"--workdir={path}: there is no checkpoint in it yet; train first")
         state = select(experiment, checkpoints)
     resize, image_shape = 0, info.image_shape
-    if config.data.storage == "stream":
+    if config.data.storage != "memory":
         resize = config.evaluate.resize_size
         if preparation.crop_size:  # the ten crops are taken of the whole square
-            image_shape = (resize, resize, 3)
+            image_shape = (resize, resize, image_shape[-1])
     return Classifier(
         model=experiment.task.model,
         variables=jax.device_get(state.variables),

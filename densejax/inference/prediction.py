@@ -41,8 +41,7 @@ def read(path: epath.PathLike, network: classifier.Classifier) -> np.ndarray:
             pixels = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR))
     except Exception as error:  # damage can raise any class in Pillow's decoders
         raise UserError(f"{path}: no image that can be read ({one_line(error)})") from error
-    if channels == 1:
-        pixels = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+    pixels = images.in_channels(pixels, channels)
     return np.rint(pixels * (network.white_level / 255)).astype(np.uint8)
 
 

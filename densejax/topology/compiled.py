@@ -27,7 +27,7 @@ TOLERANCE = 0.1  # relative difference that a program's FLOPs may have from the 
 def compile_step(built: Experiment, trains: bool, batch_size: int) -> Any:
     """The compiled step for a batch over all devices; None if it does not fit into memory."""
     shape, config = built.task.image_shape, built.config
-    if not trains and config.data.storage == "stream" and config.evaluate.crop_size:
+    if not trains and config.data.storage != "memory" and config.evaluate.crop_size:
         shape = (config.evaluate.resize_size, config.evaluate.resize_size, shape[-1])
     batch = experiment.abstract_batch(built.mesh, shape, batch_size)
     if trains and config.augmentation.alternate_flip:

@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from densejax import data
-from densejax.config import UserError
+from densejax.config import UserError, printable
 from densejax.models import counts
 from densejax.runs import files, formats, workdir
 from densejax.training.experiment import Experiment
@@ -46,9 +46,11 @@ def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str,
         ("steps", f"{formats.count(experiment.steps)} of {config.train.batch_size} images, "
                   f"{config.train.epochs} epochs" + (f", resuming after {start}" if start else "")),
         ("devices", f"{device}, {config.parallel.mode}, {config.train.dtype}"),
+        *((name, printable(text)) for name, text in experiment.data.notes.items()),
     ]  # fmt: skip
     say(formats.table(rows))
-    return {"parameters": parameters, "multiply_adds": multiply_adds, "device": device}
+    described = {"parameters": parameters, "multiply_adds": multiply_adds, "device": device}
+    return described | ({"notes": dict(experiment.data.notes)} if experiment.data.notes else {})
 
 
 def measure(

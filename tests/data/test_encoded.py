@@ -98,7 +98,7 @@ def test_a_worker_opens_records_without_running_what_their_files_name(tmp_path, 
 
 
 def test_facts_of_imagenet_need_no_data():
-    facts = encoded.info("imagenet2012", "/nowhere", "", 160)
+    facts = encoded.info("imagenet2012", "/nowhere", "", image_shape=(160, 160, 3))
     assert facts.image_shape == (160, 160, 3) and facts.num_classes == 1000
     assert facts.splits == {"train": 1281167, "test": 50000}
     np.testing.assert_allclose(np.array(facts.mean) / 255, (0.485, 0.456, 0.406), rtol=1e-9)
@@ -118,7 +118,7 @@ def test_an_official_set_has_its_official_size(tmp_path, monkeypatch):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(DataError, match="folder .*/photos/train cannot be read .No such file"):
+    with pytest.raises(DataError, match="folder .*/photos cannot be read .No such file"):
         encoded.open_splits("photos", "", str(tmp_path / "photos"))
     photos.make(tmp_path / "photos", train=1, val=1)
     (tmp_path / "photos/val/n03").mkdir()
@@ -161,6 +161,90 @@ def test_images_lie_at_any_depth_and_what_is_hidden_is_left_out(tmp_path):
     expected = [(0, "cat/0.jpg"), *((1, f"dog/{name}") for name in dog), (2, "owl/7.png")]
     assert found == [(label, str(root / "train" / place)) for label, place in expected]
     assert facts.splits == {"train": 7, "test": 1}
+
+
+@pytest.mark.parametrize(
+    ("folders", "splits", "test"),
+    [
+        (("train", "val"), ("train", "test"), "val"),
+        (("train", "test"), ("train", "test"), "test"),
+        (("train", "val", "test"), ("train", "validation", "test"), "test"),
+        (("Training", "Valid", "TESTING", "other"), ("train", "validation", "test"), "TESTING"),
+    ],
+)
+def test_splits_have_folders(tmp_path, folders, splits, test):
+    for number, split in enumerate(folders, 1):
+        for index in range(number):
+            put(tmp_path / split / f"cat/{index}.jpg")
+    facts, found = encoded.open_splits("photos", "", str(tmp_path))
+    assert (tuple(facts.splits), facts.test_split) == (splits, test)
+    for split in found:
+        folder = test if split == "test" else folders[splits.index(split)]
+        assert all(place.startswith(f"{tmp_path / folder}/") for _, _, place in found[split])
+    assert sum(facts.splits.values()) == {2: 3, 3: 6, 4: 6}[len(folders)]
+
+
+def test_a_folder_without_splits_is_divided_by_class(tmp_path):
+    for name, count in (("cat", 20), ("dog", 10), ("owl", 5)):
+        for index in range(count):
+            put(tmp_path / name / f"{index}.jpg")
+    facts, splits = encoded.open_splits("photos", "", str(tmp_path), 0.2)
+    assert (facts.splits, facts.test_split) == ({"train": 28, "test": 7}, "held out")
+    assert np.bincount(splits["train"].labels).tolist() == [16, 8, 4]
+    assert np.bincount(splits["test"].labels).tolist() == [4, 2, 1]
+    places = [{place for _, _, place in split} for split in splits.values()]
+    assert not places[0] & places[1] and len(places[0] | places[1]) == 35
+    # The same below train/, on another path, and nearly the same with an image more.
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/train").mkdir()
+    for name in facts.class_names:
+        (tmp_path / name).rename(tmp_path / "new/train" / name)
+    moved = encoded.open_splits("photos", "", str(tmp_path / "new"), 0.2)[1]
+    assert moved["test"].names.tolist() == splits["test"].names.tolist()
+    put(tmp_path / "new/train/dog/more.jpg")
+    encoded.open_splits.cache_clear()
+    more = encoded.open_splits("photos", "", str(tmp_path / "new"), 0.2)[1]["test"]
+    assert len(set(more.names.tolist()) ^ set(moved["test"].names.tolist())) <= 2
+
+
+def test_places_are_given_by_the_method_of_sainte_lague():
+    """The example of 7 seats in Wikipedia's article on it: 53, 24 and 23 votes have 3, 2 and 2."""
+    labels = np.repeat([0, 1, 2], [53, 24, 23])
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(100)
+        found = encoded.in_proportion(order, labels)
+        assert sorted(found) == list(range(100))
+        assert np.bincount(labels[found[:7]]).tolist() == [3, 2, 2]
+        assert found[labels[found] == 1].tolist() == order[labels[order] == 1].tolist()
+
+
+def test_what_is_called_as_a_split_is_one(tmp_path):
+    put(tmp_path / "test/0.jpg")
+    put(tmp_path / "bus/0.jpg")
+    assert f"{tmp_path}/test is called as a split is, and there is no" in refused(tmp_path)
+    put(tmp_path / "train/0.jpg")
+    assert f"{tmp_path}/train has no class/image.jpg; images lie in" in refused(tmp_path)
+    put(tmp_path / "train/bus/0.jpg")
+    encoded.open_splits.cache_clear()
+    assert f"{tmp_path}/test has no class/image.jpg" in refused(tmp_path)
+
+
+def test_a_test_set_without_labels_is_no_part_of_imagenet(tmp_path, monkeypatch):
+    small(tmp_path)
+    put(tmp_path / "test/0.jpg")
+    facts = dataclasses.replace(
+        STREAMED["imagenet2012"], class_names=("0", "1"), splits={"train": 2, "test": 1}
+    )
+    monkeypatch.setitem(STREAMED, "tiny", facts)
+    assert encoded.open_splits("tiny", "", str(tmp_path))[0].test_split == "val"
+
+
+def test_files_that_are_no_images_by_their_name_are_counted(tmp_path):
+    root = small(tmp_path)
+    for name in ("train/cat/1.heic", "train/cat/2.HEIC", "train/notes.txt", "train/dog/.hidden"):
+        (root / name).write_text("something")
+    train = encoded.open_splits("photos", "", str(root))[1]["train"]
+    assert train.left_out == {".heic": 1, ".HEIC": 1, "outside any class": 1}
 
 
 def refused(root):

@@ -242,9 +242,26 @@ def test_half_an_image_is_no_image(kind, version):
 
 
 def test_pixels_of_sixteen_bits_are_refused_and_not_clipped():
-    deep = photos.encode(Image.fromarray(np.full((20, 20), 1000, np.uint16)), "PNG")
-    with pytest.raises(ValueError, match="more than 8 bits"):
-        images.Picture(deep).decode()
+    deep = Image.fromarray(np.full((20, 20), 1000, np.uint16))
+    for kind in ("TIFF", "PPM"):  # whose white may be any level
+        with pytest.raises(ValueError, match="more than 8 bits; save it with 8 bits a channel"):
+            images.Picture(photos.encode(deep, kind)).decode()
+
+
+def test_a_png_of_sixteen_bits_has_the_nearest_level_of_eight():
+    """Of 65,535 (PNG specification, section 13.12: Sample depth rescaling)."""
+    levels = np.array([[0, 128, 129, 257, 1000, 32767, 65406, 65407, 65535]], np.uint16)
+    found = images.Picture(photos.encode(Image.fromarray(levels), "PNG")).decode()
+    expected = np.floor(levels.astype(np.float64) * 255 / 65535 + 0.5)
+    np.testing.assert_array_equal(found, expected[..., None].repeat(3, -1))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_of_an_animation_the_first_image_is_read(kind):
+    first, second = Image.new("RGB", (20, 10), (255, 0, 0)), Image.new("RGB", (20, 10), (0, 0, 255))
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    moving = photos.encode(first, kind, save_all=True, append_images=[second], **lossless)
+    np.testing.assert_array_equal(images.Picture(moving).decode(), np.asarray(first))
 
 
 @hypothesis.settings(max_examples=150)
