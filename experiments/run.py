@@ -1,5 +1,9 @@
 """Runs a sweep: python experiments/run.py --sweep=growth_rate --config=CARD --root=DIR.
 
+--values=6,12,24 takes these in place of the sweep's own; --axis model.depth=22,40 repeats the sweep
+for each value of a key of the card. Without --sweep the card's own network is varied:
+--axis model.growth_rate=6,12,24 --axis model.depth=22,40 is a grid of six points.
+
 Any number of processes, on any machines that share DIR, work on it without a server. Each claims a
 run by a lock in its directory, ROOT/SWEEP/RUN, and trains it in a process of its own, so that its
 memory is freed and its failure is its own. What is finished is skipped, unless it is of other code
@@ -29,7 +33,17 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 from script import read_json
-from sweeps import SWEEPS, Run, differences, image_shape, origin, runs
+from sweeps import (
+    SWEEPS,
+    Run,
+    axis_names,
+    differences,
+    image_shape,
+    origin,
+    parse_axes,
+    parse_values,
+    runs,
+)
 
 from densejax import command_line, data
 from densejax.config import UserError, check
@@ -39,11 +53,13 @@ from densejax.training import experiment, parallel, result
 from densejax.training.step import train_step
 
 SWEEP = flags.DEFINE_enum("sweep", None, list(SWEEPS), "What is varied.")
+VALUES = flags.DEFINE_string("values", None, "What the sweep varies: 6,12,24.")
+AXES = flags.DEFINE_multi_string("axis", [], "A key of the card and its values: model.depth=22,40.")
 ROOT = flags.DEFINE_string("root", None, "Where results are: ROOT/SWEEP/RUN.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each point, from the card's seed.", lower_bound=1)
 ONLY = flags.DEFINE_list("only", "*", "Names of runs, or patterns: 'k12_*,k16_seed0'.")
 LEARNING_RATES = flags.DEFINE_string(
-    "learning_rates", None, "ROOT/learning_rate: each kind's peak is the best of that sweep."
+    "learning_rates", None, "Folder of a sweep of learning_rate: each kind's peak is its best."
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs and the hours they would take.")
 LATENCY = flags.DEFINE_bool("latency", False, "Time classification; let nothing else run beside.")
@@ -173,8 +189,8 @@ def data_version(config: ConfigDict) -> str:
 
 def works() -> list[Work]:
     """The runs that the flags ask for, in the order in which they are tried (raises UserError)."""
-    if not (SWEEP.value and ROOT.value):
-        raise UserError("--sweep and --root: say what is varied, and where results are")
+    if not (ROOT.value and (SWEEP.value or AXES.value)):
+        raise UserError("--sweep or --axis, and --root: say what is varied, and where results are")
     root = files.path_of("--root", ROOT.value)
     if "://" in ROOT.value or (root.exists() and not root.is_dir()):
         raise UserError(f"--root={ROOT.value}: give a folder, of a disk that all workers share")
@@ -182,8 +198,10 @@ def works() -> list[Work]:
     card = flags.FLAGS["config"].config_filename
     overrides = [word for word in given if word.lstrip("-").startswith("config.")]
     rates = best_rates(epath.Path(LEARNING_RATES.value)) if LEARNING_RATES.value else None
+    axes, values = parse_axes(AXES.value), parse_values(VALUES.value or "")
+    folder = "_x_".join([*filter(None, [SWEEP.value]), *axis_names(list(axes))])
     found = []
-    for run in runs(SWEEP.value, command_line.CONFIG.value, SEEDS.value):
+    for run in runs(SWEEP.value, command_line.CONFIG.value, SEEDS.value, values, axes):
         if not any(fnmatch.fnmatchcase(run.name, pattern) for pattern in ONLY.value):
             continue
         own = dict(run.overrides)
@@ -198,11 +216,11 @@ def works() -> list[Work]:
         model = f"{',' if ':' in card else ':'}model={run.model}" if run.model else ""
         arguments = [f"--config={card}{model}", *kept]
         arguments += [f"--config.{key}={value}" for key, value in own.items()]
-        path = root / SWEEP.value / run.name
+        path = root / folder / run.name
         found.append(Work(run, path, tuple(arguments), RESUME.value == "force"))
         _ = found[-1].config  # a card that takes no `model` is told before anything is trained
     if not found:
-        raise UserError(f"--only={','.join(ONLY.value)}: no run of {SWEEP.value} has such a name")
+        raise UserError(f"--only={','.join(ONLY.value)}: no run of {folder} has such a name")
     return found
 
 

@@ -3,15 +3,19 @@
 A run is a name, its place on the sweep's axes and the overrides of the card that make it. The
 card's own network is the dense one of every comparison; what must be equal to it is found by a
 search over widths with `densejax.models.counts`, at the same number of convolutions: two basic
-3x3 in a residual block for the 1x1 and the 3x3 of a bottleneck layer. `seed` is an axis of all.
+3x3 in a residual block for the 1x1 and the 3x3 of a bottleneck layer. `seed` is an axis of all, and
+`parse_axes` makes axes of other keys of the card.
 """
 
+import ast
 import dataclasses
 import functools
+import inspect
 import itertools
 import json
 import math
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +29,15 @@ from densejax.training import experiment
 
 TOLERANCE = 0.02  # share by which what is called equal may differ
 KINDS = ("plain", "residual", "dense", "one_shot")
+ADDING = {"add": "residual", "chain": "plain"}  # the kinds of these patterns that add
+# Pairs of kinds, written down before the runs: a report tests whether the first is better.
+COMPARISONS = dict.fromkeys(
+    ("patterns", "patterns_equal_parameters"),
+    (
+        *(("dense", other) for other in ("residual", "exponential", "one_shot", "chain")),
+        *(("weighted", "residual"), ("hyper", "residual")),
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +67,15 @@ class Network:
     model: str
     fields: dict[str, Any]
 
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The fields by dotted key."""
+        return {f"model.{field}": value for field, value in self.fields.items()}
+
     def run(self, name: str, axes: dict[str, Any], mismatch: float | None = None, **more) -> Run:
         """The run of this network; `more` overrides by dotted key, `__` for the dot."""
-        overrides = {f"model.{field}": value for field, value in self.fields.items()}
-        overrides |= {key.replace("__", "."): value for key, value in more.items()}
-        return Run(name, axes, overrides, self.model, mismatch)
+        more = {key.replace("__", "."): value for key, value in more.items()}
+        return Run(name, axes, self.overrides | more, self.model, mismatch)
 
 
 def image_shape(config: ConfigDict, stored: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -89,7 +106,6 @@ class Base:
         # Convolutions of each block: what all kinds of networks have the same number of.
         self.convolutions = tuple(n * (2 if model.bottleneck else 1) for n in self.layers)
         self.blocks = tuple(math.ceil(n / 2) for n in self.convolutions)
-        self.counts = functools.cache(self._counts)
         self.equal = functools.cache(self._equal)
 
     def dense(
@@ -131,7 +147,8 @@ class Base:
 
     def of(self, network: Network) -> dict[str, int]:
         """Parameters and multiply-adds of a network on the card's images."""
-        return self.counts(network.model, tuple(sorted(network.fields.items())))
+        found = _counts(self._built(network), self.image_shape)
+        return dict(zip(("parameters", "multiply_adds"), found, strict=True))
 
     def depth(self, network: Network) -> int:
         """Layers with weights on a network's longest path."""
@@ -141,13 +158,8 @@ class Base:
         if network.model:
             section = models.fields(network.model, **network.fields)
         else:
-            section = _changed(self.config, network).model
+            section = _changed(self.config, network.overrides).model
         return models.create(section, self.num_classes)
-
-    def _counts(self, model, fields):
-        network = self._built(Network(model, dict(fields)))
-        found = counts.of_network(network, self.image_shape)
-        return dict(zip(("parameters", "multiply_adds"), found, strict=True))
 
     def _equal(
         self, kind: str, what: str = "parameters", blocks: tuple[int, ...] | None = None
@@ -205,7 +217,7 @@ class Base:
             left = abs(mismatch(widths) + sum(map(operator.mul, slopes, step)))
             return (0, sum(map(abs, step))) if left < TOLERANCE / 4 else (1, left)
 
-        steps = sorted(itertools.product(range(-2, 3), repeat=len(ratios)), key=promise)[:8]
+        steps = sorted(itertools.product(range(-2, 3), repeat=len(ratios)), key=promise)[:32]
         near = [moved(step) for step in steps]
         good = (widths for widths in near if abs(mismatch(widths)) < TOLERANCE / 2)
         best = next(good, None) or min(near, key=lambda widths: abs(mismatch(widths)))
@@ -217,9 +229,12 @@ class Base:
         return make(best), mismatch(best)
 
 
-def growth_rate(base: Base) -> Iterator[Run]:
+_counts = functools.cache(counts.of_network)  # many points of a sweep are of one network
+
+
+def growth_rate(base: Base, values: Sequence[int] = (1, 4, 8, 12, 16, 24, 32)) -> Iterator[Run]:
     """Feature maps that a layer adds: k of the paper, section 3; all else as in the card."""
-    for k in (1, 4, 8, 12, 16, 24, 32):
+    for k in values:
         yield base.dense(growth_rate=k).run(f"k{k}", {"growth_rate": k})
 
 
@@ -245,7 +260,8 @@ def degradation(base: Base) -> Iterator[Run]:
     parameters of the shallowest DenseNet, of the card's growth rate.
     """
     stages = len(base.blocks)
-    shallow = Base(_changed(base.config, base.network("dense", base.growth_rates, (3,) * stages)))
+    fewest = base.network("dense", base.growth_rates, (3,) * stages)
+    shallow = Base(_changed(base.config, fewest.overrides))
     widths = shallow.equal("residual")[0].fields["widths"]
     for n, kind in itertools.product((3, 5, 9), KINDS[:3]):
         network = base.network(
@@ -264,29 +280,33 @@ def connectivity(base: Base) -> Iterator[Run]:
             yield network.run(f"{kind}_equal_{what}", {"kind": kind, "equal": what}, mismatch)
 
 
-def patterns(base: Base) -> Iterator[Run]:
+def patterns(base: Base, what: str = "multiply_adds") -> Iterator[Run]:
     """Every connection pattern of the package, at equal multiply-adds.
 
     Those that concatenate are DenseNets; those that add are ResNets with pre-activation, of two 3x3
-    convolutions a block. Widths of HarDNet are even, so that it differs by up to a tenth in a small
-    network.
+    convolutions a block: "residual" is their pattern `add`, and "plain" their `chain`.
     """
     for connect in connections.CONCATENATING:
-        make, tolerance = functools.partial(_connected, base, connect), TOLERANCE
-        if connect == "hardnet":
-            tolerance = 0.1
-        network, mismatch = base.search(make, base.growth_rates, "multiply_adds", tolerance)
+        # Widths of HarDNet are even, so that its growth rates go by twos and come less near.
+        unit, tolerance = (2, 0.1) if connect == "hardnet" else (1, TOLERANCE)
+        make = functools.partial(_connected, base, connect, unit)
+        network, mismatch = base.search(make, base.growth_rates, what, tolerance)
         yield network.run(connect, {"kind": connect}, mismatch)
     doubling = tuple(2**stage for stage in range(len(base.blocks)))
     for connect in connections.ADDING:
-        make = functools.partial(_preactivated, base, connect)
-        network, mismatch = base.search(make, doubling, "multiply_adds")
-        yield network.run(f"sum_{connect}", {"kind": f"sum, {connect}"}, mismatch)
+        make, kind = functools.partial(_preactivated, base, connect), ADDING.get(connect, connect)
+        network, mismatch = base.search(make, doubling, what)
+        yield network.run(kind, {"kind": kind}, mismatch)
 
 
-def _connected(base: Base, connect: str, growth_rates: Sequence[int]) -> Network:
+def patterns_equal_parameters(base: Base) -> Iterator[Run]:
+    """Every connection pattern of the package, at equal parameters."""
+    return patterns(base, "parameters")
+
+
+def _connected(base: Base, connect: str, unit: int, widths: Sequence[int]) -> Network:
     changed = {} if connect == base.config.model.connect else {"connect": connect}
-    return base.dense((), growth_rates, **changed)
+    return base.dense((), [unit * width for width in widths], **changed)
 
 
 def _preactivated(base: Base, connect: str, widths: Sequence[int]) -> Network:
@@ -337,15 +357,15 @@ def train_size(base: Base) -> Iterator[Run]:
         yield network.run(name, axes, mismatch, **changes)
 
 
-def compression(base: Base) -> Iterator[Run]:
+def compression(base: Base, values: Sequence[float] = (0.25, 0.5, 0.75, 1.0)) -> Iterator[Run]:
     """Share of the channels that a transition keeps: theta of the paper, section 3."""
-    for theta in (0.25, 0.5, 0.75, 1.0):
+    for theta in values:
         yield base.dense(compression=theta).run(f"theta{theta}", {"compression": theta})
 
 
-def dropout(base: Base) -> Iterator[Run]:
+def dropout(base: Base, values: Sequence[float] = (0.0, 0.1, 0.2)) -> Iterator[Run]:
     """Dropout after every convolution, with and without augmentation (paper: 0.2 without)."""
-    for rate, augmented in itertools.product((0.0, 0.1, 0.2), (True, False)):
+    for rate, augmented in itertools.product(values, (True, False)):
         changes = {} if augmented else {"augmentation__shift": 0, "augmentation__flip": False}
         name = f"dropout{rate}_{'augmented' if augmented else 'plain_images'}"
         axes = {"dropout_rate": rate, "augmented": augmented}
@@ -382,20 +402,20 @@ def recipe(base: Base) -> Iterator[Run]:
         yield base.dense().run(part, {"recipe": part}, **changes)
 
 
-def learning_rate(base: Base) -> Iterator[Run]:
+def learning_rate(base: Base, values: Sequence[float] = ()) -> Iterator[Run]:
     """The peak for each kind of network at equal parameters, measured on held-out images.
 
-    A twelfth of an epoch's images is held out where the card holds out none; test images are not
-    read.
+    By default, a quarter of the card's peak to twice it. A twelfth of an epoch's images is held out
+    where the card holds out none; test images are not read.
     """
     config, peak = base.config, base.config.optimizer.learning_rate
     changes = {"evaluate__split": "validation", "evaluate__final_split": "validation"}
     if not config.data.validation_size:
         epoch = base.steps // config.train.epochs * config.train.batch_size
         changes["data__validation_size"] = epoch // 12
-    for kind, factor in itertools.product(KINDS, (0.25, 0.5, 1, 2)):
+    values = values or [peak * factor for factor in (0.25, 0.5, 1, 2)]
+    for kind, rate in itertools.product(KINDS, values):
         network, mismatch = base.equal(kind)
-        rate = peak * factor
         yield network.run(
             f"{kind}_rate{rate:g}",
             {"kind": kind, "learning_rate": rate},
@@ -408,20 +428,79 @@ def learning_rate(base: Base) -> Iterator[Run]:
 SWEEPS = {
     sweep.__name__: sweep
     for sweep in (
-        *(growth_rate, depth_width, degradation, connectivity, patterns, variants),
-        growth_schedule,
+        *(growth_rate, depth_width, degradation, connectivity, variants, growth_schedule),
+        *(patterns, patterns_equal_parameters),
         *(train_size, compression, dropout, recipe, learning_rate),
     )
 }
 
 
-def runs(sweep: str, config: ConfigDict, seeds: int = 3) -> list[Run]:
+def parse_values(text: str) -> list[Any]:
+    """Literals with commas between them, as "6,12"; what is none is text: "dense,window:size=2"."""
+    try:
+        values = ast.literal_eval(f"[{text}]")
+    except (ValueError, SyntaxError):
+        values = text.split(",")
+    return list({str(value): value for value in values}.values())
+
+
+def parse_axes(words: Sequence[str]) -> dict[str, list[Any]]:
+    """The values by key of axes such as "model.depth=22,40" (raises UserError)."""
+    axes = {}
+    for word in words:
+        key, _, text = word.partition("=")
+        axes.setdefault(key, parse_values(text))
+    if len(axes) < len(words) or not all(axes.values()) or "seed" in axes:
+        given = " ".join(f"--axis={word}" for word in words)
+        raise UserError(
+            f"{given}: give each key once, with values, as in --axis=model.depth=22,40; "
+            f"--seeds is for seeds"
+        )
+    return axes
+
+
+def axis_names(keys: Sequence[str]) -> list[str]:
+    """What keys of the card are called as axes: without their section, where that is enough."""
+    short = [key.rpartition(".")[2] for key in keys]
+    return [name if short.count(name) == 1 else key for key, name in zip(keys, short, strict=True)]
+
+
+def runs(
+    sweep: str | None,
+    config: ConfigDict,
+    seeds: int = 3,
+    values: Sequence[Any] = (),
+    axes: Mapping[str, Sequence[Any]] | None = None,
+) -> list[Run]:
     """All runs of a sweep of a card: first the first seed of every one.
 
+    Args:
+      sweep: a name in `SWEEPS`; None: the card's own network alone.
+      config: the card's.
+      seeds: runs of each point.
+      values: what the sweep varies, in place of its own values.
+      axes: values by key: the sweep is made of the card with each combination of them.
+
     Raises:
-      UserError: a card that the sweep cannot start from.
+      UserError: a card that the sweep cannot start from, or values or axes that it does not take.
     """
-    points = list(SWEEPS[sweep](Base(config)))
+    axes, known = axes or {}, flatten(config)
+    for key in axes.keys() - known.keys():
+        section, _, last = key.rpartition(".")
+        beside = [name for name in known if name.endswith(f".{last}")]
+        beside = beside or [name for name in known if name.startswith(f"{section}.")]
+        allowed = ", ".join(beside or known)
+        raise UserError(f"--axis={key}: unknown key; allowed are {allowed}")
+    able = [name for name in SWEEPS if "values" in inspect.signature(SWEEPS[name]).parameters]
+    if values and sweep not in able:
+        raise UserError(f"--values: for --sweep={' or '.join(able)}; --axis varies any key")
+    options = {"values": values} if values else {}
+    points = []
+    for combination in itertools.product(*axes.values()):
+        changes = dict(zip(axes, combination, strict=True))
+        changed = _changed(config, changes)
+        made = SWEEPS[sweep](Base(changed), **options) if sweep else [Run("", {}, {})]
+        points += [_placed(run, changes) for run in made]
     return [
         dataclasses.replace(
             run,
@@ -432,6 +511,26 @@ def runs(sweep: str, config: ConfigDict, seeds: int = 3) -> list[Run]:
         for seed in range(config.seed, config.seed + seeds)
         for run in points
     ]
+
+
+def _placed(run: Run, changes: Mapping[str, Any]) -> Run:
+    """The run of a sweep of a card with changes, which are axes of it."""
+    names = axis_names(list(changes))
+    if twice := run.axes.keys() & set(names):
+        raise UserError(f"--axis: the sweep varies {twice.pop()} itself; --values sets its values")
+    place = {
+        name: value if isinstance(value, str | int | float) else str(value)
+        for name, value in zip(names, changes.values(), strict=True)
+    }
+    words = [f"{name}={re.sub(r'[^a-zA-Z0-9.+-]+', '-', str(place[name]))}" for name in names]
+    # What is said of the card's network does not fit another.
+    kept = {k: v for k, v in changes.items() if not (run.model and k.startswith("model."))}
+    return dataclasses.replace(
+        run,
+        name="_".join(filter(None, [run.name, *words])),
+        axes=run.axes | place,
+        overrides=kept | run.overrides,
+    )
 
 
 def origin(run: str, summary: Mapping[str, Any]) -> dict[str, str]:
@@ -463,9 +562,9 @@ def differences(origins: Mapping[str, Mapping[str, str]]) -> str:
     return " against ".join(parts) if keys else ""
 
 
-def _changed(config: ConfigDict, network: Network) -> ConfigDict:
-    """A card's configuration with fields of its own network changed."""
+def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A card's configuration with other values of dotted keys."""
     changed = config.copy_and_resolve_references()
-    with changed.model.unlocked(), changed.model.ignore_type():
-        changed.model.update(network.fields)
+    with changed.ignore_type():
+        changed.update_from_flattened_dict(changes)
     return changed

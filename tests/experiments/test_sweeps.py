@@ -17,7 +17,7 @@ import sweeps
 import densejax
 from densejax import models
 from densejax.config import UserError
-from densejax.models import counts
+from densejax.models import connections, counts
 from densejax.runs import files, lock, workdir
 from densejax.training import experiment
 from tests import small
@@ -26,6 +26,7 @@ ROOT = pathlib.Path(densejax.__file__).parents[1]
 
 # How ml_collections loads a card.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+SLOW = ("depth_width", "degradation", "patterns_equal_parameters")
 CHANGES = {"model__blocks": (1, 1, 1), "model__growth_rate": 12, "model__dropout_rate": 0.0}
 
 
@@ -58,10 +59,7 @@ def read(run, card):
 
 @pytest.mark.parametrize(
     "sweep",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("depth_width", "degradation")))
-        for name in sweeps.SWEEPS
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sweeps.SWEEPS],
 )
 def test_runs_of_a_sweep(sweep, base, card):
     found = list(sweeps.SWEEPS[sweep](base))
@@ -72,6 +70,63 @@ def test_runs_of_a_sweep(sweep, base, card):
         experiment.build(read(run, card))
         allowed = 0.1 if run.name == "hardnet" else 0.02  # its widths are even
         assert run.mismatch is None or abs(run.mismatch) <= allowed
+
+
+def test_what_is_compared_is_a_pattern(base):
+    adding = {sweeps.ADDING.get(name, name) for name in connections.ADDING}
+    kinds = connections.CONCATENATING.keys() | adding
+    assert len(kinds) == len(connections.CONCATENATING) + len(connections.ADDING)
+    assert {kind for pair in sweeps.COMPARISONS["patterns"] for kind in pair} <= kinds
+
+
+def test_values_of_a_sweep_and_axes_of_the_card():
+    config = small.tiny(**CHANGES)
+    found = sweeps.runs("growth_rate", config, seeds=1, values=sweeps.parse_values("6,18"))
+    named = {run.name: run.axes["growth_rate"] for run in found}
+    assert named == {"k6_seed0": 6, "k18_seed0": 18}
+    axes = sweeps.parse_axes(["model.growth_rate=6,6,9", "model.connect=dense,window:size=2"])
+    found = sweeps.runs(None, config, seeds=2, axes=axes)
+    assert len({run.name for run in found}) == len(found) == 8
+    assert found[7].name == "growth_rate=9_connect=window-size-2_seed1"
+    assert found[7].axes == {"growth_rate": 9, "connect": "window:size=2", "seed": 1}
+    changed = {"model.growth_rate": 9, "model.connect": "window:size=2", "seed": 1}
+    assert found[7].overrides == changed
+    assert sweeps.parse_axes(["model.blocks=(1,3),(2,2)"]) == {"model.blocks": [(1, 3), (2, 2)]}
+
+
+def test_a_sweep_at_each_value_of_an_axis_is_equal_to_the_card_with_that_value():
+    config = small.tiny(**CHANGES)
+    axes = {"model.growth_rate": [8, 16], "train.batch_size": [128]}
+    for run in sweeps.runs("growth_schedule", config, seeds=1, axes=axes):
+        with config.ignore_type():
+            config.model.growth_rate = run.overrides["model.growth_rate"]
+        parameters, _ = counts.of_network(experiment.build(config).task.model, (8, 8, 1))
+        with config.ignore_type():
+            config.model.growth_rate = run.axes["growth_rate"]
+        wanted, _ = counts.of_network(experiment.build(config).task.model, (8, 8, 1))
+        assert parameters / wanted - 1 == pytest.approx(run.mismatch, abs=1e-12)
+        assert abs(run.mismatch) <= 0.02 and run.overrides["train.batch_size"] == 128
+        assert run.name.startswith(f"{run.axes['schedule']}_growth_rate={run.axes['growth_rate']}_")
+
+
+@pytest.mark.parametrize(
+    "sweep, values, words, message",
+    [
+        ("variants", "6", [], "--values: for --sweep=growth_rate or compression or dropout"),
+        (None, "6", [], "--values: for --sweep="),
+        (None, "", ["model.growht=6"], "--axis=model.growht: unknown key; allowed are model.b"),
+        (None, "", ["depth=6"], "--axis=depth: unknown key; allowed are model.depth$"),
+        (None, "", ["seed=1,2"], "--axis=seed=1,2: give each key once, .* --seeds is for seeds"),
+        (None, "", ["train.epochs="], "--axis=train.epochs=: give each key once, with values"),
+        (None, "", ["train.epochs=1", "train.epochs=2"], "give each key once"),
+        ("growth_rate", "", ["model.growth_rate=6"], "--axis: the sweep varies growth_rate itself"),
+        ("growth_rate", "", ["model.compression=2.0"], "model.compression = 2.0: "),
+    ],
+)
+def test_axes_that_cannot_be(sweep, values, words, message):
+    with pytest.raises(UserError, match=message):
+        values, axes = sweeps.parse_values(values), sweeps.parse_axes(words)
+        sweeps.runs(sweep, small.tiny(**CHANGES), 1, values, axes)
 
 
 def test_depths_are_those_of_networks_as_they_are_built():
@@ -409,14 +464,16 @@ def call(*words):
 def test_a_sweep_from_the_command_line(tmp_path):
     card, root = small.card(tmp_path, train__epochs=1), tmp_path / "root"
     words = ("--sweep=growth_rate", f"--config={card}", f"--root={root}", "--seeds=1")
-    done = call(*words, "--only=k4_*", "--config.seed=3", "--config.evaluate.train_images=100")
+    words += ("--values=5,7", "--axis", "optimizer.momentum=0.8,0.9", "--config.seed=3")
+    done = call(*words, "--only=k5_momentum=0.8*", "--config.evaluate.train_images=100")
     assert done.returncode == 0, done.stderr
-    assert "k4" in done.stdout.splitlines()[-1]
-    path = root / "growth_rate" / "k4_seed3"
+    assert "k5_momentum=0.8" in done.stdout.splitlines()[-1]
+    path = root / "growth_rate_x_momentum" / "k5_momentum=0.8_seed3"
     summary = json.loads((path / "summary.json").read_text())
-    assert summary["config"]["seed"] == 3 and summary["config"]["model"]["growth_rate"] == 4
+    assert summary["config"]["seed"] == 3 and summary["config"]["model"]["growth_rate"] == 5
+    assert summary["config"]["optimizer"]["momentum"] == 0.8
     assert (summary["train_examples"], summary["test_examples"]) == (100, 360)
-    assert "growth_rate=4" in json.loads((path / "sweep.json").read_text())["command"]
+    assert "growth_rate=5" in json.loads((path / "sweep.json").read_text())["command"]
 
 
 @pytest.mark.slow
