@@ -9,13 +9,16 @@ FAST := tests/test_imports.py tests/test_config.py tests/test_command_line.py te
   tests/models/test_layers.py tests/training/test_losses.py tests/training/test_optimizer.py
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-newest test-faults lint format clean cuda tpu
+.PHONY: help train docs test test-all test-newest test-faults lint format clean cuda tpu
 
 help: ## Show this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
 
 train: $(READY) ## Train the digits example; more flags: make train ARGS="--config.seed=1"
 	$(BIN)/python -m densejax.main --config=configs/digits.py $(ARGS)
+
+docs: $(READY) ## Write the tables and pictures of docs/ that the code knows
+	$(BIN)/python docs/generate.py $(ARGS)
 
 test: $(READY) ## Run the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
