@@ -242,6 +242,13 @@ KEYS = {
         "Precision of the computation; parameters and statistics are float32 at least.",
         _one_of("float32", "bfloat16", "float64"),
     ),
+    "train.matmul_precision": Key(
+        "float32",
+        "Of products and convolutions where train.dtype is float32: 'tensorfloat32' and 'bfloat16' "
+        "are faster on a GPU or TPU; 'default' is what JAX takes, TF32 on an H100, bfloat16 on a "
+        "TPU. A CPU computes in float32 with each.",
+        _one_of("float32", "tensorfloat32", "bfloat16", "default"),
+    ),
     "optimizer.name": Key("sgd", "A name in densejax.training.optimizer.OPTIMIZERS."),
     "optimizer.learning_rate": Key(
         0.1,

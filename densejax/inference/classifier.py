@@ -16,7 +16,13 @@ from densejax.config import UserError
 from densejax.data import facts
 from densejax.data.augment import Preparation
 from densejax.runs import workdir
-from densejax.training.experiment import Experiment, build, open_checkpoints, select
+from densejax.training.experiment import (
+    Experiment,
+    build,
+    matmul_precision,
+    open_checkpoints,
+    select,
+)
 from densejax.training.step import evaluated_logits
 from densejax.weights import store
 
@@ -34,6 +40,7 @@ class Classifier:
       resize_size: pixels of an image file's shorter side before its middle is taken; 0: the largest
         middle of the shape's aspect ratio is resized.
       white_level: the stored value that stands for 255 in an image file.
+      matmul_precision: of products, as JAX names it.
       usual_brightness: least and most of each measure of `facts.brightness` in training images;
         {} where they are not known.
     """
@@ -45,11 +52,13 @@ class Classifier:
     class_names: tuple[str, ...]
     resize_size: int = 0
     white_level: int = 255
+    matmul_precision: str = "float32"
     usual_brightness: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     def logits(self, variables: Any, images: jax.Array) -> jax.Array:
         """Maps images uint8 [batch, *image_shape] to float32 [batch, classes]; jit it."""
-        logits = evaluated_logits(self.model, self.preparation, variables, images)
+        with jax.default_matmul_precision(self.matmul_precision):
+            logits = evaluated_logits(self.model, self.preparation, variables, images)
         return logits.astype(jnp.float32)
 
 
@@ -113,6 +122,7 @@ def _of_run(path: epath.Path) -> Classifier:
         class_names=info.class_names,
         resize_size=resize,
         white_level=info.white_level,
+        matmul_precision=matmul_precision(config),
         usual_brightness=info.usual_brightness,
     )
 

@@ -69,7 +69,12 @@ class Experiment:
     def map(self, step: Callable, donate: bool = False) -> Callable:
         """A step of one replica, mapped over the devices and compiled at its first call."""
         step = functools.partial(step, self.task)
-        return parallel.map_step(step, self.mesh, self.config.parallel.mode, donate)
+
+        def precise(state, batch):
+            with jax.default_matmul_precision(matmul_precision(self.config)):
+                return step(state, batch)
+
+        return parallel.map_step(precise, self.mesh, self.config.parallel.mode, donate)
 
     def init(self) -> TrainState:
         """Draws the state before the first step."""
@@ -192,6 +197,14 @@ def build(
         average=Average(config.train.average_decay),
     )
     return Experiment(config, info, task, steps, devices)
+
+
+def matmul_precision(config: ConfigDict) -> str:
+    """JAX's name for the precision of products: the configuration's where it computes in float32.
+
+    Products of other types have only one.
+    """
+    return config.train.matmul_precision if config.train.dtype == "float32" else "default"
 
 
 def abstract_batch(mesh: Mesh, image_shape: Sequence[int], size: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from densejax import data
 from densejax.config import UserError, printable
 from densejax.models import counts
 from densejax.runs import files, formats, workdir
-from densejax.training.experiment import Experiment
+from densejax.training.experiment import Experiment, matmul_precision
 from densejax.training.step import TrainState
 from densejax.weights import store
 
@@ -83,7 +83,8 @@ def versions(config: ConfigDict) -> dict[str, str]:
     Raises:
       UserError: `train.weights` is no directory of weights and no run's.
     """
-    current = workdir.versions()
+    with jax.default_matmul_precision(matmul_precision(config)):
+        current = workdir.versions()
     # A run that resumes does not need them any more; a run that starts will report them missing.
     if config.train.weights and epath.Path(config.train.weights).exists():
         current["weights"] = store.digest(config.train.weights)

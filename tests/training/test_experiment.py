@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from densejax import data, models
 from densejax.config import UserError
 from densejax.data import builders
 from densejax.training import experiment as experiments
+from densejax.training.step import train_step
 from tests import small
 
 
@@ -146,3 +148,25 @@ def test_statistics_that_nobody_knows_are_asked_for(monkeypatch):
         data.preparation(small.tiny())
     scaled = data.preparation(small.tiny(data__normalization="scale"))
     assert (scaled.mean, scaled.std) == ((0.0,), (255.0,))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "written"),
+    [
+        ("float32", "float32", "HIGHEST"),
+        ("float32", "tensorfloat32", "HIGH"),
+        ("float32", "default", "DEFAULT"),
+        ("bfloat16", "float32", "DEFAULT"),
+    ],
+)
+def test_every_product_has_the_precision_that_is_asked_for(dtype, precision, written):
+    fields = {"train__dtype": dtype, "train__matmul_precision": precision}
+    experiment = small.build(small.tiny(**fields), 1)
+    batch = experiments.abstract_batch(experiment.mesh, (8, 8, 1), 32)
+    traced = experiment.map(train_step).trace(experiment.abstract_state, batch)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    lines = [x for x in text.splitlines() if "dot_general" in x or "stablehlo.convolution" in x]
+    found = {name for x in lines for name in re.findall(r"\b(DEFAULT|HIGHEST|HIGH)\b", x)}
+    unsaid = [x for x in lines if "precision" not in x]  # StableHLO leaves the default out
+    assert (found or {"DEFAULT"}) == {written} and len(lines) > 10
+    assert not (unsaid and written != "DEFAULT")
