@@ -57,6 +57,7 @@ OUT_OF_RANGE = {
     "train.label_smoothing": [-0.1, 1.0, float("nan")],
     "train.max_skipped_steps": [0],
     "train.dtype": ["float16", "int8"],
+    "train.matmul_precision": ["float16", "highest"],
     "optimizer.learning_rate": [0.0, -0.1, float("nan")],
     "optimizer.reference_batch_size": [-1],
     "optimizer.momentum": [-0.1, 1.0],

@@ -35,6 +35,8 @@ def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str,
     shape = (size, size, task.image_shape[-1]) if size else task.image_shape
     parameters, multiply_adds = counts.of_network(task.model, shape)
     device = f"{experiment.mesh.size} x {jax.devices()[0].device_kind}"
+    precision, dtype = matmul_precision(config), config.train.dtype
+    products = f", products in {precision}" if dtype == "float32" != precision else ""
     train = experiment.data.train
     sizes = {name: split.size for name, split in experiment.data.evaluation.items()}
     rows = [
@@ -45,7 +47,7 @@ def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str,
                  + ", ".join(f"{formats.count(n)} {name}" for name, n in sizes.items())),
         ("steps", f"{formats.count(experiment.steps)} of {config.train.batch_size} images, "
                   f"{config.train.epochs} epochs" + (f", resuming after {start}" if start else "")),
-        ("devices", f"{device}, {config.parallel.mode}, {config.train.dtype}"),
+        ("devices", f"{device}, {config.parallel.mode}, {dtype}{products}"),
         *((name, printable(text)) for name, text in experiment.data.notes.items()),
     ]  # fmt: skip
     say(formats.table(rows))

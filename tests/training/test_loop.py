@@ -1,7 +1,6 @@
 """Whole runs: what they leave behind, how they stop and go on, and which model is measured."""
 
 import concurrent.futures
-import contextlib
 import json
 import os
 import pathlib
