@@ -239,7 +239,8 @@ KEYS = {
     ),
     "train.dtype": Key(
         "float32",
-        "Precision of the computation; parameters and statistics are float32 at least.",
+        "Precision of the computation; parameters and statistics are float32 at least. A CPU is "
+        "slower in bfloat16 and computes in float32 instead.",
         _one_of("float32", "bfloat16", "float64"),
     ),
     "train.matmul_precision": Key(

@@ -66,9 +66,22 @@ class Experiment:
         mesh = self.mesh
         return data.create(self.config, parallel.replicated(mesh), parallel.split(mesh))
 
+    @functools.cached_property
+    def computed_task(self) -> Task:
+        """The task as the devices compute it: in float32 where a CPU is asked for bfloat16.
+
+        XLA:CPU takes 1.5 to 2 times as long for a step in bfloat16 as for one in float32.
+        """
+        if self.config.train.dtype != "bfloat16" or self.mesh.devices.flat[0].platform != "cpu":
+            return self.task
+        model, preparation = self.task.model, self.task.preparation
+        preparation = dataclasses.replace(preparation, dtype="float32")
+        model = model.clone(dtype=jnp.float32) if hasattr(model, "dtype") else model
+        return dataclasses.replace(self.task, model=model, preparation=preparation)
+
     def map(self, step: Callable, donate: bool = False) -> Callable:
         """A step of one replica, mapped over the devices and compiled at its first call."""
-        step = functools.partial(step, self.task)
+        step = functools.partial(step, self.computed_task)
 
         def precise(state, batch):
             with jax.default_matmul_precision(matmul_precision(self.config)):
@@ -95,8 +108,8 @@ class Experiment:
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         options = {"xla_backend_optimization_level": 0} if on_cpu else None
         sharding = parallel.replicated(self.mesh)
-        dtype = jnp.promote_types(self.config.train.dtype, jnp.float32)
-        init = functools.partial(init_state, self.task, dtype=dtype)
+        dtype = jnp.float64 if self.config.train.dtype == "float64" else jnp.float32
+        init = functools.partial(init_state, self.computed_task, dtype=dtype)
         return jax.jit(init, out_shardings=sharding, compiler_options=options)
 
     @functools.cached_property

@@ -35,7 +35,9 @@ def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str,
     shape = (size, size, task.image_shape[-1]) if size else task.image_shape
     parameters, multiply_adds = counts.of_network(task.model, shape)
     device = f"{experiment.mesh.size} x {jax.devices()[0].device_kind}"
-    precision, dtype = matmul_precision(config), config.train.dtype
+    precision, dtype = matmul_precision(config), experiment.computed_task.preparation.dtype
+    if dtype != config.train.dtype:
+        dtype += f" (a CPU is slower in {config.train.dtype})"
     products = f", products in {precision}" if dtype == "float32" != precision else ""
     train = experiment.data.train
     sizes = {name: split.size for name, split in experiment.data.evaluation.items()}

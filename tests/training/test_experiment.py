@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.special
 
+import densejax
 from densejax import data, models
 from densejax.config import UserError
 from densejax.data import builders
@@ -171,3 +172,13 @@ def test_every_product_has_the_precision_that_is_asked_for(dtype, precision, wri
     unsaid = [x for x in lines if "precision" not in x]  # StableHLO leaves the default out
     assert (found or {"DEFAULT"}) == {written} and len(lines) > 10
     assert not (unsaid and written != "DEFAULT")
+
+
+def test_a_cpu_that_is_asked_for_bfloat16_computes_in_float32(tmp_path, capsys):
+    config = small.tiny(train__dtype="bfloat16", train__epochs=1)
+    built = small.build(config, 1)
+    batch = experiments.abstract_batch(built.mesh, (8, 8, 1), 32)
+    text = built.map(train_step).trace(built.abstract_state, batch).lower().as_text()
+    assert "bf16" not in text and built.task.model.dtype == jnp.bfloat16
+    densejax.train(config, str(tmp_path / "run"))
+    assert "float32 (a CPU is slower in bfloat16)" in capsys.readouterr().out
