@@ -4,6 +4,7 @@ ARGS ?=
 FAULTS ?= runs/faults
 BIN := .venv/bin
 READY := .venv/.ready
+TESTABLE := .venv/.testable
 UV = $(shell command -v uv || echo $(BIN)/uv)
 FAST := tests/test_imports.py tests/test_config.py tests/test_command_line.py tests/runs/test_files.py \
   tests/models/test_layers.py tests/training/test_losses.py tests/training/test_optimizer.py
@@ -20,27 +21,27 @@ train: $(READY) ## Train the digits example; more flags: make train ARGS="--conf
 docs: $(READY) ## Write the tables and pictures of docs/ that the code knows
 	$(BIN)/python docs/generate.py $(ARGS)
 
-test: $(READY) ## Run the tests, without the slow ones
+test: $(TESTABLE) ## Run the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
-test-all: $(READY) ## Run all the tests, and say why some are skipped
+test-all: $(TESTABLE) ## Run all the tests, and say why some are skipped
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "" -rs $(ARGS)
 
-test-newest: $(READY) ## Run fast tests with Python 3.13 and the newest versions of what it installs
+test-newest: $(TESTABLE) ## Run fast tests with Python 3.13 and the newest versions of what it installs
 	$(UV) run --isolated --no-project --python 3.13 --with-editable '.[dev]' \
 	  python -m pytest -m "not slow" $(FAST) $(ARGS)
 
-test-faults: $(READY) ## Hurt real runs some 900 times and count what survives (most of an hour)
+test-faults: $(TESTABLE) ## Hurt real runs some 900 times and count what survives (most of an hour)
 	$(BIN)/python experiments/faults.py --folder=$(FAULTS) $(ARGS)
 
 cuda tpu: $(READY) ## Add what JAX needs for NVIDIA GPUs (make cuda) or TPUs (make tpu)
 	UV_PROJECT_ENVIRONMENT=.venv $(UV) $(SYNC) --extra $@ --python $(BIN)/python
 
-lint: $(READY) ## Check style and formatting
+lint: $(TESTABLE) ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(READY) ## Correct what can be corrected by itself
+format: $(TESTABLE) ## Correct what can be corrected by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -51,18 +52,21 @@ clean: ## Remove the environment and what the tools keep (never runs/)
 # The versions of uv.lock, by a uv on the PATH or else by one installed into the environment.
 # --inexact: what was added by hand (jax[cuda13], that uv) stays. Without any uv, pip installs the
 # newest versions that pyproject.toml allows, and says so.
-SYNC := sync --frozen --inexact --extra dev
-$(READY): export UV_PROJECT_ENVIRONMENT := .venv
-$(READY): pyproject.toml uv.lock
+SYNC := sync --quiet --frozen --inexact
+$(READY): EXTRA := plots
+$(TESTABLE): EXTRA := dev
+$(READY) $(TESTABLE): export UV_PROJECT_ENVIRONMENT := .venv
+$(READY) $(TESTABLE): pyproject.toml uv.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
 	  "PYTHON=$(PYTHON): Python 3.11 or newer is needed; name one: make PYTHON=python3.12"; exit 1; }
+	@echo "Installing packages into .venv; the first time takes a few minutes."
 	@uv --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	@if uv --version >/dev/null 2>&1; then \
-	  uv $(SYNC) --python "$(PYTHON)"; \
+	  uv $(SYNC) --extra $(EXTRA) --python "$(PYTHON)"; \
 	elif $(BIN)/python -m pip install --quiet uv; then \
-	  $(BIN)/uv $(SYNC) --python $(BIN)/python; \
+	  $(BIN)/uv $(SYNC) --extra $(EXTRA) --python $(BIN)/python; \
 	else \
 	  echo "uv cannot be had: pip installs without the pins of uv.lock"; \
-	  $(BIN)/python -m pip install --editable '.[dev]'; \
+	  $(BIN)/python -m pip install --quiet --editable '.[$(EXTRA)]'; \
 	fi
 	@touch $@

@@ -3,7 +3,8 @@
 import sys
 import time
 
-if sys.argv[:1] == ["-m"]:  # a command, whose imports take seconds
+if any(word == "-m" or word.endswith("/densejax") for word in sys.argv[:1]):
+    # A command, whose imports take seconds.
     from densejax.runs import interrupt
 
     interrupt.watch()

@@ -2,7 +2,9 @@
 
 import os
 import re
+import shlex
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -10,15 +12,16 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from densejax import models
-from densejax.config import UserError, default, flatten
-from densejax.runs import interrupt
+from densejax.config import KEYS, UserError, default, did_you_mean, flatten, unknown_key
+from densejax.runs import interrupt, screen, workdir
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
     "A card, with arguments after a colon: --config=configs/cifar10.py:depth=40. "
-    "--config.train.epochs=3 sets another of its keys; densejax/config.py lists them.",
+    "--config.train.epochs=3 sets another of its keys; with --help, all of them are listed.",
 )
+HELP = {"-h", "-help", "--help", "--helpfull", "--helpshort"}
 
 
 def run(main: Callable[..., int], config: str = "required", arguments: bool = False) -> NoReturn:
@@ -48,10 +51,16 @@ def run(main: Callable[..., int], config: str = "required", arguments: bool = Fa
             os._exit(code)
         sys.exit(code)
 
-    if {"-h", "-help", "--help", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
+    if HELP & set(sys.argv[1:]):
         module = sys.modules[main.__module__]
-        shared = "" if config == "unused" else flags.FLAGS.module_help(__name__)
-        print(f"{module.__doc__}{flags.FLAGS.module_help(module)}\n{shared}")
+        own, shared = map(flags.FLAGS.module_help, (module, __name__))
+        own, shared = (text.partition(":\n")[2] for text in (own, shared))  # without their names
+        shared = "" if config == "unused" else shared + "\n"
+        print(f"{module.__doc__}\nflags:\n{own}\n{shared}", end="")
+        words = [word for word in sys.argv if word not in HELP]
+        if shared and any(re.match("--?config\\b", word) for word in words):
+            _parse(words, config, arguments=True)
+            print(f"\nkeys of this card:\n{described(CONFIG.value)}")
         sys.exit()
     app.run(guarded, flags_parser=lambda argv: _parse(argv, config, arguments))
 
@@ -63,6 +72,31 @@ def require(*holders: flags.FlagHolder) -> None:
             raise UserError(f"--{holder.name}: give a value; --help explains it")
 
 
+def run_directory(holder: flags.FlagHolder) -> str:
+    """The directory that a flag names, or None; "latest" is the newest run, which is said."""
+    if holder.value != "latest":
+        return holder.value
+    found = workdir.latest()
+    screen.say(f"densejax: --{holder.name}=latest is {found}")
+    return found
+
+
+def described(config: ConfigDict) -> str:
+    """Each key of a configuration with its value, what it means, and which values it takes."""
+    family, lines = config.model.get("family"), []
+    of_model = models.meanings(family) if family in models.FAMILIES else {}
+    for key, value in flatten(config).items():
+        if field := KEYS.get(key):
+            words = field.allowed.words if field.allowed else "True or False"
+            is_limited = field.allowed or isinstance(value, bool)
+            text = field.meaning + (f" Allowed: {words}." if is_limited else "")
+        else:
+            text = of_model.get(key.removeprefix("model."), "")
+        lines.append(f"  --config.{key}={shlex.quote(str(value))}")
+        lines += textwrap.wrap(text, 79, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
 def _parse(argv: list[str], config: str, arguments: bool) -> list[str]:
     logging.set_verbosity(logging.ERROR)  # ml_collections warns of what is refused below
     try:
@@ -70,7 +104,7 @@ def _parse(argv: list[str], config: str, arguments: bool) -> list[str]:
         if isinstance(CONFIG.value, ConfigDict):
             flatten(CONFIG.value)
     except BaseException as error:  # a card is Python: anything may come out of it
-        _stop(explain(error, argv))
+        _stop(explain(error, argv, config != "unused"))
     given = {name: flag.value for name in flags.FLAGS if (flag := flags.FLAGS[name]).present}
     for name, value in given.items():
         if value in ("", []) and not name.startswith("config."):
@@ -95,11 +129,11 @@ def _stop(text: str) -> NoReturn:
 
 
 def _say(text: str) -> int:
-    print(f"densejax: {UserError(text)}", file=sys.stderr, flush=True)
+    screen.say(f"densejax: {UserError(text)}")
     return 2
 
 
-def explain(error: BaseException, argv: list[str]) -> str:
+def explain(error: BaseException, argv: list[str], reads_config: bool = True) -> str:
     """What a user is told of an error in reading flags: one line."""
     text = str(error)
     given = dict(re.findall(r"^--?config\.([\w.]+)=?(.*)$", "\n".join(argv), re.MULTILINE))
@@ -108,10 +142,12 @@ def explain(error: BaseException, argv: list[str]) -> str:
         known |= flatten({"model": models.fields(name)})
     for key in given if isinstance(error, AttributeError | KeyError) else ():
         if key not in known:
-            section = key.rpartition(".")[0]
-            beside = [name for name in known if name.rpartition(".")[0] == section]
-            sections = sorted({name.partition(".")[0] for name in known})
-            return f"{key}: unknown key; allowed are {', '.join(beside or sections)}"
+            return unknown_key(key, known)
+    if isinstance(error, flags.UnrecognizedFlagError) and reads_config:
+        if error.flagname.startswith("config."):
+            return f"--{error.flagname}: give the card, too, such as --config=configs/digits.py"
+        if hint := did_you_mean(error.flagname, [f"--config.{key}" for key in known]):
+            return f"unknown flag --{error.flagname}{hint}"
     if wrong := re.match(r"flag --config\.([\w.]+)=", text):
         if keys := [key for key in known if key.startswith(f"{wrong[1]}.")]:
             return f"{wrong[1]} is a section; set one of its keys: {', '.join(keys)}"

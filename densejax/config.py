@@ -1,8 +1,9 @@
 """The configuration: every key with its default, its meaning and the values that it takes."""
 
 import ast
+import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import config_dict
@@ -19,6 +20,26 @@ class UserError(ValueError):
 def printable(text: str) -> str:
     """Escapes what would break a line or steer a terminal, in a name that comes from a file."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def did_you_mean(word: str, known: Collection[str]) -> str:
+    """' (did you mean train.epochs?)' where a known name is much like an unknown one, else ''.
+
+    A name that ends alike is one: `epochs` means `train.epochs`.
+    """
+    name = word.rpartition(".")[2]
+    alike = [other for other in known if other.rpartition(".")[2] == name]
+    alike = alike or difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    return f" (did you mean {' or '.join(alike)}?)" if alike and word not in known else ""
+
+
+def unknown_key(key: str, known: Collection[str]) -> str:
+    """What is said of a key that is not among the known ones: which of them are beside it."""
+    section = key.rpartition(".")[0]
+    beside = [name for name in known if section and name.rpartition(".")[0] == section]
+    sections = sorted({"model"} | {name.partition(".")[0] for name in known})
+    hint = did_you_mean(key, [*known, *sections])
+    return f"unknown key {key}{hint}; allowed are {', '.join(beside or sections)}"
 
 
 class _Range(NamedTuple):
@@ -387,9 +408,8 @@ def check(config: config_dict.ConfigDict) -> None:
     """
     values = {k: value for k, value in flatten(config).items() if not k.startswith("model.")}
     for key in sorted(set(KEYS) ^ set(values)):
-        what = "missing" if key in KEYS else "unknown"
-        section = [name for name in KEYS if name.startswith(key.rpartition(".")[0])]
-        raise UserError(f"{what} key {key}; allowed here are {', '.join(section)}")
+        missing = f"missing key {key}; a card starts with densejax.config.default()"
+        raise UserError(missing if key in KEYS else unknown_key(key, KEYS))
     for key, value in values.items():
         kind, allowed = type(KEYS[key].default), KEYS[key].allowed
         if type(value) is not kind and not (kind is float and type(value) is int):
@@ -517,7 +537,7 @@ def parse_pairs(text: str, separator: str, defaults: Mapping[str, Any], what: st
         if key not in defaults or not equals or key in values:
             allowed = ", ".join(f"{name}={value}" for name, value in defaults.items())
             wanted = f"give key=value pairs of {allowed or 'nothing'}, each at most once"
-            raise UserError(f"{what} {pair!r}: {wanted}")
+            raise UserError(f"{what} {pair!r}{did_you_mean(key, defaults)}: {wanted}")
         try:
             value = ast.literal_eval(literal)
         except (ValueError, SyntaxError):

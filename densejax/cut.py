@@ -18,7 +18,9 @@ from densejax.training import parallel
 from densejax.training.experiment import Experiment
 
 # An override lets the tests import several commands into one process.
-WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory.", allow_override=True)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "A run's directory; latest: the newest.", allow_override=True
+)
 OUTPUT = flags.DEFINE_string(
     "output", None, "Folder for cut.json and cut.png; default: workdir.", allow_override=True
 )
@@ -31,7 +33,7 @@ def main() -> int:
     from densejax.analysis import plots  # matplotlib may be missing
 
     parallel.start()
-    path = epath.Path(WORKDIR.value)
+    path = epath.Path(command_line.run_directory(WORKDIR))
     if (path / "model.json").exists():
         raise UserError(f"--workdir={path}: weights have no images of their own; give a run")
     experiment, network = classifier.experiment_of(path), classifier.load(path)

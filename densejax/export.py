@@ -18,7 +18,10 @@ from densejax.training import parallel
 
 # An override lets the tests import several commands into one process.
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "A run's directory, or a directory of weights.", allow_override=True
+    "workdir",
+    None,
+    "A run's directory (latest: the newest), or one of weights.",
+    allow_override=True,
 )
 OUTPUT = flags.DEFINE_string("output", None, "The file to write.", allow_override=True)
 PLATFORMS = flags.DEFINE_list(
@@ -29,11 +32,12 @@ PLATFORMS = flags.DEFINE_list(
 def main() -> int:
     """Does what the flags say; returns the exit code."""
     command_line.require(WORKDIR, OUTPUT)
+    directory = command_line.run_directory(WORKDIR)
     if set(PLATFORMS.value) - set(export.PLATFORMS):
         given = ",".join(PLATFORMS.value)
         raise UserError(f"--platforms={given}: allowed are {', '.join(export.PLATFORMS)}")
     parallel.start()
-    network = classifier.load(WORKDIR.value)
+    network = classifier.load(directory)
     content = export.serialise(network, tuple(PLATFORMS.value))
     try:
         epath.Path(OUTPUT.value).write_bytes(content)

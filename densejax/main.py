@@ -6,7 +6,9 @@ from densejax import command_line
 from densejax.runs import hosts, workdir
 from densejax.training import experiment, loop, parallel
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; default: runs/<card>-<digest>.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Run directory; latest: the newest; default: runs/<card>-<digest>."
+)
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate a checkpoint.")
 RESUME = flags.DEFINE_enum(
     "resume", "same", ["same", "force"], "force: go on in the directory of another configuration."
@@ -24,7 +26,7 @@ def main() -> int:
     with hosts.joined(COORDINATOR.value, PROCESSES.value, PROCESS.value):
         experiment.build(config)  # bad input is said before anything is started or written
         parallel.start()
-        directory = WORKDIR.value or workdir.default(config.name, config)
+        directory = command_line.run_directory(WORKDIR) or workdir.default(config.name, config)
         return loop.run(config, directory, MODE.value, force=RESUME.value == "force")
 
 

@@ -1,4 +1,4 @@
-"""Classifies image files: python -m densejax.predict --workdir=runs/digits-... image.png."""
+"""Classifies images: python -m densejax.predict --workdir=latest image.png folder."""
 
 import json
 import sys
@@ -8,12 +8,15 @@ from absl import flags
 from densejax import command_line
 from densejax.config import UserError, printable
 from densejax.inference import classifier, prediction
-from densejax.runs import formats
+from densejax.runs import formats, screen
 from densejax.training import parallel
 
 # An override lets the tests import several commands into one process.
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "A run's directory, or a directory of weights.", allow_override=True
+    "workdir",
+    None,
+    "A run's directory (latest: the newest), or one of weights.",
+    allow_override=True,
 )
 TOP = flags.DEFINE_integer("top", 5, "Classes to name for each image.", lower_bound=1)
 FORMAT = flags.DEFINE_enum(
@@ -24,10 +27,13 @@ FORMAT = flags.DEFINE_enum(
 def main(*paths: str) -> int:
     """Does what the flags say; returns the exit code."""
     command_line.require(WORKDIR)
+    directory = command_line.run_directory(WORKDIR)
     if not paths:
-        raise UserError("name at least one image file")
+        raise UserError("name at least one image file, or a folder")
+    files = prediction.image_files(paths)
     parallel.start()
-    results = prediction.predict(classifier.load(WORKDIR.value), paths, TOP.value)
+    results = prediction.predict(classifier.load(directory), files, TOP.value, screen.show)
+    screen.show()
     for result in results:
         for difference in result["unlike"]:
             text = f"{result['image']} is unlike the training images, its class may be wrong"

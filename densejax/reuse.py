@@ -12,7 +12,10 @@ from densejax.training import parallel
 
 # An override lets the tests import several commands into one process.
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "A run's directory, or a directory of weights.", allow_override=True
+    "workdir",
+    None,
+    "A run's directory (latest: the newest), or one of weights.",
+    allow_override=True,
 )
 OUTPUT = flags.DEFINE_string(
     "output", None, "Folder for reuse.npz and reuse.png; default: workdir.", allow_override=True
@@ -22,12 +25,13 @@ OUTPUT = flags.DEFINE_string(
 def main() -> int:
     """Does what the flags say; returns the exit code."""
     command_line.require(WORKDIR)
+    directory = command_line.run_directory(WORKDIR)
     from densejax.analysis import plots  # matplotlib may be missing
 
     parallel.start()
-    model, variables = classifier.network(WORKDIR.value)
+    model, variables = classifier.network(directory)
     maps = reuse.heat_maps(model, variables["params"], variables.get("batch_stats"))
-    folder = epath.Path(OUTPUT.value or WORKDIR.value)
+    folder = epath.Path(OUTPUT.value or directory)
     arrays = {f"{one.block}/{key}": array for one in maps for key, array in vars(one).items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)

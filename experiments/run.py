@@ -383,7 +383,7 @@ def dry_run(all_works: list[Work]) -> None:
     """
     parallel.start()  # what it compiles is kept for the runs
     measured, rows, total = {}, [], 0.0
-    for work in all_works:
+    for number, work in enumerate(all_works, 1):
         config, summary = work.config, work.result()
         steps, hours = experiment.build(config).steps, "finished"
         parts = (config.model, config.augmentation, config.train.batch_size, config.train.dtype)
@@ -392,7 +392,8 @@ def dry_run(all_works: list[Work]) -> None:
             found = summary["parameters"], summary["multiply_adds"]
         else:
             if network not in measured:
-                print(f"measuring a step of {work.run.name}", file=sys.stderr, flush=True)
+                place = f"run {number} of {len(all_works)}"
+                print(f"measuring a step of {work.run.name}, {place}", file=sys.stderr, flush=True)
                 measured[network] = step_seconds(config)
             *found, start, step = measured[network]
             total += (seconds := start + steps * step)

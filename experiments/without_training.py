@@ -14,7 +14,7 @@ import script
 from densejax import models
 from densejax.analysis import gradients, plots
 from densejax.models import counts
-from densejax.runs import formats
+from densejax.runs import formats, screen
 from densejax.training import parallel
 
 # (label, model, what gives a network of each depth, depths)
@@ -105,10 +105,11 @@ def draw_gradients(seeds=3, batch_size=64):
         for axes, depth in zip(panels, depths, strict=True):
             changes = {"depth": depth} if name.startswith("densenet") else {}
             model = network(name.format(depth), changes)
-            norms = [
-                list(gradients.kernel_norms(model, images, labels, seed).values())
-                for seed in range(seeds)
-            ]
+            norms = []
+            for seed in range(seeds):
+                screen.show(f"gradients: {label}, L = {depth}, seed {seed} of {seeds}")
+                found = gradients.kernel_norms(model, images, labels, seed)
+                norms.append(list(found.values()))
             means = np.exp(np.log(norms).mean(0))
             marks = plots.style(number) | {"markersize": 3}
             axes.plot(range(1, len(means) + 1), means, label=f"{label}, L = {depth}", **marks)
@@ -130,7 +131,9 @@ def main() -> None:
     parallel.start()
     options.output.mkdir(parents=True, exist_ok=True)
     for name in options.figures:
+        screen.show(f"drawing {name}.png")
         plots.save(FIGURES[name](), options.output / f"{name}.png")
+        screen.say(f"{options.output}/{name}.png is drawn")
 
 
 if __name__ == "__main__":

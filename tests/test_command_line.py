@@ -68,9 +68,29 @@ NEW = "--workdir={tmp}/run"
 CASES = {
     "wrong key": (
         [DIGITS, "--config.train.epoch=3"],
-        "train.epoch: unknown key; allowed are train.accumulate_steps, ",
+        "unknown key train.epoch (did you mean train.epochs?); allowed are train.accumulate_steps",
     ),
-    "wrong field": ([DIGITS, "--config.model.width=3"], "model.width: unknown key; allowed"),
+    "wrong field": (
+        [DIGITS, "--config.model.growthrate=3"],
+        "unknown key model.growthrate (did you mean model.growth_rate?); allowed are ",
+    ),
+    "wrong section": (
+        [DIGITS, "--config.trian.epochs=3"],
+        "unknown key trian.epochs (did you mean train.epochs?); allowed are augmentation, "
+        "checkpoint, ",
+    ),
+    "an override without its card": (
+        ["--config.train.epochs=3"],
+        "--config.train.epochs: give the card, too, such as --config=configs/digits.py",
+    ),
+    "a network that is nearly one": (
+        [f"{CIFAR}:model=densenet_bc_100"],
+        "model = 'densenet_bc_100' (did you mean densenet_bc_100_12?): allowed are densenet121, ",
+    ),
+    "a pattern that is nearly one": (
+        [DIGITS, "--config.model.connect=exponentail"],
+        "model.connect = 'exponentail' (did you mean exponential?): allowed are dense, chain, ",
+    ),
     "text for a number": (
         [DIGITS, "--config.train.epochs=three"],
         "train.epochs = three: give a value of type int",
@@ -111,6 +131,10 @@ CASES = {
         "config argument variant = []: give a value of type int or float or str",
     ),
     "unknown argument": ([CIFAR + ":width=3"], "config argument 'width=3': give key=value pairs"),
+    "an argument that is nearly one": (
+        [CIFAR + ":growthrate=3"],
+        "config argument 'growthrate=3' (did you mean growth_rate?): give key=value pairs",
+    ),
     "argument of another type": ([CIFAR + ":depth=deep"], "model.depth = 'deep': give a value of"),
     "missing card": ([f"{DIGITS}x"], "--config=configs/digits.pyx: there is no such file"),
     "no card": ([], "--config: name a card, such as"),
@@ -203,7 +227,15 @@ CASES = {
         [DIGITS, READY, "--mode=eval", "--workdir={tmp}/none"],
         "workdir={tmp}/none: not a run directory (it has no config.json).",
     ),
-    "unknown flag": ([DIGITS, "--epochs=3"], "Unknown command line flag 'epochs'"),
+    "a key for a flag": (
+        [DIGITS, "--epochs=3"],
+        "unknown flag --epochs (did you mean --config.train.epochs?)",
+    ),
+    "unknown flag": ([DIGITS, "--nothing=3"], "Unknown command line flag 'nothing'"),
+    "no run to go on with": (
+        [DIGITS, READY, "--workdir=latest"],
+        "--workdir=latest: there is no run in the folder runs here; name one",
+    ),
     "unknown mode": ([DIGITS, "--mode=test"], "flag --mode=test: value should be one of"),
     "unknown resume": ([DIGITS, "--resume=yes"], "flag --resume=yes: value should be one of"),
     "stray argument": ([DIGITS, "stray"], "'stray' is no flag; flags look like --config="),
@@ -320,6 +352,53 @@ def test_help_shows_an_example_and_every_flag(command, flag, module, config, own
     assert (code, error) == (None, "")
     assert f"python -m {module.__name__} --" in output and f"  {own}" in output
     assert ("  --config: " in output) == (config != "unused")
+
+
+def test_help_beside_a_card_lists_its_keys(command):
+    words = ["--help", f"{CIFAR}:depth=40,growth_rate=24", "--config.seed=7"]
+    code, output, error = command(*words)
+    assert (code, error) == (None, "")
+    lines = output.partition("keys of this card:\n")[2].splitlines()
+    shown = {
+        line.strip().partition("=")[0]: number
+        for number, line in enumerate(lines)
+        if "--config." in line
+    }
+    config = schema.flatten(schema.default()) | {"model.depth": 40}
+    assert {f"--config.{key}" for key in config} <= shown.keys()
+    for key, value, meaning in (
+        ("model.growth_rate", "24", "k in the paper, feature maps that a layer adds"),
+        (
+            "model.blocks",
+            "None",
+            "instead of `depth`: the number of dense layers in each",
+        ),
+        ("seed", "7", "Of the parameters, the order of examples, augmentation and dropout."),
+        (
+            "optimizer.drop_at",
+            "'(0.5, 0.75)'",
+            "'step': fractions of training after which the",
+        ),
+        ("augmentation.flip", "True", "Mirror half of the images. Allowed: True or False."),
+    ):
+        number = shown[f"--config.{key}"]
+        assert lines[number] == f"  --config.{key}={value}"
+        assert lines[number + 1].startswith(f"    {meaning}")
+    assert "unknown key seeds" in one_line(command("--help", DIGITS, "--config.seeds=7"))
+
+
+def test_latest_is_the_run_that_was_started_last(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate(["old", "sweeps/growth_rate/k12_seed0", "new/checkpoints/5"]):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "history.jsonl").write_text("")
+        os.utime(folder / "history.jsonl", (age, 100 if "sweeps" in name else age))
+    options = {"main": export.main, "config": "unused"}
+    code, output, error = command("--workdir=latest", "--output=x", **options)
+    said = "densejax: --workdir=latest is runs/sweeps/growth_rate/k12_seed0\n"
+    assert (code, output) == (2, "") and error.startswith(said)
+    assert error.count("\n") == 2 and "k12_seed0: neither a run's directory nor" in error
 
 
 def test_another_configuration_is_one_line(command, tmp_path):

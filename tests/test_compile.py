@@ -187,7 +187,7 @@ def test_the_real_command_forces_the_devices_of_a_cpu(tmp_path, found):
 def test_accelerators_reduce_the_same_and_take_their_own_branch(topology, tmp_path, state):
     extra = targets.target(topology.partition(":")[0]).compiler["platform"]
     if importlib.util.find_spec(targets.COMPILERS[extra]) is None:
-        pytest.skip(f"needs the extra {extra!r}: pip install 'densejax[{extra}]'")
+        pytest.skip(f"needs the extra {extra!r}: pip install 'densejax-lab[{extra}]'")
     found = compiled(tmp_path, topology, "--config.train.dtype=bfloat16")
     assert found["collective_bytes"] == {"all-reduce": size_of(state.params) + REDUCED}
     assert found["convolutions"] >= 2 * 3  # in a CPU's branch, these 3x3 ones are products

@@ -200,11 +200,16 @@ def test_an_unknown_key_lists_its_section():
     config = small.tiny()
     config.train.epoch = 3
     assert message(config).startswith(
-        "unknown key train.epoch; allowed here are train.epochs, train.batch_size, "
+        "unknown key train.epoch (did you mean train.epochs?); allowed are train.epochs, train.bat"
     )
     config = small.tiny()
     config.colour = 3
-    assert message(config).startswith("unknown key colour; ")
+    assert message(config).startswith("unknown key colour; allowed are augmentation, checkpoint, ")
+    config = small.tiny()
+    config.trian = {"epochs": 3}
+    assert message(config).startswith(
+        "unknown key trian.epochs (did you mean train.epochs?); allowed are augmentation, "
+    )
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -498,7 +503,7 @@ def test_arguments_take_the_types_of_their_defaults():
 @pytest.mark.parametrize(
     ("arg", "says"),
     [
-        ("dept=40", "'dept=40': give key=value pairs of depth=100, augment=True"),
+        ("dept=40", "'dept=40' (did you mean depth?): give key=value pairs of depth=100, augm"),
         ("depth", "'depth': give key=value pairs"),
         ("depth=40,40", "'40': give key=value"),
         ("depth=40,depth=46", "'depth=46': give key=value pairs of depth=100, augment=True, each"),

@@ -326,3 +326,25 @@ def test_a_damaged_checkpoint_is_refused(classify, digits, tmp_path):
             file.write_bytes(file.read_bytes()[:10])
     code, output, error = classify(digits[0][0], f"--workdir={path}")
     assert (code, output) == (2, "") and "No checkpoint is intact" in error
+
+
+def test_a_folder_gives_the_images_below_it(classify, digits, tmp_path):
+    names = ["b.png", "a/2.PNG", "a/10.png", "a/.hidden.png", ".git/c.png", "a/text.txt"]
+    for name in names:
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(digits[0][0], tmp_path / "photos" / name)
+    single = shutil.copy(digits[0][1], tmp_path / "z.png")
+    words = [single, str(tmp_path / "photos"), digits[0][2], "--top=1", "--format=json"]
+    found = [result["image"] for result in json.loads(classify(*words)[1])]
+    below = [str(tmp_path / "photos" / name) for name in ("a/10.png", "a/2.PNG", "b.png")]
+    assert found == [single, *below, digits[0][2]]
+    (tmp_path / "none").mkdir()
+    refused = one_line(classify(digits[0][0], str(tmp_path / "none")))
+    assert refused.startswith(f"{tmp_path / 'none'}: there is no image in this folder (.jpg, ")
+
+
+def test_how_many_images_are_done_is_told(tmp_path):
+    Image.fromarray(np.zeros((1, 2), np.uint8)).save(tmp_path / "0.png")
+    said = []
+    prediction.predict(two_pixels()[0], [tmp_path / "0.png"] * 150, 1, said.append)
+    assert said == ["0 of 150 images", "64 of 150 images", "128 of 150 images"]

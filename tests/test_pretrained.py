@@ -172,7 +172,7 @@ def test_a_reader_that_is_not_installed_is_named(weights, module, monkeypatch, t
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / weights.replace("/", "-")).write_bytes(b"")
-    said = f"--weights={weights}: cannot be read .ImportError: {module} is needed; install "
+    said = f"--weights={weights}: cannot be read .ImportError: {module} is needed; pip install "
     with pytest.raises(UserError, match=said) as caught:
         weight_files.read(weights)
     assert "\n" not in str(caught.value)

@@ -18,7 +18,7 @@ from densejax.models.connections import Graph
 try:
     import matplotlib
 except ModuleNotFoundError as error:
-    raise UserError("figures need matplotlib: pip install 'densejax[plots]'") from error
+    raise UserError("figures need matplotlib: pip install 'densejax-lab[plots]'") from error
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Arc, Rectangle

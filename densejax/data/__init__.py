@@ -360,7 +360,7 @@ def _create_streams(config: ConfigDict, sharded: NamedSharding) -> Data:
         from densejax.data import crops, images
     except ImportError as error:
         raise UserError(
-            f"data.storage = 'stream': {error.name} is missing; pip install 'densejax[imagenet]'"
+            f"data.storage = 'stream' needs {error.name}: pip install 'densejax-lab[imagenet]'"
         ) from error
     facts, splits = _open_splits(config)
     version = _version_of_splits(splits)

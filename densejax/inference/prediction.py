@@ -1,5 +1,8 @@
 """Finds the most probable classes of image files."""
 
+import glob
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +12,7 @@ from PIL import Image, ImageOps
 
 from densejax.config import UserError
 from densejax.data import facts, images
+from densejax.data.encoded import SUFFIXES
 from densejax.data.official import one_line
 from densejax.inference import classifier
 
@@ -56,10 +60,40 @@ def unusual_brightness(network: classifier.Classifier, image: np.ndarray) -> lis
     return unusual
 
 
+def image_files(paths: Sequence[str]) -> list[str]:
+    """The files among the paths, and the images anywhere below the folders, in sorted order.
+
+    What is called `.something` is left out of a folder.
+
+    Raises:
+      UserError: a folder without an image.
+    """
+    found = []
+    for path in paths:
+        if not os.path.isdir(path):
+            found.append(path)
+            continue
+        names = sorted(glob.glob("**", root_dir=path, recursive=True))
+        below = [os.path.join(path, n) for n in names if n.lower().endswith(SUFFIXES)]
+        if not below:
+            raise UserError(f"{path}: there is no image in this folder ({', '.join(SUFFIXES)})")
+        found += below
+    return found
+
+
 def predict(
-    network: classifier.Classifier, paths: tuple[epath.PathLike, ...], top: int = 5
+    network: classifier.Classifier,
+    paths: Sequence[epath.PathLike],
+    top: int = 5,
+    show: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
     """Finds the `top` most probable classes of each image file, most probable first.
+
+    Args:
+      network: that classifies.
+      paths: of the files.
+      top: how many classes.
+      show: is told how far it is.
 
     Returns:
       For each file {"image": path, "classes": [{"index", "name", "probability"}, ...], "unlike":
@@ -76,6 +110,7 @@ def predict(
 
     variables, results = jax.device_put(network.variables), []
     for start in range(0, len(paths), size):
+        show(f"{start:,} of {len(paths):,} images")
         batch = paths[start : start + size]
         stored = np.zeros(
             (size, *network.image_shape), np.uint8

@@ -14,7 +14,9 @@ fields `dtype` and `batch_norm_axis`; every other field is a key of `config.mode
 """
 
 import dataclasses
+import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -26,7 +28,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from ml_collections import config_dict
 
-from densejax.config import UserError
+from densejax.config import UserError, did_you_mean
 from densejax.models.dense_block import DenseBlock as DenseBlock
 from densejax.models.densenet import DenseNet
 from densejax.models.hardnet import HarDNet
@@ -186,6 +188,29 @@ def _description(family: str) -> dict[str, dataclasses.Field]:
     return {field.name: field for field in fields if field.name not in RUN_FIELDS}
 
 
+def meanings(family: str) -> dict[str, str]:
+    """What each field of a family means, as the docstring of its class says, and its type."""
+    text = inspect.getdoc(FAMILIES[family]) or ""
+    said = dict(re.findall(r"^  (\w+): ((?:.|\n    )+)", text, re.MULTILINE))
+    found = {"family": f"Allowed: {' or '.join(FAMILIES)}."}
+    for name, field in _description(family).items():
+        kind = field.type.__name__ if type(field.type) is type else field.type
+        found[name] = f"{' '.join(said.get(name, '').split())} (type {kind})".lstrip()
+    return found
+
+
+def described(section: Mapping[str, Any]) -> str:
+    """The name of a network, or its family and what differs from the family's defaults."""
+    values = dict(section)
+    family = values.pop("family")
+    defaults = {name: field.default for name, field in _description(family).items()}
+    for name, known in MODELS.items():
+        if defaults | known == values | {"family": family}:
+            return name
+    changed = [f"{name} = {values[name]}" for name in defaults if values[name] != defaults[name]]
+    return f"{family} with {', '.join(changed)}"
+
+
 def fields(name: str, **changes) -> config_dict.ConfigDict:
     """The section `config.model` of a named network, with every field of its family.
 
@@ -193,11 +218,14 @@ def fields(name: str, **changes) -> config_dict.ConfigDict:
       UserError: an unknown name or field; the message lists what is allowed.
     """
     if name not in MODELS:
-        raise UserError(f"model = {name!r}: allowed are {', '.join(sorted(MODELS))}")
+        hint = did_you_mean(name, MODELS)
+        raise UserError(f"model = {name!r}{hint}: allowed are {', '.join(sorted(MODELS))}")
     values = MODELS[name] | changes
     description = _description(values["family"])
     if unknown := sorted(set(values) - set(description) - {"family"}):
-        raise UserError(f"model.{unknown[0]}: {values['family']} has {', '.join(description)}")
+        hint = did_you_mean(unknown[0], description)
+        has = f"{values['family']} has {', '.join(description)}"
+        raise UserError(f"model.{unknown[0]}{hint}: {has}")
     section = config_dict.ConfigDict({"family": values["family"]})
     hints = typing.get_type_hints(FAMILIES[values["family"]])
     for field in description.values():

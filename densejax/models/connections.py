@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from densejax.config import UserError, parse_pairs
+from densejax.config import UserError, did_you_mean, parse_pairs
 from densejax.models.layers import Layers
 from densejax.models.normalization import at_least_float32
 
@@ -194,7 +194,8 @@ def pattern(connect: str, table: Mapping[str, Callable[..., Any]]) -> Callable[.
     """
     name, _, options = connect.partition(":")
     if name not in table:
-        raise UserError(f"model.connect = {connect!r}: allowed are {', '.join(table)}")
+        hint = did_you_mean(name, table)
+        raise UserError(f"model.connect = {connect!r}{hint}: allowed are {', '.join(table)}")
     parameters = inspect.signature(table[name]).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     values = parse_pairs(options, ":", defaults, f"model.connect = {connect!r}: option")

@@ -15,13 +15,15 @@ def si(number):
     return f"{number / 1000**power:g}{'kMGT'[power - 1 : power]}"
 
 
-def duration(seconds):
-    """4980 -> '1 h 23 min', 185 -> '3 min 05 s', 12.3 -> '12.3 s'."""
-    units = ((86400, 3600, "{} d {:02} h"), (3600, 60, "{} h {:02} min"), (60, 1, "{} min {:02} s"))
-    for size, part, form in units:
-        if round(seconds) >= size:
-            return form.format(round(seconds) // size, round(seconds) % size // part)
-    return f"{seconds:.1f} s"
+def clock(seconds):
+    """3725.4 -> '1:02:05': hours, minutes and seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def plural(number, noun):
+    """1, 'epoch' -> '1 epoch'; 30 -> '30 epochs'."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def table(rows, right=0):

@@ -24,7 +24,8 @@ def watch() -> None:
 
 def end() -> None:
     """Ends the process."""
-    os.write(2, b"densejax: interrupted\n")
+    clear = b"\r\x1b[K" if os.isatty(2) else b""  # the terminal's ^C, and a line of progress
+    os.write(2, clear + b"densejax: interrupted\n")
     os._exit(130)
 
 

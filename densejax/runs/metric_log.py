@@ -8,22 +8,22 @@ removed. What a full disk refuses stays in memory until there is room.
 import contextlib
 import hashlib
 import json
+import math
 import pathlib
 import socket
 import statistics
 import struct
-import sys
 import tempfile
+import threading
 import time
 
 import jax
-import tqdm
 from absl import logging
 from etils import epath
 
 from densejax.config import UserError
-from densejax.runs import files
-from densejax.runs.formats import count, duration, percent
+from densejax.runs import files, screen
+from densejax.runs.formats import clock, count, percent
 
 
 class MetricLog:
@@ -64,7 +64,7 @@ class MetricLog:
         self.workdir, self.total_steps, self.start_step = workdir, total_steps, start_step
         self.batch_size, self.epoch_steps, self.seconds = batch_size, epoch_steps, seconds
         self.is_writer, self.rates, self.last_step = jax.process_index() == 0, [], start_step
-        self.start = self.last_time = self.last_shown = time.perf_counter()
+        self.start = self.last_time = self.last_shown = self.last_drawn = time.perf_counter()
         self.guard, self.problem = guard, ""
         if self.is_writer:
             files.remove_leftovers(workdir)
@@ -88,10 +88,13 @@ class MetricLog:
         self._event(file_version="brain.Event:2")
         # TensorBoard drops what an earlier start wrote from this step on.
         self._event(step=last_kept + 1, session_log={"status": "START"})
-        on_screen = self.is_writer and sys.stderr.isatty()
-        self.bar = tqdm.tqdm(None, "train", total_steps, initial=start_step, disable=not on_screen)
+        self.shown = []  # the latest loss, accuracy and images a second, as the screen has them
+        self.first_step, self.first_time, self.has_paused = start_step, self.start, False
+        self.on_screen, self.compiled = self.is_writer and screen.is_terminal(), threading.Event()
         self.write()
         self._require_written()
+        self.ticking = threading.Thread(target=self._say_compiling, daemon=True)
+        self.ticking.start()
 
     @property
     def digest(self):
@@ -105,38 +108,49 @@ class MetricLog:
 
     def train(self, step, values):
         """Logs scalars by name (train_loss, learning_rate, ...) after `step` steps."""
-        text = self._record(step, values)  # waits for the device: first, so that its time counts
+        shown = self._record(step, values)  # waits for the device: first, so that its time counts
         now = time.perf_counter()
         self.rates.append((step - self.last_step) * self.batch_size / (now - self.last_time))
         timing = {"seconds": now - self.start, "images_per_second": self.rates[-1]}
         self.timings.add(_line(step, timing))
-        text += f", {count(round(self.rates[-1]))} images/s"
+        self.shown = [*shown, f"{count(round(self.rates[-1]))} images/s"]
         self.last_step, self.last_time = step, now
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(step - self.bar.n)
         is_time = now - self.last_shown >= self.seconds or step >= self.total_steps
         if is_time or "://" not in str(self.workdir):
             self.write()
         if is_time:
             self.last_shown = now
-            left = (now - self.start) / (step - self.start_step) * (self.total_steps - step)
-            if self.bar.disable:
-                text += f", {duration(left)} left"
-                self._say(f"step {count(step)}/{count(self.total_steps)}, {text}")
+            if not self.on_screen or step >= self.total_steps:
+                self._say(", ".join(self._progress(step, now)))
+
+    def step(self, step):
+        """Shows how far the run is; what comes before the first step is compilation."""
+        now = time.perf_counter()
+        if not self.compiled.is_set():
+            self._end_compiling()
+            self.first_step, self.first_time = self.last_step, self.last_time = step, now
+        elif self.on_screen and now - self.last_drawn > 0.1:
+            self.last_drawn = now
+            screen.show(*self._progress(step, now))
 
     def evaluation(self, step, split, values):
         """Logs the mean values of an evaluation after `step` steps as <split>_<name>."""
-        text = self._record(step, {f"{split}_{name}": value for name, value in values.items()})
+        shown = self._record(step, {f"{split}_{name}": value for name, value in values.items()})
         self.write()
-        self._say(f"step {count(step)}, {split} {text}")
+        self._say(f"step {count(step)}, {split} {', '.join(shown)}")
 
     @contextlib.contextmanager
     def pause(self):
         """Writes what was logged; the time within the context does not count in images/s."""
         begin = time.perf_counter()
+        if self.on_screen and self.compiled.is_set():
+            screen.show("evaluating, saving")
         self.write()
         yield
-        self.last_time += time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self.last_time += seconds
+        self.first_time += 0 if self.has_paused else seconds  # the first compiles the evaluation
+        self.has_paused = True
 
     def write(self):
         """Brings the files up to date; reports once if the disk refuses, and tries again later."""
@@ -155,9 +169,15 @@ class MetricLog:
         if before and not self.problem:
             logging.warning("%s: the log is written again, nothing is missing.", self.workdir)
 
+    def clear(self):
+        """Takes the progress off the screen, so that a message has its place."""
+        self._end_compiling()
+        if self.on_screen:
+            screen.show()
+
     def close(self):
-        """Writes what was logged and ends the progress bar; UserError if it cannot be written."""
-        self.bar.close()
+        """Writes what was logged and clears the screen; UserError if it cannot be written."""
+        self.clear()
         self.write()
         self._require_written()
 
@@ -200,7 +220,7 @@ class MetricLog:
                 shown.append(f"loss {value:.4g}")
             elif name.endswith("_accuracy") and "top5" not in name:
                 shown.append(f"accuracy {percent(value)}")
-        return ", ".join(shown)
+        return shown
 
     def _event(self, **fields):
         from tensorboardX import record_writer  # imported here: it takes a quarter of a second
@@ -214,8 +234,25 @@ class MetricLog:
 
     def _say(self, text):
         if self.is_writer:
-            with contextlib.suppress(OSError):  # the output may be a file on a full disk
-                tqdm.tqdm.write(text, file=sys.stderr)
+            screen.say(text)
+
+    def _say_compiling(self):
+        while self.on_screen and not self.compiled.is_set():
+            screen.show(f"compiling {clock(time.perf_counter() - self.start)}")
+            self.compiled.wait(1.0)
+
+    def _end_compiling(self):
+        self.compiled.set()
+        self.ticking.join()
+
+    def _progress(self, step, now):
+        epoch, epochs = (math.ceil(n / self.epoch_steps) for n in (step, self.total_steps))
+        parts = [f"step {count(step)}", f"epoch {epoch}/{epochs}", *self.shown]
+        done, left = step - self.first_step, self.total_steps - step
+        if done and left:
+            left *= (now - self.first_time) / done
+            parts.append(f"{clock(left)} left")
+        return parts
 
 
 @contextlib.contextmanager

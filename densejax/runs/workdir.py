@@ -23,6 +23,7 @@ import jax
 import ml_collections
 from etils import epath
 
+import densejax
 from densejax import models
 from densejax.config import UserError, flatten
 from densejax.config import default as default_config
@@ -34,14 +35,15 @@ RESUMABLE = (
     *("data.workers", "evaluate.batch_size", "log", "parallel.mode", "profile", "train.epochs"),
     "train.max_skipped_steps",
 )
-PACKAGES = ("densejax", "flax", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
+PACKAGES = ("flax", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
 # --mode=eval may change these as well: how a trained network is measured.
 MEASURED = ("checkpoint.select", "evaluate")
 # Modules that cannot change a result; all others count as code that can.
 UNMEASURED = (
     *("analysis", "command_line", "compile", "cut", "export", "inference", "main", "predict"),
     *("pretrained", "reuse", "summary", "topology", "runs.formats", "runs.goodput", "runs.hosts"),
-    *("runs.interrupt", "runs.lock", "runs.metric_log"),
+    *("runs.interrupt", "runs.lock", "runs.metric_log", "runs.screen"),
+    "__main__",
 )
 # A directory that has one of these files but no config.json is not taken for an empty one.
 RUN_FILES = ("checkpoints", "goodput.json", "metrics.jsonl", "summary.json", "timings.jsonl")
@@ -79,6 +81,19 @@ def difference(old: dict, new: dict) -> list[str]:
         for key in sorted(old | new)
         if old.get(key) != new.get(key)
     ]
+
+
+def latest(root: str = "runs") -> str:
+    """The run that was started last below a folder, by itself or in a sweep.
+
+    Raises:
+      WorkdirError: there is none.
+    """
+    places = [f"{folder}/history.jsonl" for folder in ("*", "*/*", "*/*/*")]
+    starts = [file for place in places for file in pathlib.Path(root).glob(place)]
+    if not starts:
+        raise WorkdirError("--workdir=latest: there is no run in the folder runs here; name one")
+    return str(max(starts, key=lambda file: file.stat().st_mtime).parent)
 
 
 def completed(stored: dict) -> dict:
@@ -161,6 +176,7 @@ def versions() -> dict[str, str]:
     return {
         "python": sys.version.split()[0],
         "code": code_digest(),
+        "densejax": densejax.__version__,
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "matmul_precision": f"{precision} on {jax.default_backend()}",
         "x64": str(jax.config.jax_enable_x64),

@@ -78,7 +78,7 @@ class Target:
         except Exception as error:  # each plugin has errors of its own
             if importlib.util.find_spec(COMPILERS[extra]) is None:
                 raise UserError(
-                    f"{self.device}: its compiler is missing; pip install 'densejax[{extra}]'"
+                    f"{self.device}: its compiler is missing; pip install 'densejax-lab[{extra}]'"
                 ) from error
             why = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
             raise UserError(f"{self.device}: no {shape}, such as {self.smallest}: {why}") from error

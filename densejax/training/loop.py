@@ -137,6 +137,7 @@ def train(
         state = experiment.start() if state is None else state
         loop = Loop(experiment, state, log, checkpoints, stop, clock, callbacks)
         loop.run(path / "profile")
+        log.clear()
         with clock.measure("save"):
             checkpoints.wait()
         if not stop.signal:
@@ -282,6 +283,7 @@ class Loop:
             values |= {"skipped_steps": skipped, "learning_rate": float(sums["learning_rate"])}
             self.log.train(step, values)
             self._call_back(step, values)
+        self.log.step(step)
 
     def _evaluate(self, step: int) -> float:
         """The error; NaN where a signal interrupts the evaluation."""

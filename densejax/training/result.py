@@ -12,7 +12,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from densejax import data
+from densejax import data, models
 from densejax.config import UserError, printable
 from densejax.models import counts
 from densejax.runs import files, formats, workdir
@@ -43,12 +43,14 @@ def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str,
     sizes = {name: split.size for name, split in experiment.data.evaluation.items()}
     rows = [
         ("run", str(path)),
-        ("model", f"{config.model.family}, {formats.count(parameters)} parameters, "
+        ("model", f"{models.described(config.model)}, {formats.count(parameters)} parameters, "
                   f"{formats.si(multiply_adds)} multiply-adds an image"),
         ("data", f"{config.data.name}, {formats.count(train.size)} images train, "
                  + ", ".join(f"{formats.count(n)} {name}" for name, n in sizes.items())),
-        ("steps", f"{formats.count(experiment.steps)} of {config.train.batch_size} images, "
-                  f"{config.train.epochs} epochs" + (f", resuming after {start}" if start else "")),
+        ("steps", f"{formats.count(experiment.steps)} of "
+                  f"{formats.plural(config.train.batch_size, 'image')}, "
+                  + formats.plural(config.train.epochs, "epoch")
+                  + (f", resuming after {start}" if start else "")),
         ("devices", f"{device}, {config.parallel.mode}, {dtype}{products}"),
         *((name, printable(text)) for name, text in experiment.data.notes.items()),
     ]  # fmt: skip

@@ -50,7 +50,7 @@ def read(source: str) -> tuple[dict[str, np.ndarray], str]:
         raise UserError(f"--weights={source}: must end in one of {', '.join(READERS)}")
     try:
         if is_on_hub:
-            hub = _optional("huggingface_hub", "install densejax[hub]")
+            hub = _optional("huggingface_hub", "pip install 'densejax-lab[hub]'")
             name = hub.hf_hub_download(source.removeprefix(HUB), name)
         with files.opened(epath.Path(name)) as file:
             data = file.read()
@@ -195,7 +195,7 @@ def _array(tensor: _Tensor, storage: bytes, dtype: np.dtype) -> np.ndarray:
 
 
 def _from_keras(data: bytes) -> dict[str, np.ndarray]:
-    h5py, found = _optional("h5py", "install h5py"), {}
+    h5py, found = _optional("h5py", "pip install h5py"), {}
     if data.startswith(b"PK"):
         data = _unzip(data)["model.weights.h5"]
     with h5py.File(io.BytesIO(data)) as file:

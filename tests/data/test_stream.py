@@ -332,7 +332,7 @@ def test_a_set_of_damaged_images_is_no_endless_search(tmp_path):
 
 def test_what_is_not_installed_is_named(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
-    with pytest.raises(UserError, match=r"grain is missing; pip install 'densejax\[imagenet\]'"):
+    with pytest.raises(UserError, match=r"needs grain: pip install 'densejax-lab\[imagenet\]'"):
         create(root)
 
 

@@ -364,3 +364,21 @@ def test_errors_are_one_line(call, said):
 )
 def test_depth_is_the_number_in_the_papers_names(name, changes, layers):
     assert models.depth(models.create(models.fields(name, **changes), 10)) == layers
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_a_network_is_called_by_its_name(name):
+    assert models.described(models.fields(name)) == name
+
+
+def test_another_network_is_called_by_its_family_and_what_differs():
+    changed = models.fields("densenet_bc_40_12", depth=22, connect="chain")
+    assert models.described(changed) == "densenet with depth = 22, connect = chain"
+
+
+@pytest.mark.parametrize("family", ["densenet", "resnet", "vovnet", "rdnet", "hardnet"])
+def test_every_field_of_a_family_has_a_meaning(family):
+    meanings = models.meanings(family)
+    fields = next(fields for fields in map(models.fields, models.MODELS) if fields.family == family)
+    assert meanings.keys() == set(fields.keys())
+    assert all(text[0] != "(" for text in meanings.values())

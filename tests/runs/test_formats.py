@@ -1,6 +1,6 @@
 """Numbers as people read them."""
 
-from densejax.runs.formats import count, duration, percent, si, table
+from densejax.runs.formats import clock, count, percent, plural, si, table
 
 
 def test_numbers():
@@ -9,8 +9,11 @@ def test_numbers():
     assert [si(number) for number in (0, 0.5, 999, 999.99, 769162, 999_960, 287.9e6, 4e12)] == [
         *("0", "0.5", "999", "1k", "769.2k", "1M", "287.9M", "4T")
     ]
-    assert [duration(seconds) for seconds in (0.04, 12.34, 59.97, 185, 3599.9, 3725, 93600)] == [
-        *("0.0 s", "12.3 s", "1 min 00 s", "3 min 05 s", "1 h 00 min", "1 h 02 min", "1 d 02 h")
+    assert [clock(seconds) for seconds in (0.04, 59.97, 185, 3725.4, 93600)] == [
+        *("0:00:00", "0:01:00", "0:03:05", "1:02:05", "26:00:00")
+    ]
+    assert [plural(number, "epoch") for number in (1, 2, 1500)] == [
+        *("1 epoch", "2 epochs", "1,500 epochs")
     ]
     assert table([("model", "densenet"), ("parameters", "769,162")]) == (
         "model       densenet\nparameters  769,162"

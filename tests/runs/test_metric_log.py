@@ -10,6 +10,7 @@ import os
 import pathlib
 import sys
 import tempfile
+import types
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from etils.epath import testing as epath_testing
 from tensorboardX.proto import event_pb2
 
 from densejax.config import UserError
-from densejax.runs import files, metric_log
+from densejax.runs import files, metric_log, screen
 from densejax.runs.metric_log import MetricLog
 
 
@@ -209,8 +210,8 @@ def test_without_a_terminal_a_line_every_few_seconds(workdir, clock, capsys):
         log.train(step, {"train_loss": 0.5, "train_accuracy": 0.9512})
     log.evaluation(40, "test", {"accuracy": 0.25})
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == ("step 4/40, loss 0.5, accuracy 95.12 %, 3 images/s, 1 min 48 s left")
-    assert [line.split(",")[0] for line in lines[1:3]] == ["step 8/40", "step 12/40"]
+    assert lines[0] == "step 4, epoch 1/2, loss 0.5, accuracy 95.12 %, 3 images/s, 0:01:48 left"
+    assert [line.split(",")[0] for line in lines[1:3]] == ["step 8", "step 12"]
     assert lines[-1] == "step 40, test accuracy 25.00 %"
     assert len(lines) == 11
 
@@ -225,13 +226,78 @@ def test_a_screen_that_is_a_full_disk_ends_nothing(workdir, monkeypatch):
     assert records(workdir / "metrics.jsonl")[-1]["step"] == 40
 
 
-def test_on_a_terminal_a_bar(workdir, monkeypatch):
-    screen = io.StringIO()
-    monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(sys, "stderr", screen)
-    run(workdir, 0, 40).close()
-    assert "100%|" in screen.getvalue() and "accuracy 10.00 %" in screen.getvalue()
-    assert " left" not in screen.getvalue(), "plain lines beside the bar"
+@pytest.fixture
+def terminal(monkeypatch):
+    """Call it for a terminal of 80 columns: what it is sent."""
+
+    def start():
+        sent = io.StringIO()
+        monkeypatch.setattr(sent, "isatty", lambda: True, raising=False)
+        monkeypatch.setattr(sys, "stderr", sent)
+        monkeypatch.setenv("COLUMNS", "80")
+        return sent
+
+    return start
+
+
+def lines_of(sent):
+    """The lines that were shown, one in place of the other: the cursor ends at their start."""
+    shown = sent.getvalue().split("\r\x1b[K")[1:]
+    assert all(line.endswith(("\r", "\n")) for line in shown)
+    return [line[:-1] for line in shown]
+
+
+def test_a_terminal_has_one_line_that_says_what_goes_on(workdir, clock, terminal):
+    sent, log = terminal(), create(workdir)
+    clock[0] += 83.0
+    log.step(1)  # compiled
+    for step in range(2, 13):
+        clock[0] += 0.5
+        if step == 5:
+            log.train(step, {"train_loss": 0.123456, "train_accuracy": 0.9512})
+        log.step(step)
+    with log.pause():
+        clock[0] += 1000.0  # compiles the evaluation
+        log.evaluation(12, "test", {"loss": 0.5, "accuracy": 0.25})
+    clock[0] += 0.5
+    log.step(13)
+    log.close()
+    assert [line for line in lines_of(sent) if "compiling" not in line] == [
+        *(f"step {step} epoch 1/2 0:00:{(40 - step) / 2:02.0f} left" for step in (2, 3, 4)),
+        *(
+            f"step {step} epoch 1/2 loss 0.1235 accuracy 95.12 % 16 images/s 0:00:"
+            f"{(40 - step) / 2:02.0f} left"
+            for step in range(5, 13)
+        ),
+        "evaluating, saving",
+        "step 12, test loss 0.5, accuracy 25.00 %",
+        "step 13 epoch 1/2 loss 0.1235 accuracy 95.12 % 16 images/s 0:00:14 left",
+        "",
+    ]
+
+
+def test_a_clock_runs_while_the_first_step_compiles(workdir, clock, terminal):
+    def wait(seconds):
+        clock[0] += 61.0
+
+    log = create(workdir)
+    log.clear()
+    sent, log.on_screen = terminal(), True
+    is_set = iter((False, False, False, True)).__next__
+    log.compiled = types.SimpleNamespace(is_set=is_set, wait=wait)
+    log._say_compiling()
+    assert lines_of(sent) == [f"compiling 0:0{n}:0{n}" for n in range(3)]
+
+
+def test_the_longest_line_leaves_out_what_comes_first(terminal):
+    sent = terminal()
+    parts = ["step 123,456", "epoch 137/300", "loss 0.4123", "accuracy 95.12 %"]
+    screen.show(*parts, "12,345 images/s", "103:15:05 left")
+    screen.show("step 1,345", "epoch 18/300", *parts[2:], "1,187 images/s", "9:15:05 left")
+    assert lines_of(sent) == [
+        "epoch 137/300 loss 0.4123 accuracy 95.12 % 12,345 images/s 103:15:05 left",
+        "step 1,345 epoch 18/300 loss 0.4123 accuracy 95.12 % 1,187 images/s 9:15:05 left",
+    ]
 
 
 def test_other_processes_write_nothing(workdir, monkeypatch, capsys):

@@ -42,5 +42,5 @@ def test_a_missing_compiler_names_its_extra(text):
     extra = target.compiler["platform"]
     if importlib.util.find_spec(targets.COMPILERS[extra]):
         pytest.skip(f"the extra {extra!r} is installed")
-    with pytest.raises(UserError, match=rf"its compiler is missing; .* 'densejax\[{extra}\]'"):
+    with pytest.raises(UserError, match=rf"its compiler is missing; .* 'densejax-lab\[{extra}\]'"):
         targets.topology(text)
