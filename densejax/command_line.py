@@ -53,14 +53,14 @@ def run(main: Callable[..., int], config: str = "required", arguments: bool = Fa
 
     if HELP & set(sys.argv[1:]):
         module = sys.modules[main.__module__]
+        words, keys = [word for word in sys.argv if word not in HELP], ""
+        if config != "unused" and any(re.match("--?config\\b", word) for word in words):
+            _parse(words, config, arguments=True)
+            keys = f"\nkeys of this card:\n{described(CONFIG.value)}\n"
         own, shared = map(flags.FLAGS.module_help, (module, __name__))
         own, shared = (text.partition(":\n")[2] for text in (own, shared))  # without their names
-        shared = "" if config == "unused" else shared + "\n"
-        print(f"{module.__doc__}\nflags:\n{own}\n{shared}", end="")
-        words = [word for word in sys.argv if word not in HELP]
-        if shared and any(re.match("--?config\\b", word) for word in words):
-            _parse(words, config, arguments=True)
-            print(f"\nkeys of this card:\n{described(CONFIG.value)}")
+        shared = "" if config == "unused" else f"{shared}\n"
+        print(f"{module.__doc__}\nflags:\n{own}\n{shared}{keys}", end="")
         sys.exit()
     app.run(guarded, flags_parser=lambda argv: _parse(argv, config, arguments))
 

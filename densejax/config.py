@@ -3,6 +3,7 @@
 import ast
 import difflib
 import math
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -29,7 +30,8 @@ def did_you_mean(word: str, known: Collection[str]) -> str:
     """
     name = word.rpartition(".")[2]
     alike = [other for other in known if other.rpartition(".")[2] == name]
-    alike = alike or difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    if not alike and (close := difflib.get_close_matches(word, known, n=5, cutoff=0.7)):
+        alike = [max(close, key=lambda other: len(os.path.commonprefix([word, other])))]
     return f" (did you mean {' or '.join(alike)}?)" if alike and word not in known else ""
 
 
