@@ -333,7 +333,7 @@ def test_a_folder_gives_the_images_below_it(classify, digits, tmp_path):
     for name in names:
         (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(digits[0][0], tmp_path / "photos" / name)
-    single = shutil.copy(digits[0][1], tmp_path / "z.png")
+    single = str(shutil.copy(digits[0][1], tmp_path / "z.png"))
     words = [single, str(tmp_path / "photos"), digits[0][2], "--top=1", "--format=json"]
     found = [result["image"] for result in json.loads(classify(*words)[1])]
     below = [str(tmp_path / "photos" / name) for name in ("a/10.png", "a/2.PNG", "b.png")]
