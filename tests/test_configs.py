@@ -15,7 +15,7 @@ import densejax
 from densejax import config as schema
 from densejax import data
 from densejax.config import UserError
-from densejax.data import builders, encoded
+from densejax.data import builders, decoded, encoded
 from densejax.inference import classifier, prediction
 from densejax.training import experiment, loop, parallel
 from tests import archives, small
@@ -341,13 +341,17 @@ def test_the_card_of_a_folder_runs_and_predicts_without_it(tmp_path, folder, cap
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["test_split"] == "held out" and "in memory" in summary["notes"]["images"]
     test = encoded.open_splits("folder", config.data.directory, str(root), 0.2)[1]["test"]
+    measured, _ = decoded.read(test, np.arange(14), 16, resize=18, channels=3)
     files = [pathlib.Path(test[index][2]) for index in range(14)]
     files = [
         shutil.copy(file, tmp_path / f"{i}.{file.parent.name}") for i, file in enumerate(files)
     ]
     shutil.rmtree(root)
     encoded.open_splits.cache_clear()
-    found = prediction.predict(classifier.load(tmp_path / "run"), tuple(files), top=1)
+    network = classifier.load(tmp_path / "run")
+    read = [prediction.read(file, network) for file in files]
+    np.testing.assert_array_equal(np.stack(read), measured)
+    found = prediction.predict(network, tuple(files), top=1)
     right = [
         file.suffix[1:] == r["classes"][0]["name"] for file, r in zip(files, found, strict=True)
     ]
