@@ -333,7 +333,7 @@ def test_the_card_of_a_folder_runs_and_predicts_without_it(tmp_path, folder, cap
     lines = capsys.readouterr().out.splitlines()
     for words in (
         "data        folder, 56 images train, 14 test",
-        "classes     3: blue, green, red",
+        "classes     3: blue (32), green (16), red (8)",
         "images      16x16 RGB, in memory: 0.0513 MiB, up to 1024 fit",
         "test        0.2 of each class, held out whatever the seed",
     ):

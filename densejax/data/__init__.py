@@ -431,17 +431,23 @@ def _notes(config):
         return {}
     found, splits = info(config), _open_splits(config)[1]
     names, size = found.class_names, section.image_size
+    trained, tested = (
+        np.bincount(splits[split].labels, minlength=len(names)) for split in ("train", "test")
+    )
+    classes = [f"{name} ({count})" for name, count in zip(names[:10], trained, strict=False)]
     colours = "grey" if section.channels == 1 else "RGB"
     said = "in memory" if in_memory(config, found) else "streamed"
     if section.storage == "auto":
         mebibytes, most = 1024 * _gigabytes(found), 1024 * section.memory_gigabytes
         said += f": {mebibytes:.3g} MiB, up to {most:g} fit"
     notes = {
-        "classes": f"{len(names)}: {', '.join(names[:10])}" + ", ..." * (len(names) > 10),
+        "classes": f"{len(names)}: {', '.join(classes)}" + ", ..." * (len(names) > 10),
         "images": f"{size}x{size} {colours}, {said}",
     }
     if found.test_split == encoded.HELD_OUT:
         notes["test"] = f"{section.test_share:g} of each class, held out whatever the seed"
+    if untested := [name for name, count in zip(names, tested, strict=True) if not count]:
+        notes["untested"] = f"there is no test image of {', '.join(untested[:10])}"
     if section.normalization == "statistics" and not section.mean and section.name not in STREAMED:
         count, *numbers = _statistics(config)
         mean, std = ("(" + ", ".join(f"{n:.1f}" for n in part) + ")" for part in numbers)

@@ -228,6 +228,8 @@ def test_odd_files_are_read_as_predict_reads_them_and_what_is_none_is_said(tmp_p
             read.add(file)
     assert set(map(str, files)) < read and len(read) == 17
     assert found.notes["left out"].endswith(": 1 outside any class, 1 .db")
+    name = built.info.class_names[1 - evaluated(found)[1][0]]
+    assert found.notes["untested"] == f"there is no test image of {name}"
 
 
 def test_an_empty_class_is_named(tmp_path):
