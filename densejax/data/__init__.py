@@ -79,7 +79,8 @@ def info(config: ConfigDict) -> SetInfo:
         found = builders.info(section.name, section.directory)
     else:
         shape = (section.image_size, section.image_size, section.channels)
-        found = encoded.info(section.name, *_place(config), image_shape=shape)
+        place = section.directory, section.manual_dir, section.test_share
+        found = encoded.info(section.name, *place, image_shape=shape)
     mean, std, channels = found.mean, found.std, found.image_shape[-1]
     if section.normalization == "scale":
         mean, std = (0.0,) * channels, (255.0,) * channels
@@ -209,10 +210,7 @@ def train_size(config: ConfigDict, info: SetInfo) -> int:
 
 
 def _check_validation(config, info):
-    """Raises UserError where a folder has images for validation and others are held out, or none.
-
-    `densejax.config.check` leaves this to us: it does not know the folder.
-    """
+    """What `densejax.config.check` cannot: it does not know whether a folder has validation."""
     evaluate, held_out = config.evaluate, config.data.validation_size
     if "validation" in info.splits and held_out:
         raise UserError(
@@ -341,8 +339,8 @@ def _decode_arrays(config):
         trains, indices = name == "train", np.arange(len(splits[split]))[indices]
         size = config.data.image_size if trains else _evaluation_size(config)
         skip = trains and config.data.corrupt_images == "skip"
-        options = {"resize": config.evaluate.resize_size, "channels": config.data.channels}
-        found[name] = decoded.read(splits[split], indices, size, skip=skip, **options)
+        options = size, config.evaluate.resize_size, config.data.channels, skip
+        found[name] = decoded.read(splits[split], indices, *options)
     return found.pop("train"), found
 
 
@@ -403,25 +401,15 @@ def _create_streams(config: ConfigDict, sharded: NamedSharding) -> Data:
     return Data(train, evaluation, version, facts.test_split, sample, _notes(config))
 
 
-def _place(config: ConfigDict) -> tuple[str, str, float]:
-    """What `encoded.open_splits` needs to know beside the set's name."""
-    return config.data.directory, config.data.manual_dir, config.data.test_share
-
-
 def _open_splits(config: ConfigDict) -> tuple[SetInfo, dict[str, Any]]:
-    return encoded.open_splits(config.data.name, *_place(config))
+    data = config.data
+    return encoded.open_splits(data.name, data.directory, data.manual_dir, data.test_share)
 
 
 def _statistics(config):
-    section = config.data
-    return decoded.statistics(
-        section.name,
-        _place(config),
-        section.image_size,
-        resize=config.evaluate.resize_size,
-        channels=section.channels,
-        skip=section.corrupt_images == "skip",
-    )
+    data, train = config.data, _open_splits(config)[1]["train"]
+    options = config.evaluate.resize_size, data.channels, data.corrupt_images == "skip"
+    return decoded.statistics(train, data.image_size, *options)
 
 
 def _notes(config):

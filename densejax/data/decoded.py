@@ -18,34 +18,17 @@ def read(
     examples: Sequence[encoded.Example],
     indices: np.ndarray,
     size: int,
-    *,
     resize: int,
     channels: int,
     skip: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [n, size, size, channels] and labels int32 [n] of a split.
+    """Images uint8 [n, size, size, channels] and labels int32 [n] of the examples at `indices`.
 
-    Args:
-      examples: the split.
-      indices: int [n], the examples of it that are read, in this order.
-      size: of `images.evaluation_crop`, pixels.
-      resize: of the same.
-      channels: 3 for colour, 1 for grey.
-      skip: whether the next image stands in for one that cannot be read.
-
-    Raises:
-      DataError: an image cannot be read; it is named.
+    `images.evaluation_crop` takes `size` and `resize`; with `skip`, the next image stands in for
+    one that cannot be read. Without, DataError names it.
     """
-    source = ChunkSource(
-        examples,
-        indices,
-        CHUNK,
-        np.arange(CHUNK),
-        functools.partial(images.evaluation_crop, resize=resize),
-        size,
-        skip=skip,
-        channels=channels,
-    )
+    crop, rows = functools.partial(images.evaluation_crop, resize=resize), np.arange(CHUNK)
+    source = ChunkSource(examples, indices, CHUNK, rows, crop, size, skip=skip, channels=channels)
     pixels = np.empty((len(indices), size, size, channels), np.uint8)
     labels = np.empty(len(indices), np.int32)
 
@@ -61,37 +44,23 @@ def read(
 
 @functools.cache
 def statistics(
-    name: str,
-    place: tuple[str, str, float],
-    size: int,
-    *,
-    resize: int,
-    channels: int,
-    skip: bool = False,
+    examples: Sequence[encoded.Example], *options: int
 ) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """(number of images, mean, std) of training images spread evenly over all of them.
+    """(number, mean, std) of images spread evenly over a split, in uint8 units of each channel.
 
-    The mean and std are per channel, in uint8 units, the same on every machine: sums of integers.
-
-    Args:
-      name: of the set.
-      place: `directory`, `manual_dir` and `test_share` of `encoded.open_splits`.
-      size: as for `read`, as are `resize`, `channels` and `skip`.
-      resize: see there.
-      channels: see there.
-      skip: see there.
-
-    Raises:
-      DataError: an image cannot be read, or all have one value.
+    They are the same on every machine: sums of integers. `options` are `read`'s from `size` on.
+    DataError for an image that cannot be read, or a channel that has one value everywhere.
     """
-    train = encoded.open_splits(name, *place)[1]["train"]
-    indices = np.arange(len(train))[:: -(-len(train) // MOST_MEASURED)]
-    found, _ = read(train, indices, size, resize=resize, channels=channels, skip=skip)
+    indices = np.arange(len(examples))[:: -(-len(examples) // MOST_MEASURED)]
+    found, _ = read(examples, indices, *options)
     levels, means, stds = np.arange(256), [], []
-    for channel in range(channels):
+    for channel in range(found.shape[-1]):
         counts = sum(np.bincount(image[..., channel].ravel(), minlength=256) for image in found)
         means.append(float(counts @ levels / counts.sum()))
         stds.append(float(np.sqrt(counts @ (levels - means[-1]) ** 2 / counts.sum())))
     if 0 in stds:
-        raise DataError(f"data.name = {name}: channel {stds.index(0)} has one value everywhere")
+        raise DataError(
+            f"data.normalization = 'statistics': channel {stds.index(0)} of these images has one "
+            f"value everywhere; set 'scale' to divide by 255 alone"
+        )
     return len(indices), tuple(means), tuple(stds)

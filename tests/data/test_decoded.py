@@ -139,7 +139,7 @@ def test_images_of_one_value_have_no_std(tmp_path):
     (tmp_path / "a").mkdir()
     for index in range(9):
         Image.new("RGB", (20, 20), (index, 7, index)).save(tmp_path / f"a/{index}.png")
-    with pytest.raises(UserError, match="data.name = mine: channel 1 has one value everywhere"):
+    with pytest.raises(UserError, match="channel 1 of these images has one value everywhere"):
         data.info(config(tmp_path))
 
 
