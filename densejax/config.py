@@ -248,6 +248,12 @@ KEYS = {
         10, "Abort after this many consecutive non-finite steps; fewer are skipped.", _POSITIVE
     ),
     "train.loss": Key("cross_entropy", "A name in densejax.training.losses.LOSSES."),
+    "train.class_weights": Key(
+        "none",
+        "'balanced': the loss of an example is multiplied by n / (classes x examples of its class) "
+        "of the n training examples.",
+        _one_of("none", "balanced"),
+    ),
     "train.label_smoothing": Key(
         0.0, "Probability that is spread evenly over all classes.", _FRACTION
     ),
@@ -258,7 +264,29 @@ KEYS = {
         _FRACTION,
     ),
     "train.weights": Key(
-        "", "Directory to start from, of densejax.pretrained or of a run; '': random weights."
+        "",
+        "What to start from: a directory of densejax.pretrained or of a run, or a file that "
+        "densejax.pretrained reads; '': random weights.",
+    ),
+    "train.new_classifier": Key(
+        False,
+        "Where train.weights are for another number of classes, the classifier is drawn; kernels "
+        "for another number of image channels are fitted.",
+    ),
+    "train.frozen": Key(
+        (),
+        "Parts that keep their parameters and run as in evaluation, such as ('stem', 'block1'); "
+        "'batch_norm': every BatchNorm.",
+        _Range(lambda value: all(type(part) is str for part in value), "names of parts"),
+    ),
+    "train.head_epochs": Key(
+        0, "Epochs in which the classifier alone learns, before all else does.", _NOT_NEGATIVE
+    ),
+    "train.patience": Key(
+        0,
+        "Training ends after so many evaluations on held-out images without a lower error; 0: it "
+        "does not.",
+        _NOT_NEGATIVE,
     ),
     "train.dtype": Key(
         "float32",
@@ -303,8 +331,8 @@ KEYS = {
     ),
     "optimizer.rates": Key(
         (),
-        "What multiplies the rate of some parts, such as (('stem', 0.0), ('block1', 0.1)); 0.0 "
-        "freezes the parameters of a part.",
+        "What multiplies the rate of some parts, such as (('stem', 0.0), ('block1', 0.1)); of 0.0 "
+        "only running statistics move, and train.frozen keeps these, too.",
         _RATES,
     ),
     "optimizer.schedule": Key("step", "A name in densejax.training.optimizer.SCHEDULES."),
@@ -442,6 +470,7 @@ def _conflicts(
     not_sgd = config.optimizer.name != "sgd"  # an added optimizer may read these, too
     without_drops = config.optimizer.schedule in ("cosine", "linear", "constant")
     augmentation, single = config.augmentation, not evaluate.crop_size
+    knows_labels = data.storage != "stream" or bool(data.manual_dir)
     draws_operations = augmentation.policy == "randaugment"
     for key, is_read, reader in (
         ("augmentation.alternate_flip", augmentation.flip, "augmentation.flip = True"),
@@ -464,6 +493,8 @@ def _conflicts(
         ("augmentation.crop_area", are_files, files),
         ("evaluate.resize_size", are_files, files),
         ("evaluate.train_images", not are_files, "data.storage = 'memory'"),
+        ("train.class_weights", knows_labels, "a set in memory, or a folder,"),
+        ("train.new_classifier", bool(config.train.weights), "a run with train.weights"),
     ):
         yield key, key in changed and not is_read, f"only {reader} reads it"
     yield (
@@ -506,12 +537,14 @@ def _conflicts(
         ("checkpoint.select", best),
     ):
         yield key, reads and not may_validate, "set data.validation_size above 0"
-    yield (
-        "checkpoint.select",
-        best and (evaluate.split == "test" or not evaluate.every_epochs),
-        "set evaluate.split = 'validation' and evaluate.every_epochs above 0; test images never "
-        "choose a model",
-    )
+    waits = config.train.patience > 0
+    for key, chooses in (("checkpoint.select", best), ("train.patience", waits)):
+        yield (
+            key,
+            chooses and (evaluate.split == "test" or not evaluate.every_epochs),
+            "set evaluate.split = 'validation' and evaluate.every_epochs above 0; test images "
+            "never choose a model",
+        )
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> config_dict.ConfigDict:

@@ -54,7 +54,11 @@ OUT_OF_RANGE = {
     "train.batch_size": [0, -64],
     "train.accumulate_steps": [0, -1],
     "train.average_decay": [-0.1, 1.0],
+    "train.class_weights": ["equal"],
     "train.label_smoothing": [-0.1, 1.0, float("nan")],
+    "train.frozen": [(1,), ("stem", None)],
+    "train.head_epochs": [-1],
+    "train.patience": [-1],
     "train.max_skipped_steps": [0],
     "train.dtype": ["float16", "int8"],
     "train.matmul_precision": ["float16", "highest"],
@@ -100,6 +104,7 @@ CHECKED_ELSEWHERE = {  # and why
     "optimizer.decay_all": "a switch",
     "optimizer.schedule": "optimizer.schedule has the table of names",
     "train.weights": "pretrained.load opens the directory",
+    "train.new_classifier": "a switch",
 }
 
 
@@ -233,8 +238,8 @@ GIVEN = {"data__mean": (1.0,), "data__std": (2.0,)}
 RANDAUGMENT = {"augmentation__policy": "randaugment"}
 NO_OPERATIONS = "only augmentation.policy = 'randaugment' reads it"
 NOT_CHOSEN = (
-    "checkpoint.select = 'best': set evaluate.split = 'validation' and evaluate.every_epochs above "
-    "0; test images never choose a model"
+    "set evaluate.split = 'validation' and evaluate.every_epochs above 0; test images never choose "
+    "a model"
 )
 CONFLICTS = [  # changes, the line, and a further change that settles it
     (
@@ -387,11 +392,26 @@ CONFLICTS = [  # changes, the line, and a further change that settles it
         "checkpoint.select = 'best': set data.validation_size above 0",
         HELD_OUT | {"evaluate__split": "validation"},
     ),
-    (BEST, NOT_CHOSEN, {"evaluate__split": "validation"}),
+    (BEST, f"checkpoint.select = 'best': {NOT_CHOSEN}", {"evaluate__split": "validation"}),
     (
         BEST | {"evaluate__split": "validation", "evaluate__every_epochs": 0},
-        NOT_CHOSEN,
+        f"checkpoint.select = 'best': {NOT_CHOSEN}",
         {"evaluate__every_epochs": 2},
+    ),
+    (
+        HELD_OUT | {"train__patience": 3},
+        f"train.patience = 3: {NOT_CHOSEN}",
+        {"evaluate__split": "validation"},
+    ),
+    (
+        {"train__new_classifier": True},
+        "train.new_classifier = True: only a run with train.weights reads it",
+        {"train__weights": "somewhere"},
+    ),
+    (
+        STREAM | {"train__class_weights": "balanced"},
+        "train.class_weights = 'balanced': only a set in memory, or a folder, reads it",
+        {"data__manual_dir": "photographs"},
     ),
 ]
 
@@ -560,6 +580,7 @@ def test_every_key_is_read(monkeypatch, tmp_path):
     streamed |= {"data.corrupt_images", "data.workers", "data.channels", "data.std"}
     streamed |= {"data.memory_gigabytes", "data.test_share"}
     optimizer.create(small.tiny(optimizer__name="adamw").optimizer, 0.1)
+    _ = experiment.build(small.tiny(train__weights=str(small.trained()))).weights
     assert set(KEYS) - reads == streamed
     photos.make(tmp_path / "photos")
     config = small.tiny(**AUTO | {"data__manual_dir": "photos", "data__memory_gigabytes": 0.0})

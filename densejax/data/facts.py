@@ -92,8 +92,13 @@ def require_same(path: epath.Path, info: SetInfo) -> None:
             raise UserError(f"workdir={path}: it was trained with {key} = {old}, not {new}: {hint}")
 
 
-def of_weights(directory: str, keys: tuple[str, ...] = tuple(IMAGENET)) -> dict[str, Any]:
+def of_weights(
+    directory: epath.PathLike, keys: tuple[str, ...] = tuple(IMAGENET)
+) -> dict[str, Any]:
     """What a directory of weights, or the run that `train.weights` names, says of its images.
+
+    Of another project's file this is what ImageNet's images are; `densejax.weights.store.load_for`
+    refuses a file where that is wrong.
 
     Raises:
       UserError: it is neither, or one of `keys` is missing or does not fit its network.
@@ -101,6 +106,8 @@ def of_weights(directory: str, keys: tuple[str, ...] = tuple(IMAGENET)) -> dict[
     path = epath.Path(directory)
     if learned := read(path):
         return vars(learned)
+    if str(directory).startswith("hf-hub:") or path.is_file():
+        return IMAGENET
     try:
         found = json.loads((path / "model.json").read_text())
         classes, channels = found["num_classes"], found["image_channels"]

@@ -77,6 +77,11 @@ class MemorySet:
 
         self._take, self._take_padded = take, take_padded
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Of all examples, int32."""
+        return np.asarray(self._arrays["label"])
+
     def _place(self, array):
         sharding = self._replicated
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

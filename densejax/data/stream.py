@@ -250,6 +250,11 @@ class StreamSet:
         self._iterator, self._next_step = None, -1
         self.is_stopping = lambda: False
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Of all examples of a folder, int32."""
+        return self._source.examples.labels[self._source.indices]
+
     def _batches(self, start=0):
         return batches(
             self._source, self._sharded, self._workers, start, lambda: self.is_stopping()

@@ -1,7 +1,7 @@
 """The networks: a family and its fields describe a network, and a name stands for such fields.
 
 A family is a linen module with a field `num_classes` (0: without a classifier). It may have the
-fields `dtype` and `batch_norm_axis`; every other field is a key of `config.model`. It has
+fields `dtype`, `batch_norm_axis` and `frozen`; every other field is a key of `config.model`. It has
 
 - `check()`, which raises UserError for fields that describe no network, and
 - `__call__(image, train=False, keys=None)`, which returns (logits, features): float32 [batch,
@@ -39,7 +39,7 @@ from densejax.models.vovnet import VoVNet
 FAMILIES = {"densenet": DenseNet, "resnet": ResNet, "vovnet": VoVNet}
 FAMILIES |= {"rdnet": RDNet, "hardnet": HarDNet}
 # Fields that the run decides and not the network's description.
-RUN_FIELDS = ("num_classes", "dtype", "batch_norm_axis", "parent", "name")
+RUN_FIELDS = ("num_classes", "dtype", "batch_norm_axis", "frozen", "parent", "name")
 
 # The four forms of the paper: bottleneck (B) and compression (C) each on or off.
 VARIANTS = {

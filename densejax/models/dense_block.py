@@ -74,6 +74,8 @@ class DenseBlock(nn.Module):
       recompute: what the backward pass computes again to save memory, a name in RECOMPUTE.
       dtype: precision of the computation; variables are float32.
       batch_norm_axis: mapped axis (or axes) that batch statistics are averaged over.
+      frozen: with "batch_norm", norms take their running statistics in training, too; the block is
+        then computed in the paper's form.
     """
 
     depth: int
@@ -89,6 +91,7 @@ class DenseBlock(nn.Module):
     recompute: str = "none"
     dtype: Any = jnp.float32
     batch_norm_axis: Any = None
+    frozen: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(
@@ -116,7 +119,8 @@ class DenseBlock(nn.Module):
         if train and is_random and keys is None:
             keys = jax.random.split(self.make_rng("dropout"), len(x))
         builder, x = Layers.of(self, train, keys, x), x.astype(self.dtype)
-        if self.is_initializing() or self.block == "concat":
+        keeps_statistics = train and "batch_norm" in self.frozen
+        if self.is_initializing() or self.block == "concat" or keeps_statistics:
             features, statistics = _concatenate(self, graph, builder, survivals, x), None
         else:
             features, statistics = _compute_in_place(self, graph, builder, survivals, x)

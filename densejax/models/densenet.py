@@ -21,7 +21,7 @@ RECOMPUTE = dense_block.RECOMPUTE | {
 }
 # Fields that every block has as the network has them.
 OF_BLOCKS = ("bottleneck", "bottleneck_width", "dropout_rate", "convolution_bias")
-OF_BLOCKS += ("batch_norm_epsilon", "block", "dtype", "batch_norm_axis")
+OF_BLOCKS += ("batch_norm_epsilon", "block", "dtype", "batch_norm_axis", "frozen")
 
 
 class Transition(nn.Module):
@@ -73,6 +73,8 @@ class DenseNet(nn.Module):
       recompute: what the backward pass computes again to save memory, a name in RECOMPUTE.
       dtype: precision of the computation.
       batch_norm_axis: mapped axis that BatchNorm's batch statistics are averaged over.
+      frozen: parts that run as in evaluation while the others train, such as "stem"; "batch_norm":
+        every BatchNorm.
     """
 
     num_classes: int
@@ -93,6 +95,7 @@ class DenseNet(nn.Module):
     recompute: str = "none"
     dtype: Any = jnp.float32
     batch_norm_axis: str | None = None
+    frozen: tuple[str, ...] = ()
 
     def block_depths(self) -> tuple[int, ...]:
         """Layers of each block, from `blocks` or from `depth` (raises UserError)."""
@@ -201,7 +204,7 @@ class DenseNet(nn.Module):
         """
         builder = Layers.of(self, train, keys, image)
         features = {}
-        stem = layers.STEMS[self.stem](self.widths()[0], builder, name="stem")
+        stem = layers.STEMS[self.stem](self.widths()[0], builder.part("stem"), name="stem")
         features["stem"] = x = stem(image)
         for index in range(len(self.block_depths())):
             stage = functools.partial(_stage, builder, index)
@@ -219,20 +222,23 @@ def _stage(builder: Layers, index: int, network: DenseNet, x: jax.Array):
     """
     depths, before = network.block_depths(), sum(network.block_depths()[:index])
     survivals = layers.survival_probabilities(network.survival, sum(depths))
+    name = f"block{index + 1}"
+    part = builder.part(name)
     block = DenseBlock(
         depths[index],
         network.growth_rates()[index],
         connect=network.connects()[index],
         survival=survivals[before : before + depths[index]],
         recompute="none" if network.recompute == "block" else network.recompute,
-        name=f"block{index + 1}",
+        name=name,
         **{field: getattr(network, field) for field in OF_BLOCKS},
     )
-    features, statistics = block(x, builder.train, builder.keys, return_statistics=True)
+    features, statistics = block(x, part.train, part.keys, return_statistics=True)
     if index + 1 == len(depths):
-        name, x = "final", builder.norm(name="norm")(features, statistics, relu=True)
+        norm = builder.part("norm").norm(name="norm")
+        name, x = "final", norm(features, statistics, relu=True)
     else:
         name, width = f"transition{index + 1}", network.widths()[index + 1]
         pool_first = network.block == "in_place"
-        x = Transition(width, builder, pool_first, name=name)(features, statistics)
+        x = Transition(width, builder.part(name), pool_first, name=name)(features, statistics)
     return {f"block{index + 1}": features, name: x}, x

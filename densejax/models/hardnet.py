@@ -80,6 +80,8 @@ class HarDNet(nn.Module):
       batch_norm_epsilon: added to the variance.
       dtype: precision of the computation.
       batch_norm_axis: mapped axis that BatchNorm's batch statistics are averaged over.
+      frozen: parts that run as in evaluation while the others train, such as "stem"; "batch_norm":
+        every BatchNorm.
     """
 
     num_classes: int
@@ -94,6 +96,7 @@ class HarDNet(nn.Module):
     batch_norm_epsilon: float = 1e-5
     dtype: Any = jnp.float32
     batch_norm_axis: str | None = None
+    frozen: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raises UserError for fields that describe no network."""
@@ -140,24 +143,28 @@ class HarDNet(nn.Module):
 
         def halved(x, number):
             if self.separable:
-                fields = {"depthwise": True, "name": f"downsampling{number}"}
-                return ConvNorm(x.shape[-1], 3, builder, 2, **fields)(x)
+                name = f"downsampling{number}"
+                fields = {"depthwise": True, "name": name}
+                return ConvNorm(x.shape[-1], 3, builder.part(name), 2, **fields)(x)
             # The stem's windows are 3x3, the others' 2x2.
             return nn.max_pool(x, (2, 2), (2, 2)) if number else max_pool(x, ((1, 1), (1, 1)))
 
         first, second = self.stem_widths
-        x = ConvNorm(first, 3, builder, 2, name="stem1")(image)
-        x = ConvNorm(second, 1 if self.separable else 3, builder, name="stem2")(x)
+        x = ConvNorm(first, 3, builder.part("stem1"), 2, name="stem1")(image)
+        size = 1 if self.separable else 3
+        x = ConvNorm(second, size, builder.part("stem2"), name="stem2")(x)
         x = halved(x, 0)
         features = {"stem": x}
         blocks = zip(self.blocks, self.growth_rates, self.output_widths, strict=True)
         for number, (depth, growth_rate, width) in enumerate(blocks, 1):
-            fields = (self.connect, depth, growth_rate, self.separable, builder)
-            x = Block(*fields, name=f"block{number}")(x)
-            x = ConvNorm(width, 1, builder, name=f"transition{number}")(x)
+            name = f"block{number}"
+            fields = (self.connect, depth, growth_rate, self.separable, builder.part(name))
+            x = Block(*fields, name=name)(x)
+            name = f"transition{number}"
+            x = ConvNorm(width, 1, builder.part(name), name=name)(x)
             features[f"block{number}"] = x
             x = halved(x, number) if number in self.downsampling else x
         features["final"] = x
         head = layers.Head(self.num_classes, name="head")
-        logits, features["pooled"] = head(x, builder)
+        logits, features["pooled"] = head(x, builder.part("head"))
         return logits, features

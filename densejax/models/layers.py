@@ -1,6 +1,7 @@
 """What every network shares: how its layers are built, stems, the head, and checks of fields."""
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,6 +35,7 @@ class Layers:
       kernel_init: initial values of convolutions' kernels.
       dropout_rate: fraction of elements that are dropped when `train`.
       keys: uint32 [batch, 2], one random key per example; needed for dropout and stochastic depth.
+      frozen: parts of the network that run as in evaluation; "batch_norm": every BatchNorm does.
     """
 
     train: bool
@@ -44,6 +46,7 @@ class Layers:
     kernel_init: nn.initializers.Initializer = fan_out_normal
     dropout_rate: float = 0.0
     keys: jax.Array | None = None
+    frozen: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, module: nn.Module, train: bool, keys: jax.Array | None, images: jax.Array):
@@ -51,6 +54,11 @@ class Layers:
         names = {field.name for field in dataclasses.fields(cls)} - {"train", "keys"}
         settings = {name: getattr(module, name) for name in names if hasattr(module, name)}
         return cls(train=train, keys=raw_keys(keys, images), **settings)
+
+    def part(self, name: str) -> "Layers":
+        """The same settings for a part of the network, which may be frozen."""
+        is_frozen = any(belongs(name, part) for part in self.frozen)
+        return dataclasses.replace(self, train=self.train and not is_frozen)
 
     def conv(
         self,
@@ -66,14 +74,15 @@ class Layers:
 
     def norm(self, **fields) -> BatchNorm:
         """BatchNorm with statistics in float32."""
-        settings = (self.train, self.batch_norm_axis, self.batch_norm_epsilon, self.dtype)
+        train = self.train and "batch_norm" not in self.frozen
+        settings = (train, self.batch_norm_axis, self.batch_norm_epsilon, self.dtype)
         return BatchNorm(*settings, **fields)
 
     def normalised(
         self, conv: Convolution, norm: BatchNorm, x: jax.Array, relu: bool = False
     ) -> jax.Array:
         """norm(conv(x)), then ReLU if asked; running statistics are folded into the convolution."""
-        if self.train or norm.is_initializing():
+        if norm.train or norm.is_initializing():
             return norm(conv(x), relu=relu)
         y = conv(x, norm.affine())
         return nn.relu(y) if relu else y
@@ -89,6 +98,11 @@ class Layers:
     def drop_path(self, x: jax.Array, rate: float, name: str) -> jax.Array:
         """Drop path in training, one draw per example."""
         return DropPath(rate if self.train else 0.0, name=name)(x, self.keys)
+
+
+def belongs(path: str, part: str) -> bool:
+    """Whether a module or variable is in a part: "stage1" has "stage1_block2/conv1/kernel"."""
+    return re.match(f"{re.escape(part)}(/|_|$)", path) is not None
 
 
 def survival_probabilities(last: float, number: int) -> tuple[float, ...]:

@@ -100,6 +100,7 @@ class RDNet(nn.Module):
       head_norm_epsilon: added to the variance in front of the classifier (timm: 1e-6, the authors:
         1e-5; all other norms have 1e-6).
       dtype: precision of the computation.
+      frozen: parts that run as in evaluation while the others train, such as "stem".
     """
 
     num_classes: int
@@ -116,6 +117,7 @@ class RDNet(nn.Module):
     drop_path: float = 0.0
     head_norm_epsilon: float = 1e-6
     dtype: Any = jnp.float32
+    frozen: tuple[str, ...] = ()
 
     def widths(self) -> tuple[int, ...]:
         """Channels that enter each stage: the stem's, then those of each transition."""
@@ -176,7 +178,8 @@ class RDNet(nn.Module):
         """
         builder = Layers.of(self, train, keys, image)
         builder = dataclasses.replace(builder, convolution_bias=True, kernel_init=fan_in_normal)
-        x = Patches(self.stem_width, self.stem_stride, False, builder, name="stem")(image)
+        settings = (self.stem_width, self.stem_stride, False, builder.part("stem"))
+        x = Patches(*settings, name="stem")(image)
         features = {"stem": x}
         number = len(self.growth_rates) * self.stage_depth
         rates = iter(self.drop_path * index / max(number - 1, 1) for index in range(number))
@@ -184,12 +187,13 @@ class RDNet(nn.Module):
         for stage, (width, growth_rate) in enumerate(stages, 1):
             if stage > 1:
                 stride = 2 if stage in self.downsampling else 1
-                x = Patches(width, stride, True, builder, name=f"transition{stage - 1}")(x)
+                name = f"transition{stage - 1}"
+                x = Patches(width, stride, True, builder.part(name), name=name)(x)
             settings = (growth_rate, self.kernel_size, self.expansion)
             settings += (stage >= self.squeeze_excite_from, self.layer_scale)
             for index in range(1, self.stage_depth + 1):
                 name = f"stage{stage}_layer{index}"
-                layer = Layer(*settings, next(rates), builder, name=name)
+                layer = Layer(*settings, next(rates), builder.part(name), name=name)
                 x = jnp.concatenate([x, layer(x)], axis=-1)
             features[f"stage{stage}"] = x
         features["final"] = x

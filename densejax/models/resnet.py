@@ -94,6 +94,8 @@ class ResNet(nn.Module):
       batch_norm_epsilon: added to the variance.
       dtype: precision of the computation.
       batch_norm_axis: mapped axis that BatchNorm's batch statistics are averaged over.
+      frozen: parts that run as in evaluation while the others train, such as "stem"; "batch_norm":
+        every BatchNorm.
     """
 
     num_classes: int
@@ -111,6 +113,7 @@ class ResNet(nn.Module):
     batch_norm_epsilon: float = 1e-5
     dtype: Any = jnp.float32
     batch_norm_axis: str | None = None
+    frozen: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raises UserError for fields that describe no network."""
@@ -168,9 +171,9 @@ class ResNet(nn.Module):
         """
         builder = Layers.of(self, train, keys, image)
         shortcut = None if self.connect == "chain" else self.shortcut
-        x = layers.STEMS[self.stem](self.widths[0], builder, name="stem")(image)
+        x = layers.STEMS[self.stem](self.widths[0], builder.part("stem"), name="stem")(image)
         if self.stem == "cifar" and not self.preactivation:
-            x = builder.norm(name="stem_norm")(x, relu=True)
+            x = builder.part("stem_norm").norm(name="stem_norm")(x, relu=True)
         features = {"stem": x}
         survivals = iter(layers.survival_probabilities(self.survival, sum(self.blocks)))
         for stage, (depth, width) in enumerate(zip(self.blocks, self.widths, strict=True), 1):
@@ -180,24 +183,26 @@ class ResNet(nn.Module):
                 convolutions = _convolutions(self.block, width, stride, self.stride_on)
                 changes = index == 1 and (stride > 1 or convolutions[-1][0] != x.shape[-1])
                 alone = changes or not self.preactivation
+                name = f"stage{stage}_block{index}"
                 block = Block(
                     convolutions,
                     next(survivals),
                     self.preactivation,
                     shortcut if alone else None,
                     self.zero_init,
-                    builder,
-                    name=f"stage{stage}_block{index}",
+                    builder.part(name),
+                    name=name,
                 )
                 if alone:
                     x = block(x)
                 else:
                     joined.append(block)
             if joined:
-                x = Stage(self.connect, builder, name=f"stage{stage}")(x, joined)
+                name = f"stage{stage}"
+                x = Stage(self.connect, builder.part(name), name=name)(x, joined)
             features[f"stage{stage}"] = x
         if self.preactivation:
-            x = builder.norm(name="norm")(x, relu=True)
+            x = builder.part("norm").norm(name="norm")(x, relu=True)
         features["final"] = x
         logits, features["pooled"] = layers.Head(self.num_classes, name="head")(x)
         return logits, features

@@ -89,6 +89,8 @@ class VoVNet(nn.Module):
       batch_norm_epsilon: added to the variance.
       dtype: precision of the computation.
       batch_norm_axis: mapped axis that BatchNorm's batch statistics are averaged over.
+      frozen: parts that run as in evaluation while the others train, such as "stem"; "batch_norm":
+        every BatchNorm.
     """
 
     num_classes: int
@@ -103,6 +105,7 @@ class VoVNet(nn.Module):
     batch_norm_epsilon: float = 1e-5
     dtype: Any = jnp.float32
     batch_norm_axis: str | None = None
+    frozen: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raises UserError for fields that describe no network."""
@@ -141,7 +144,8 @@ class VoVNet(nn.Module):
         x = image
         for index, (width, stride) in enumerate(zip(self.stem_widths, (2, 1, 2), strict=True), 1):
             separable = self.separable and index > 1
-            x = ConvNorm(width, 3, builder, stride, separable, name=f"stem{index}")(x)
+            name = f"stem{index}"
+            x = ConvNorm(width, 3, builder.part(name), stride, separable, name=name)(x)
         features = {"stem": x}
         stages = zip(self.modules, self.widths, self.output_widths, strict=True)
         for stage, (number, width, output_width) in enumerate(stages, 1):
@@ -149,8 +153,9 @@ class VoVNet(nn.Module):
             for index in range(1, number + 1):
                 fields = (self.module_depth, width, output_width, self.identity and index > 1)
                 squeeze_excite = self.squeeze_excite and index == number
-                fields += (builder, self.separable, squeeze_excite)
-                x = OneShotAggregation(*fields, name=f"stage{stage}_module{index}")(x)
+                name = f"stage{stage}_module{index}"
+                fields += (builder.part(name), self.separable, squeeze_excite)
+                x = OneShotAggregation(*fields, name=name)(x)
             features[f"stage{stage}"] = x
         features["final"] = x
         logits, features["pooled"] = layers.Head(self.num_classes, name="head")(x)

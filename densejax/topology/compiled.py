@@ -166,6 +166,8 @@ def report(config: ConfigDict, topology: str, largest: bool = False) -> dict[str
     target, devices, shape = targets.topology(topology)
     if largest and not target:
         raise UserError("--largest_batch: no memory is known of a cpu; name another topology")
+    config = config.copy_and_resolve_references()
+    config.train.class_weights = "none"  # they are of labels
     built = experiment.build(config, devices)
     row, state = analyse(built, True, target, shape), built.abstract_state
     result = {

@@ -21,10 +21,10 @@ from densejax.data.official import SetInfo
 from densejax.data.stream import BatchTimeout
 from densejax.runs import hosts
 from densejax.runs.checkpoint import Checkpoints
-from densejax.training import losses, metrics, optimizer, parallel
+from densejax.training import finetuning, losses, metrics, optimizer, parallel
 from densejax.training.averaging import Average
 from densejax.training.step import Task, TrainState, eval_step, init_state
-from densejax.weights import store
+from densejax.weights import conversion, store
 
 
 @dataclasses.dataclass
@@ -115,11 +115,17 @@ class Experiment:
     @functools.cached_property
     def weights(self) -> dict[str, Any]:
         """What `train.weights` holds, {} where it is ""; UserError where it does not fit."""
-        if not (directory := self.config.train.weights):
+        if not (source := self.config.train.weights):
             return {}
         state = self.abstract_state
         expected = {"params": state.params, "batch_stats": state.batch_stats}
-        return store.load_for(directory, self.config.model, expected)
+        return store.load_for(
+            source,
+            self.config.model,
+            expected,
+            self.config.train.new_classifier,
+            self.config.data.normalization == "weights",
+        )
 
     def start(self) -> TrainState:
         """The state before the first step, with `weights` in the place of what was drawn."""
@@ -127,13 +133,11 @@ class Experiment:
         if not self.weights:
             return state
 
-        def put(new, old):
-            return jax.device_put(new.astype(old.dtype), old.sharding)
-
-        taken = {
-            name: jax.tree.map(put, weights, getattr(state, name))
-            for name, weights in self.weights.items()
-        }
+        taken = conversion.flatten({"params": state.params, "batch_stats": state.batch_stats})
+        for path, new in conversion.flatten(self.weights).items():
+            old = taken[path]
+            taken[path] = jax.device_put(new.astype(old.dtype), old.sharding)
+        taken = conversion.unflatten(taken)
         average = jax.tree.map(jnp.copy, taken) if state.average else {}
         return state.replace(**taken, average=state.average | average)
 
@@ -195,13 +199,16 @@ def build(
     if steps >= 2**31:
         raise UserError(f"train.epochs = {config.train.epochs}: {steps} steps; at most 2**31 - 1")
     rate = optimizer.schedule(config.optimizer, steps, steps_per_epoch, config.train.batch_size)
+    loss = losses.create(config.train.loss, config.train.label_smoothing)
+    if config.train.class_weights == "balanced":
+        loss = losses.balanced(loss, lambda: built.data.train.labels)
     task = Task(
         model=model,
         optimizer=optimizer.create(config.optimizer, rate),
         learning_rate=rate,
         preparation=data.preparation(config, info),
         image_shape=info.image_shape,
-        loss=losses.create(config.train.loss, config.train.label_smoothing),
+        loss=loss,
         evaluation_loss=losses.create(config.train.loss),
         log_every=config.log.every_steps,
         axis=(parallel.GROUP, parallel.MEMBER) if kind == "groups" else parallel.AXIS,
@@ -209,7 +216,9 @@ def build(
         accumulate_steps=config.train.accumulate_steps,
         average=Average(config.train.average_decay),
     )
-    return Experiment(config, info, task, steps, devices)
+    task = finetuning.restrict(task, config, config.train.head_epochs * steps_per_epoch)
+    built = Experiment(config, info, task, steps, devices)
+    return built
 
 
 def matmul_precision(config: ConfigDict) -> str:

@@ -13,7 +13,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from absl import logging
@@ -27,7 +27,7 @@ from densejax.data.builders import DataError
 from densejax.runs import checkpoint, files, goodput, hosts, lock, metric_log, workdir
 from densejax.training import metrics, result
 from densejax.training.experiment import Experiment, build, open_checkpoints, select
-from densejax.training.step import TrainState, train_step
+from densejax.training.step import TrainState, head_step, train_step
 
 Callback = Callable[[int, dict[str, float]], None]  # called with (step, what was logged by name)
 
@@ -138,6 +138,11 @@ def train(
         loop = Loop(experiment, state, log, checkpoints, stop, clock, callbacks)
         loop.run(path / "profile")
         log.clear()
+        if loop.patience.is_over:
+            result.say(
+                f"step {int(loop.state.step)}: the error on held-out images was not lower for "
+                f"train.patience = {config.train.patience} evaluations; training ends"
+            )
         with clock.measure("save"):
             checkpoints.wait()
         if not stop.signal:
@@ -202,6 +207,8 @@ class Loop:
         self.callbacks = callbacks if jax.process_index() == 0 else ()
         self.evaluated: dict[str, dict[str, float]] = {}
         self.seconds_to_first_step: float | None = None
+        stored = checkpoints.metrics(int(state.step))
+        self.patience = Patience(experiment.config.train.patience, stored)
         self._under_way = None  # (step, its metrics), not looked at yet
 
     def run(self, traces: epath.Path) -> None:
@@ -213,9 +220,11 @@ class Loop:
             if self.stop.signal:
                 return
             split = self.experiment.config.evaluate.split
-            self.checkpoints.set_metrics(start, {f"{split}_error": error})
+            named = {f"{split}_error": error} | self.patience.metrics
+            self.checkpoints.set_metrics(start, named)
         try:
-            self._take_steps(start, traces)
+            if not self.patience.is_over:
+                self._take_steps(start, traces)
         except DataError as error:
             self._save_after_failed_input(error)
         self.clock.switch_to("step")
@@ -228,7 +237,10 @@ class Loop:
         best_is_kept = config.checkpoint.select == "best"
         # Steps before a resume were traced then.
         first_traced, last_traced = config.profile.steps or (0, 0)
-        take_step = self.experiment.map(train_step, donate=True)
+        head_steps = config.train.head_epochs * data.steps_per_epoch
+        take_head_step, take_step = (
+            self.experiment.map(step, donate=True) for step in (head_step, train_step)
+        )
         with contextlib.ExitStack() as profile:
             for step in range(start + 1, last + 1):
                 if step == max(first_traced, start + 1) <= last_traced and not jax.process_index():
@@ -236,7 +248,8 @@ class Loop:
                 with clock.measure("input_wait"):
                     batch = data.batch(step - 1)
                 clock.switch_to("step" if self.seconds_to_first_step else "compile")
-                self.state, sums = take_step(self.state, batch)
+                take = take_head_step if step <= head_steps else take_step
+                self.state, sums = take(self.state, batch)
                 if self.seconds_to_first_step is None:
                     jax.block_until_ready(sums)
                     self.seconds_to_first_step = time.monotonic() - densejax.STARTED
@@ -255,7 +268,7 @@ class Loop:
                     self._look_at_step_under_way()
                     with self.log.pause():
                         error = self._evaluate(step) if evaluates else math.nan
-                        stops = stops or self.stop.signal is not None
+                        stops = stops or self.stop.signal is not None or self.patience.is_over
                         if saves or stops:
                             self._save(step, error)
                 clock.write(now=saves)
@@ -293,12 +306,13 @@ class Loop:
         if values is None:
             return math.nan
         self.evaluated = {split: values}
+        self.patience.see(1 - values["accuracy"])
         self.log.evaluation(step, split, values)
         self._call_back(step, {f"{split}_{name}": value for name, value in values.items()})
         return 1 - values["accuracy"]
 
     def _save(self, step: int, error: float) -> None:
-        named = {f"{self.experiment.config.evaluate.split}_error": error}
+        named = {f"{self.experiment.config.evaluate.split}_error": error} | self.patience.metrics
         with self.clock.measure("save"):
             self.checkpoints.save(step, self.state, named, self.log.problem, self.log.digest)
         self.clock.checkpoint_saved(step, self.checkpoints.steps())
@@ -318,6 +332,28 @@ class Loop:
     def _call_back(self, step: int, values: dict[str, float]) -> None:
         for callback in self.callbacks:
             callback(step, values)
+
+
+class Patience:
+    """Says when training ends early; what it knows, `metrics`, is saved with each checkpoint."""
+
+    def __init__(self, limit: int, metrics: Mapping[str, float]):
+        """Goes on from the metrics of a checkpoint; `limit` is `train.patience`."""
+        self._limit = limit
+        self.metrics = {"lowest_error": math.inf, "evaluations_since": 0} if limit else {}
+        self.metrics |= {name: metrics[name] for name in self.metrics if name in metrics}
+
+    def see(self, error: float) -> None:
+        """Takes note of an evaluation."""
+        if self._limit and error < self.metrics["lowest_error"]:
+            self.metrics = {"lowest_error": error, "evaluations_since": 0}
+        elif self._limit:
+            self.metrics["evaluations_since"] += 1
+
+    @property
+    def is_over(self) -> bool:
+        """Whether so many evaluations have passed without a lower error."""
+        return self._limit > 0 and self.metrics["evaluations_since"] >= self._limit
 
 
 def due(step: int, every: int, last: int) -> bool:

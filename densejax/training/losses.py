@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from densejax.config import UserError
@@ -47,3 +49,24 @@ def create(name: str, smoothing: float = 0.0) -> Loss:
     if name not in LOSSES:
         raise UserError(f"train.loss = {name!r}: allowed are {', '.join(LOSSES)}")
     return functools.partial(LOSSES[name], smoothing=smoothing)
+
+
+def balanced(loss: Loss, labels: Callable[[], np.ndarray]) -> Loss:
+    """A loss where every class has the same weight, however many examples it has.
+
+    The loss of an example is multiplied by n / (classes x examples of its class), the mean of these
+    weights where it is partly of several classes. Their mean over the training examples is 1.
+
+    Args:
+      loss: of each example.
+      labels: gives those of all n training examples, when the loss is traced.
+    """
+
+    def weighted(logits, wanted):
+        counts = np.bincount(labels(), minlength=logits.shape[-1])
+        with np.errstate(divide="ignore"):  # a class that no example has
+            weights = np.where(counts, counts.sum() / (counts > 0).sum() / counts, 0)
+        weights = jnp.asarray(weights, logits.dtype)
+        return loss(logits, wanted) * (targets(logits, wanted) * weights).sum(-1)
+
+    return weighted

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from densejax.config import UserError
+from densejax.models.layers import belongs
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
@@ -103,11 +105,21 @@ def _adamw(config: ConfigDict, learning_rate: Schedule, decayed) -> optax.Gradie
 OPTIMIZERS = {"sgd": _sgd, "adamw": _adamw}
 
 
-def create(config: ConfigDict, learning_rate: Schedule) -> optax.GradientTransformation:
+def create(
+    config: ConfigDict,
+    learning_rate: Schedule,
+    groups: Any = None,
+    held: Sequence[str] = (),
+    head_steps: int = 0,
+) -> optax.GradientTransformation:
     """The optimizer that `config.optimizer` names, with its clipping and its rates of parts.
 
     With `decay_all` weight decay reaches every parameter, as DenseNet's authors have it; otherwise
     kernels alone.
+
+    `groups` is a tree as the parameters', of "frozen", "head" and "rest"; None: all learn alike.
+    Each has an optimizer of its own, which does nothing for those in `held`; "rest" is there for
+    `head_steps`.
 
     Raises:
       UserError: an unknown name; at `init`, a part in `config.rates` that the network has not.
@@ -118,7 +130,13 @@ def create(config: ConfigDict, learning_rate: Schedule) -> optax.GradientTransfo
     def decayed(params):
         return jax.tree.map(lambda leaf: config.decay_all or leaf.ndim > 1, params)
 
-    optimizer = OPTIMIZERS[config.name](config, learning_rate, decayed)
+    create_one = OPTIMIZERS[config.name]
+    optimizer = create_one(config, learning_rate, decayed)
+    if groups is not None:
+        later = create_one(config, lambda step: learning_rate(step + head_steps), decayed)
+        each = {"head": optimizer, "rest": later, "frozen": optax.identity()}
+        each = {name: _hold(one) if name in held else one for name, one in each.items()}
+        optimizer = optax.partition(each, groups)
     if config.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     if config.rates:
@@ -126,11 +144,21 @@ def create(config: ConfigDict, learning_rate: Schedule) -> optax.GradientTransfo
     return optimizer
 
 
+def _hold(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer that changes no parameter, nor its own state."""
+
+    def update(updates, state, params=None):
+        # p + -0.0 is p, bit for bit; -0.0 + 0.0 is 0.0.
+        return jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates), state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
 def _scale_parts(rates: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
     """Multiplies the updates of each named part; the first name that a path begins with counts."""
 
     def is_below(path, part):
-        return f"{jax.tree_util.keystr(path, simple=True, separator='/')}/".startswith(f"{part}/")
+        return belongs(jax.tree_util.keystr(path, simple=True, separator="/"), part)
 
     def init(params):
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]

@@ -19,6 +19,7 @@ from densejax.runs import files, formats, workdir
 from densejax.training.experiment import Experiment, matmul_precision
 from densejax.training.step import TrainState
 from densejax.weights import store
+from densejax.weights.files import HUB
 
 
 def say(text: str) -> None:
@@ -87,13 +88,14 @@ def versions(config: ConfigDict) -> dict[str, str]:
     """`workdir.versions`, and all else that a result depends on except the data.
 
     Raises:
-      UserError: `train.weights` is no directory of weights and no run's.
+      UserError: `train.weights` are no weights and no run's.
     """
     with jax.default_matmul_precision(matmul_precision(config)):
         current = workdir.versions()
     # A run that resumes does not need them any more; a run that starts will report them missing.
-    if config.train.weights and epath.Path(config.train.weights).exists():
-        current["weights"] = store.digest(config.train.weights)
+    source = config.train.weights
+    if source and (source.startswith(HUB) or epath.Path(source).exists()):
+        current["weights"] = store.digest(source)
     if config.parallel.batch_norm == "replica":  # statistics of each device's part of the batch
         current["devices"] = str(jax.device_count())
     return current

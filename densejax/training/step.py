@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -38,6 +39,9 @@ class Task:
       batch_norm_axis: the part of it that BatchNorm's statistics are averaged over.
       accumulate_steps: micro-batches, one after the other, that a step's gradient is the mean of.
       average: of the variables, which is evaluated in their place.
+      hold: stops the gradients of parameters that do not learn.
+      head: the same task where the classifier alone learns, for the first steps; None: there are
+        no such steps.
     """
 
     model: nn.Module
@@ -52,6 +56,8 @@ class Task:
     batch_norm_axis: Axis | None = AXIS
     accumulate_steps: int = 1
     average: Average = Average()
+    hold: Callable[[Any], Any] = lambda params: params
+    head: "Task | None" = None
 
 
 class TrainState(struct.PyTreeNode):
@@ -138,7 +144,7 @@ def train_step(
 
         def loss_of(params):
             (logits, _), updates = task.model.apply(
-                {"params": params, "batch_stats": batch_stats},
+                {"params": task.hold(params), "batch_stats": batch_stats},
                 images,
                 train=True,
                 keys=part["key"],
@@ -211,6 +217,13 @@ def train_step(
         skipped=jnp.where(good, state.skipped.at[1].set(0), state.skipped + 1),
     )
     return state, sums | {"learning_rate": rate, "skipped": state.skipped}
+
+
+def head_step(
+    task: Task, state: TrainState, batch: dict[str, jax.Array]
+) -> tuple[TrainState, metrics.Sums]:
+    """`train_step` where the classifier alone learns."""
+    return train_step(task.head, state, batch)
 
 
 def evaluated_logits(

@@ -211,8 +211,26 @@ def _adapt_channels(found: dict, expected: Mapping) -> None:
                 found[path] = found[path].repeat(wants, 2) / np.float32(wants)
 
 
+def fit(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Takes the classifier from both, where it differs, and fits the image channels of the first.
+
+    Args:
+      found: arrays by path.
+      expected: arrays or shapes by path.
+    """
+    if any(np.shape(found.get(path)) != np.shape(expected.get(path)) for path in CLASSIFIER):
+        for arrays in (found, expected):
+            for path in CLASSIFIER:
+                arrays.pop(path, None)
+    _adapt_channels(found, expected)
+
+
 def check_fit(
-    found: Weights, expected: Mapping[str, Any], what: str, names: Mapping[str, str] | None = None
+    found: Weights,
+    expected: Mapping[str, Any],
+    what: str,
+    names: Mapping[str, str] | None = None,
+    remedy: str = "`adapt`",
 ) -> None:
     """Raises UserError unless both have the same paths and shapes, and the numbers are finite.
 
@@ -221,6 +239,7 @@ def check_fit(
       expected: arrays or shapes by path.
       what: what the message calls `found`.
       names: what the message calls the paths.
+      remedy: what fits the classifier and the image channels.
     """
     both = sorted(found.keys() & expected.keys())
     shapes = {
@@ -245,7 +264,7 @@ def check_fit(
     if lists:
         wrong, hint = {path for paths in problems.values() for path in paths}, ""
         if wrong <= {*STEMS, *CLASSIFIER}:
-            hint = "; `adapt` fits the classifier and the image channels"
+            hint = f"; {remedy} fits the classifier and the image channels"
         raise UserError(f"{what} do not fit the network: {'; '.join(lists)}{hint}")
 
 

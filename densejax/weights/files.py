@@ -32,13 +32,21 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first number in files of torch.save
 MODULE = re.compile(r"_modules::(.+?)::|_(?:parameters|buffers)::")  # where a whole model is saved
 
 
-def read(source: str) -> tuple[dict[str, np.ndarray], str]:
+def is_file(source: str) -> bool:
+    """Whether a source is for `read`, and not a directory."""
+    return source.startswith(HUB) or (
+        source.endswith(tuple(READERS)) and not epath.Path(source).is_dir()
+    )
+
+
+def read(source: str, key: str = "--weights") -> tuple[dict[str, np.ndarray], str]:
     """The arrays of a weights file by name, and the SHA-256 of the file.
 
     Args:
       source: a .safetensors file; a file that torch.save wrote, where names begin with the part of
         the file that they are in, such as "state_dict::"; a .h5 or .keras file of Keras (needs
         h5py); or "hf-hub:owner/name" (needs huggingface_hub).
+      key: what names the source, for messages.
 
     Raises:
       UserError: it cannot be read.
@@ -47,7 +55,7 @@ def read(source: str) -> tuple[dict[str, np.ndarray], str]:
     name = "model.safetensors" if is_on_hub else source
     suffix = next((suffix for suffix in READERS if name.endswith(suffix)), None)
     if suffix is None:
-        raise UserError(f"--weights={source}: must end in one of {', '.join(READERS)}")
+        raise UserError(f"{key}={source}: must end in one of {', '.join(READERS)}")
     try:
         if is_on_hub:
             hub = _optional("huggingface_hub", "pip install 'densejax-lab[hub]'")
@@ -56,9 +64,7 @@ def read(source: str) -> tuple[dict[str, np.ndarray], str]:
             data = file.read()
         return READERS[suffix](data), hashlib.sha256(data).hexdigest()
     except Exception as error:  # the readers' and the hub's errors have no class in common
-        raise UserError(
-            f"--weights={source}: cannot be read ({files.first_line(error)})"
-        ) from error
+        raise UserError(f"{key}={source}: cannot be read ({files.first_line(error)})") from error
 
 
 def from_safetensors(data: bytes) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors.numpy
+from absl import logging
 from etils import epath
 
 from densejax import models
@@ -22,7 +23,7 @@ from densejax.data import facts
 from densejax.runs import files
 from densejax.runs.checkpoint import CheckpointError, Checkpoints
 from densejax.weights import conversion
-from densejax.weights.files import from_safetensors, read
+from densejax.weights.files import from_safetensors, is_file, read
 from densejax.weights.names import LAYOUTS
 
 COLLECTIONS = ("params", "batch_stats")  # the second is missing without BatchNorm
@@ -91,17 +92,20 @@ def load(directory: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return description, conversion.unflatten(flat)
 
 
-def digest(directory: str) -> str:
-    """The recorded SHA-256 of what `train.weights` names; no array is read.
+def digest(source: str) -> str:
+    """The SHA-256 of what `train.weights` names: of a file, or recorded in a directory.
 
     Args:
-      directory: one that `save` wrote, or that of a run: then the digest is of the checkpoint that
-        the run's result is measured on. Every process must call this function.
+      source: a file for `read`, a directory that `save` wrote, or that of a run: then the digest is
+        of the checkpoint that the run's result is measured on. Every process must call this
+        function.
 
     Raises:
-      UserError: the directory is neither, or records no digest.
+      UserError: it is none of these, or records no digest.
     """
-    path = epath.Path(directory)
+    if is_file(source):
+        return read(source, "train.weights")[1]
+    path = epath.Path(source)
     with _damage_is_a_user_error(path):
         if not _is_run(path):
             return str(_read_json(path / "model.json")["weights_sha256"])
@@ -110,24 +114,56 @@ def digest(directory: str) -> str:
 
 
 def load_for(
-    directory: str, model: Mapping[str, Any], expected: Mapping[str, Any]
+    source: str,
+    model: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    new_classifier: bool = False,
+    of_imagenet: bool = False,
 ) -> dict[str, Any]:
-    """Loads the variables of a directory for a run's network, and checks that they fit it.
+    """Loads the variables of a directory or a file for a run's network, and checks that they fit.
 
     Args:
-      directory: written by `save`, or a run's.
+      source: written by `save`, a run's, or a file for `read`.
       model: the section `config.model` of the run.
       expected: the network's params and batch_stats, arrays or shapes.
+      new_classifier: leave out a classifier of another length, and fit the image channels.
+      of_imagenet: whether a file has to be for images that are normalised as ImageNet's.
     """
-    description, variables = load(directory)
-    what = f"train.weights = {directory!r}:"
-    conversion.check_fit(conversion.flatten(variables), conversion.flatten(expected), what)
+    what = f"train.weights = {source!r}:"
+    if is_file(source):
+        description, variables = {"model": model}, _load_file(source, model, of_imagenet)
+    else:
+        description, variables = load(source)
+    found, wanted = conversion.flatten(variables), conversion.flatten(expected)
+    if new_classifier:
+        conversion.fit(found, wanted)
+    conversion.check_fit(found, wanted, what, remedy="train.new_classifier = True")
     for field in HIDDEN_FIELDS:
         mine, theirs = model.get(field), description["model"].get(field)
         if mine != theirs:
             raise UserError(
                 f"{what} are of a network with model.{field} = {theirs!r}, not {mine!r}"
             )
+    return conversion.unflatten(found)
+
+
+def _load_file(source: str, model: Mapping[str, Any], of_imagenet: bool) -> dict[str, Any]:
+    """The variables of a file, for a network of these fields with the file's own classifier."""
+    arrays, _ = read(source, "train.weights")
+    layout, found, assumed = conversion.recognise(LAYOUTS.get(model["family"], ()), arrays)
+    for line in assumed:
+        logging.warning("train.weights = %r: %s.", source, line)
+    bias = found.get(layout.name(conversion.CLASSIFIER[1]))
+    classes = 0 if bias is None else bias.size
+    variables = conversion.convert(models.create(model, classes), found, layout)
+    channels = conversion.first_kernel(conversion.flatten(variables)).shape[2]
+    is_bgr = (layout.project, model["family"]) == ("keras", "resnet")
+    if of_imagenet and ((classes, channels) != (1000, 3) or is_bgr):
+        of = "the order blue, green, red" if is_bgr else f"{classes} classes, {channels} channels"
+        raise UserError(
+            f"data.normalization = 'weights': nothing says how images are normalised for {source} "
+            f"({of}); set 'statistics' or 'scale'"
+        )
     return variables
 
 

@@ -147,6 +147,7 @@ def test_reduction_does_not_depend_on_odd_sizes(height):
 
 # The others are trained by the golden runs, or differ by a stride.
 FAST = ("one_shot", "bottleneck", "preactivation", "vovnet")
+FROZEN = ("densenet", "bottleneck", "rdnet", "hardnet")  # each of another kind
 
 
 @pytest.mark.parametrize(
@@ -172,6 +173,34 @@ def test_gradient_reaches_every_parameter(twin):
         name = jax.tree_util.keystr(path)
         assert np.isfinite(leaf).all(), name
         assert np.abs(leaf).max() > 0, name
+
+
+@pytest.mark.parametrize(
+    "twin", [pytest.param(t, marks=() if t in FROZEN else pytest.mark.slow) for t in TWINS]
+)
+def test_frozen_parts_run_as_in_evaluation(twin):
+    model = build(TWINS[twin])
+    generator = np.random.default_rng(0)
+    image = generator.normal(size=(2, 16, 16, 3)).astype(np.float32)
+    keys = generator.integers(2**32, size=(2, 2), dtype=np.uint32)
+    variables = oracle.random_variables(model, image)
+
+    def run(model, train):
+        def forward(variables):
+            return model.apply(variables, image, train, keys, mutable=["batch_stats"])
+
+        options = {"xla_backend_optimization_level": 0}
+        return jax.jit(forward, compiler_options=options)(variables)
+
+    (logits, _), _ = run(model, False)
+    (found, _), updates = run(model.clone(frozen=tuple(variables["params"])), True)
+    np.testing.assert_allclose(found, logits, rtol=1e-5, atol=1e-5)
+    statistics = variables.get("batch_stats", {})
+    jax.tree.map(np.testing.assert_array_equal, updates.get("batch_stats", {}), statistics)
+    if statistics and "dropout_rate" not in TWINS[twin] and "survival" not in TWINS[twin]:
+        (found, _), updates = run(model.clone(frozen=("batch_norm",)), True)
+        np.testing.assert_allclose(found, logits, rtol=1e-4, atol=1e-4)
+        jax.tree.map(np.testing.assert_array_equal, updates["batch_stats"], statistics)
 
 
 @pytest.mark.parametrize("batch", [0, 4])

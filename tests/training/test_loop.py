@@ -1,6 +1,7 @@
 """Whole runs: what they leave behind, how they stop and go on, and which model is measured."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -721,6 +722,57 @@ def test_a_result_says_that_the_best_is_damaged_and_what_was_measured_instead(
     assert run(tmp_path, best()) == 0  # the result again
     assert told in capsys.readouterr().out
     assert evaluate(tmp_path, capsys, best())["damaged_checkpoints"] == [10]
+
+
+@pytest.mark.parametrize("stop", [None, 12, 15])
+def test_patience_ends_a_run_at_the_same_step_however_it_was_interrupted(
+    tmp_path, script, monkeypatch, capsys, stop
+):
+    config = best(train__patience=1)  # the error of step 15 is not below that of step 10
+    if stop:
+        assert interrupted(monkeypatch, tmp_path, signal.SIGTERM, stop, config)[0] == 0
+    assert run(tmp_path, config) == 0
+    assert script == [*(("validation", step) for step in (5, 10, 15)), ("test", 10)]
+    assert "step 15: the error on held-out images was not lower" in capsys.readouterr().out
+    assert summary(tmp_path)["steps"] == 10
+    assert [line["step"] for line in records(tmp_path) if "validation_loss" in line] == [5, 10, 15]
+    assert run(tmp_path, config) == 0 and len(script) == 4  # the result again
+    (tmp_path / "summary.json").unlink()
+    taken = spy_on_steps(monkeypatch)
+    assert run(tmp_path, config) == 0 and taken == []
+    assert script[4:] == [("test", 10)]
+
+
+def test_patience_counts_from_the_lowest_error():
+    for errors, limit, ends in (
+        ([0.5, 0.4, 0.4, 0.3, 0.35, 0.3], 2, [False] * 5 + [True]),
+        ([0.5, 0.6], 1, [False, True]),
+        ([0.5, 0.6, 0.7], 0, [False] * 3),
+    ):
+        found, stored = [], {}
+        for error in errors:  # each time as if a checkpoint had just been opened
+            patience = loop.Patience(limit, stored)
+            patience.see(error)
+            found, stored = [*found, patience.is_over], patience.metrics
+        assert found == ends
+
+
+def test_a_run_whose_classifier_learns_first_resumes_bit_for_bit(tmp_path, monkeypatch):
+    config, whole, parts = small.tiny(train__head_epochs=1), tmp_path / "whole", tmp_path / "parts"
+    assert run(whole, config) == 0
+    assert interrupted(monkeypatch, parts, signal.SIGTERM, 3, config)[0] == 0
+    assert run(parts, config) == 0
+    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
+    digests = [pretrained.digest(str(path)) for path in (whole, parts)]
+    assert digests[0] == digests[1]
+    with contextlib.closing(checkpoint.Checkpoints(whole / "checkpoints")) as checkpoints:
+        states = [checkpoints.restore_step(step)["params"] for step in (5, 10)]
+    drawn = small.named(build(config).init().params)
+    for state, moved in zip(states, ({"head"}, {"block1", "block2", "stem", "head"}), strict=True):
+        found = small.named(state)
+        changed = {name for name in drawn if drawn[name].tobytes() != found[name].tobytes()}
+        assert moved <= {name.split("'")[1] for name in changed}
+        assert moved > {"head"} or all("head" in name for name in changed)
 
 
 def test_the_last_model_is_measured_where_that_is_asked_for(tmp_path, script):

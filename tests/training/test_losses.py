@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.utils.class_weight import compute_class_weight
 
 from densejax.config import UserError
 from densejax.data.augment import Preparation
@@ -64,6 +65,26 @@ def test_binary_cross_entropy_sums_over_the_classes():
     expected = -(target * np.log(right) + (1 - target) * np.log(1 - right)).sum(1)
     found = losses.binary_cross_entropy(jnp.asarray(logits, jnp.float32), labels, 0.1)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_balanced_losses_weigh_every_class_the_same(name):
+    everyone = np.asarray([0, 0, 0, 0, 0, 0, 2, 2, 3], np.int32)  # class 1 has no example
+    plain = losses.create(name, 0.1)
+    balanced = losses.balanced(plain, lambda: everyone)
+    logits = jnp.asarray(generator().normal(size=(9, 4)), jnp.float32)
+    of_class = compute_class_weight("balanced", classes=np.asarray([0, 2, 3]), y=everyone)
+    weights = np.asarray([of_class[0], 0.0, *of_class[1:]], np.float32)
+    assert weights[everyone].mean() == pytest.approx(1)
+    expected = weights[everyone] * plain(logits, everyone)
+    np.testing.assert_allclose(balanced(logits, everyone), expected, rtol=1e-6)
+    sums = [expected[everyone == label].sum() / plain(logits, everyone)[everyone == label].mean()
+            for label in (0, 2, 3)]  # fmt: skip
+    np.testing.assert_allclose(sums, 3, rtol=1e-5)
+    mixed = (0.25 * np.eye(4)[everyone] + 0.75 * np.eye(4)[everyone[::-1]]).astype(np.float32)
+    shares = 0.25 * weights[everyone] + 0.75 * weights[everyone[::-1]]
+    found = balanced(logits, jnp.asarray(mixed))
+    np.testing.assert_allclose(found, shares * plain(logits, mixed), rtol=1e-5)
 
 
 def test_an_unknown_loss_is_refused_by_name():

@@ -84,6 +84,40 @@ def test_parts_have_their_own_rates():
     config.rates = (("stage9", 0.1),)
     with pytest.raises(UserError, match="no part 'stage9'; it has stem, stem2, block1"):
         optimizer.create(config, lambda step: 0.1).init(params)
+    blocks = {f"{part}_block1": {"kernel": jnp.ones(2)} for part in ("stage1", "stage10")}
+    config.rates = (("stage1", 0.0),)
+    transformation = optimizer.create(config, lambda step: 0.1)
+    updates, _ = transformation.update(blocks, transformation.init(blocks), blocks)
+    assert [float(updates[name]["kernel"][0]) for name in blocks] == pytest.approx([0, -0.1])
+
+
+@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+def test_groups_start_one_after_the_other_with_an_optimizer_of_their_own(name):
+    config = section(name=name, momentum=0.9, nesterov=False, weight_decay=0.01, epsilon=1e-8)
+    groups = {"head": "head", "body": "rest", "stem": "frozen"}
+    values = jnp.asarray([1.5, -0.0])
+    params = {part: values for part in groups}
+    gradients = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
+    rates = {"head": lambda step: 0.1 / (1 + step), "body": lambda step: 0.1 / (4 + step)}
+    each = {part: optimizer.OPTIMIZERS[name](config, rates[part], None) for part in rates}
+    alone, expected = {part: one.init(values) for part, one in each.items()}, dict(params)
+    phases = [
+        optimizer.create(config, rates["head"], groups, held, 3)
+        for held in (("frozen", "rest"), ("frozen",))
+    ]
+    with jax.numpy_dtype_promotion("standard"):  # optax's AdamW itself promotes
+        state = phases[0].init(params)
+        assert jax.tree.structure(state) == jax.tree.structure(phases[1].init(params))
+        for step, gradient in enumerate(jnp.asarray(gradients)):
+            same = dict.fromkeys(groups, gradient)
+            updates, state = phases[step >= 3].update(same, state, params)
+            params = optax.apply_updates(params, updates)
+            for part in rates if step >= 3 else ("head",):
+                update, alone[part] = each[part].update(gradient, alone[part], expected[part])
+                expected[part] = expected[part] + update
+        for part in groups:
+            np.testing.assert_array_equal(params[part], expected[part])
+    assert np.asarray(params["stem"]).tobytes() == np.asarray(values).tobytes()
 
 
 def test_nesterov_of_two_steps_by_hand():

@@ -1,6 +1,7 @@
 """Directories of weights: complete or refused, and what runs make of them."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -17,12 +18,14 @@ import safetensors.numpy
 from densejax import models, pretrained
 from densejax.analysis import gradients, reuse
 from densejax.config import UserError
+from densejax.data import facts
 from densejax.inference import classifier, export
 from densejax.models import counts
 from densejax.runs import files
 from densejax.topology import compiled
-from densejax.training import loop
-from densejax.weights import store
+from densejax.training import loop, result
+from densejax.weights import conversion, store
+from densejax.weights.names import LAYOUTS
 from tests import small
 from tests.models import oracle
 
@@ -277,6 +280,101 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
     if changes is not None:
         assert str(caught.value).startswith(f"train.weights = '{tmp_path / 'weights'}': ")
     assert not (tmp_path / "run").exists()
+
+
+# Runs that start from another project's file.
+
+
+def from_file(path, **changes):
+    """A configuration of the network "small" for ten classes of grey images."""
+    changes = {"train__weights": str(path), "train__new_classifier": True} | changes
+    config = small.tiny(**changes)
+    config.model = models.fields("small")
+    return config
+
+
+def test_a_run_starts_from_a_file_with_another_classifier(file, state_dict, tmp_path):
+    config = from_file(file)
+    built = small.build(config)
+    state, drawn = jax.device_get((built.start(), built.init()))
+    assert drawn.params["head"]["classifier"]["kernel"].shape[-1] == 10
+    small.assert_same_bits(state.params["head"], drawn.params["head"])
+    found = pretrained.to_torch(built.task.model, {
+        "params": state.params, "batch_stats": state.batch_stats})  # fmt: skip
+    assert found.keys() == state_dict.keys()
+    for name, array in state_dict.items():
+        if name == "features.conv0.weight":  # grey images are the same in all three channels
+            array = array.sum(1, keepdims=True)
+        if not name.startswith("classifier"):
+            np.testing.assert_array_equal(found[name], array, err_msg=name)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert result.versions(config)["weights"] == store.digest(str(file)) == digest
+    store.convert_file("small", str(file), str(tmp_path / "folder"))  # the same from a directory
+    other = small.build(from_file(tmp_path / "folder")).start()
+    small.assert_same_bits(jax.device_get(other), state)
+
+
+def test_a_file_that_does_not_fit_is_refused_in_one_line(file, tmp_path, monkeypatch):
+    def refused(said, path=file, fields=(), **changes):
+        config = from_file(path, **changes)
+        config.model = models.fields("small", **dict(fields))
+        with pytest.raises(UserError, match=said) as caught:
+            loop.run(config, str(tmp_path / "run"), "train")
+        assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+    hint = "; train.new_classifier = True fits the classifier and the image channels$"
+    refused(f"^train.weights = '{file}': do not fit .*{hint}", train__new_classifier=False)
+    refused("the weights, by torchvision names, do not fit", fields={"blocks": (1, 2)})
+    refused(
+        "^train.weights=.*nowhere.safetensors: cannot be read", tmp_path / "nowhere.safetensors"
+    )
+    refused("for images of 3 channels, and these have 1", data__normalization="weights")
+    refused("train.new_classifier = True: only a run with train.weights reads it", "")
+    names = names_of_keras()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "read", lambda *_: (names, ""))
+        refused("batch_norm_epsilon = 1e-05: a network of keras has 1.001e-05; set it")
+
+
+def names_of_keras():
+    """The weights of the network "small" by the names of Keras Applications."""
+    keras = next(layout for layout in LAYOUTS["densenet"] if not layout.is_torch)
+    model = models.create(models.fields("small", batch_norm_epsilon=1.001e-5), 7)
+    flat = conversion.flatten(variables_of(model))
+    return {keras.name(path): array for path, array in flat.items()}
+
+
+@pytest.mark.parametrize("classes, fits", [(1000, True), (7, False)])
+def test_a_file_of_a_thousand_classes_is_of_imagenet(tmp_path, monkeypatch, classes, fits):
+    monkeypatch.setitem(models.MODELS, "small", SMALL)
+    model = models.create(models.fields("small"), classes)
+    path, variables = tmp_path / "weights.safetensors", variables_of(model)
+    path.write_bytes(safetensors.numpy.save(pretrained.to_torch(model, variables)))
+    assert facts.of_weights(path)["mean"] == (123.675, 116.28, 103.53)
+    load = functools.partial(store.load_for, str(path), models.fields("small"), variables)
+    assert load()["params"].keys() == variables["params"].keys()
+    if fits:
+        assert load(of_imagenet=True)
+    else:
+        with pytest.raises(UserError, match="data.normalization = 'weights': nothing says how"):
+            load(of_imagenet=True)
+
+
+def test_a_run_s_classifier_is_left_out_where_the_classes_differ():
+    expected = small.build(small.tiny()).abstract_state
+    expected = {"params": expected.params, "batch_stats": expected.batch_stats}
+    shapes = conversion.flatten(expected)
+    kernel = conversion.CLASSIFIER[0]
+    other = shapes | {kernel: jax.ShapeDtypeStruct((shapes[kernel].shape[0], 3), np.float32)}
+    other[conversion.CLASSIFIER[1]] = jax.ShapeDtypeStruct((3,), np.float32)
+    load = functools.partial(store.load_for, str(small.trained()), small.tiny().model)
+    found = load(conversion.unflatten(other), new_classifier=True)
+    assert "head" not in found["params"] and found["batch_stats"].keys() == {
+        *("block1", "block2", "norm", "transition1")
+    }
+    assert "head" in load(expected, new_classifier=True)["params"]
+    with pytest.raises(UserError, match="train.new_classifier = True fits the classifier"):
+        load(conversion.unflatten(other))
 
 
 # A network without BatchNorm, whose layers have names of their own.
