@@ -1,6 +1,7 @@
 """README.md and docs/: links lead somewhere, commands are accepted, Python runs, tables hold."""
 
 import importlib.util
+import json
 import pathlib
 import re
 import runpy
@@ -182,6 +183,11 @@ def with_python():
             slow = page.name not in ("README.md", "extending.md")
             marks = [pytest.mark.slow] if slow else []
             yield pytest.param(found, id=name(page), marks=marks)
+    for notebook in sorted(ROOT.glob("docs/notebooks/*.ipynb")):
+        cells = json.loads(notebook.read_text())["cells"]
+        found = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        found = [code.removeprefix("%matplotlib inline") for code in found]
+        yield pytest.param(found, id=name(notebook), marks=[pytest.mark.slow])
 
 
 @pytest.mark.usefixtures("tables")
@@ -208,6 +214,13 @@ def test_a_table_is_up_to_date(part):
         assert generate.filled(text, {part: generate.PARTS[part]}) == text, "make docs writes it"
 
 
+def test_notebooks_have_their_outputs():
+    for notebook in ROOT.glob("docs/notebooks/*.ipynb"):
+        cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+        assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+        assert any(cell["outputs"] for cell in cells)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", generate.SLOW)
 def test_a_long_table_is_up_to_date(part):
@@ -218,7 +231,10 @@ def test_the_long_tables_name_all_that_there_is():
     networks = (ROOT / "docs/guide/networks.md").read_text()
     assert re.findall(r"^\| `(\w+)` \| \d+x", networks, re.MULTILINE) == list(models.MODELS)
     page = (ROOT / "docs/guide/command_line.md").read_text()
-    for title, text in re.findall(r"^### `(.*?)`\n\n```text\n(.*?)^```", page, re.S | re.M):
-        file = ROOT / f"{title.removeprefix('python -m ').replace('.', '/')}.py"
-        if title.startswith("python -m "):
-            assert defined(file) <= set(re.findall(r"^ *--(?:\[no\])?(\w+)", text, re.M)), title
+    found = re.findall(r"^### `python (?:-m )?(.*?)`\n\n```text\n(.*?)^```", page, re.S | re.M)
+    for title, text in found:
+        file = ROOT / f"{title.removesuffix('.py').replace('.', '/')}.py"
+        assert defined(file) <= set(re.findall(r"^ *--(?:\[no\])?(\w+)", text, re.M)), title
+    files = {file.stem for file in (ROOT / "densejax").glob("*.py")}
+    named = {title.removeprefix("densejax.") for title, _ in found}
+    assert {n for n in files if "run(main" in (ROOT / f"densejax/{n}.py").read_text()} <= named
