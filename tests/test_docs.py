@@ -237,4 +237,6 @@ def test_the_long_tables_name_all_that_there_is():
         assert defined(file) <= set(re.findall(r"^ *--(?:\[no\])?(\w+)", text, re.M)), title
     files = {file.stem for file in (ROOT / "densejax").glob("*.py")}
     named = {title.removeprefix("densejax.") for title, _ in found}
-    assert {n for n in files if "run(main" in (ROOT / f"densejax/{n}.py").read_text()} <= named
+    assert {
+        n for n in files if "command_line.run(" in (ROOT / f"densejax/{n}.py").read_text()
+    } <= named
