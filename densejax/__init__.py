@@ -97,10 +97,15 @@ def train(config, workdir: str = "", callbacks=(), force: bool = False):
     STARTED = time.monotonic()  # of this run: another one may have been before it
     config = copy.deepcopy(config)
     check(config)  # it fills in what a default depends on, which the directory's name is of
+    if config.evaluate.assess:
+        from densejax.analysis import assessment  # matplotlib may be missing
     parallel.start()
     directory = workdir or run_directory.default(config.name, config)
     loop.run(config, directory, force=force, callbacks=callbacks)
-    found = result.read(files.path_of("workdir", directory))
+    path = files.path_of("workdir", directory)
+    if config.evaluate.assess:
+        assessment.at_the_end(path, config)
+    found = result.read(path)
     # A run that was stopped may have the result of an earlier configuration or code.
     is_new = found and run_directory.same_run(found["config"], config)
     return found if is_new and found["versions"]["code"] == run_directory.code_digest() else None

@@ -376,6 +376,11 @@ KEYS = {
     "evaluate.batch_size": Key(
         512, "Images in a step over all devices; a multiple of their number.", _POSITIVE
     ),
+    "evaluate.assess": Key(
+        False,
+        "Write at the end, into the run's folder assessment, which classes are confused, the "
+        "calibration and the most confident mistakes; needs matplotlib.",
+    ),
     "checkpoint.every_epochs": Key(
         1, "Epochs between two checkpoints; the last step has one, too.", _POSITIVE
     ),

@@ -13,7 +13,7 @@ from densejax.analysis import cuts, reuse
 from densejax.config import UserError
 from densejax.data.memory import permutation
 from densejax.inference import classifier
-from densejax.runs import formats, workdir
+from densejax.runs import formats
 from densejax.training import parallel
 from densejax.training.experiment import Experiment
 
@@ -85,11 +85,7 @@ def held_out(
     set may be in the order of its classes.
     """
     split = "validation" if experiment.config.data.validation_size else "test"
-    with contextlib.closing(experiment.data) as data:
-        starts = workdir.history(path)
-        recorded = starts[-1]["versions"] if starts else {}
-        if changes := workdir.version_changes(recorded, {"data": data.version}):
-            raise UserError(f"--workdir={path}: the run is of other data ({'; '.join(changes)})")
+    with contextlib.closing(classifier.data_of(experiment, path)) as data:
         source, pairs = data.evaluation[split], []
         left = permutation(seed=0, epoch=0, size=source.size) < number
         for batch in map(jax.device_get, source.evaluation()):

@@ -3,7 +3,7 @@
 from absl import flags
 
 from densejax import command_line
-from densejax.runs import hosts, workdir
+from densejax.runs import files, hosts, workdir
 from densejax.training import experiment, loop, parallel
 
 WORKDIR = flags.DEFINE_string(
@@ -25,9 +25,14 @@ def main() -> int:
     config = command_line.CONFIG.value
     with hosts.joined(COORDINATOR.value, PROCESSES.value, PROCESS.value):
         experiment.build(config)  # bad input is said before anything is started or written
+        if assesses := config.evaluate.assess and MODE.value == "train":
+            from densejax.analysis import assessment  # matplotlib may be missing
         parallel.start()
         directory = command_line.run_directory(WORKDIR) or workdir.default(config.name, config)
-        return loop.run(config, directory, MODE.value, force=RESUME.value == "force")
+        code = loop.run(config, directory, MODE.value, force=RESUME.value == "force")
+        if assesses and not code:
+            assessment.at_the_end(files.path_of("--workdir", directory), config)
+        return code
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -21,7 +21,6 @@ from densejax.config import UserError
 from densejax.inference import classifier
 from densejax.runs import formats
 
-matplotlib.rcParams["text.parse_math"] = False  # a "$" in a name is no formula
 COUNTS = ("parameters", "multiply_adds")
 MOST = 9  # lines that a panel has room for; more go into a panel for each kind of network
 
@@ -197,3 +196,14 @@ def heat_maps(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:
                 continue
             caption = f"{group.label()}, seed {run.sweep['seed']}"
             yield f"reuse_{run.name}", caption, plots.heat_maps(maps)
+
+
+def of_assessment(run: Any) -> Iterator[tuple[str, str, Figure]]:
+    """As `of_sweep`: which classes a run's network confuses, and how well it is calibrated."""
+    found = run.assessment
+    counts, names = np.array(found["confusion"]), found["classes"]["name"]
+    text = f"Images of each class (rows) by the class predicted, {found['split']} images."
+    yield f"confusion_{run.name}", text, plots.confusion(counts, names)
+    text = "Accuracy against confidence, in bins of equal width."
+    error = found["calibration_error"]
+    yield f"reliability_{run.name}", text, plots.reliability(found["calibration"], error)

@@ -3,6 +3,7 @@
 Sweeps and runs are those of experiments/report.py.
 """
 
+import base64
 import html
 import json
 import math
@@ -75,11 +76,15 @@ def table(groups: Sequence[Any]) -> str:
     if any(group.values("latency_1") for group in groups):
         for images in (1, 64):
             columns[f"{images} (ms)"] = number(f"latency_{images}", milliseconds)
+    return sortable(columns, ([column(group) for column in columns.values()] for group in groups))
+
+
+def sortable(names: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table that a click on a column's head sorts, of rows of `cell`."""
+    rows = map("".join, rows)
     head = "".join(
-        f'<th scope="col"><button type="button">{html.escape(name)}</button></th>'
-        for name in columns
+        f'<th scope="col"><button type="button">{html.escape(name)}</button></th>' for name in names
     )
-    rows = ("".join(column(group) for column in columns.values()) for group in groups)
     return (
         '<div class="scrolls" tabindex="0" role="region" aria-label="results"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>"
@@ -97,6 +102,26 @@ def drawn(name: str, drawings: Iterable[tuple[str, str, Figure]], folder: epath.
         svg = plots.svg(drawing, caption)
         elements.append(f"<figure>{svg}<figcaption>{caption}</figcaption></figure>")
     return "".join(elements)
+
+
+def assessed(name: str, run: Any, folder: epath.Path) -> str:
+    """What `python -m densejax.assess` found of a run, folded; writes its figures."""
+    found, picture = run.assessment, run.path / "assessment" / "mistakes.png"
+    told = f"accuracy {formats.percent(found['accuracy'])}"
+    told += f", calibration error {formats.percent(found['calibration_error'])}"
+    pictures = drawn(name, figures.of_assessment(run), folder)
+    if picture.exists():
+        data = base64.b64encode(picture.read_bytes()).decode()
+        pictures += f'<figure><img src="data:image/png;base64,{data}" alt="mistakes"></figure>'
+    rows = (
+        [cell(one, one), *(cell(x, f"{100 * x:.2f}" if x else "") for x in scores)]
+        for one, *scores in zip(*found["classes"].values(), strict=True)
+    )
+    columns = ("class", "precision (%)", "recall (%)", "F1 (%)")
+    return (
+        f"<details><summary>{html.escape(f'{run.name}: {told}')}</summary>"
+        f'<div class="wide">{pictures}</div>{sortable(columns, rows)}</details>'
+    )
 
 
 def listed(values: dict[str, Any]) -> str:
@@ -160,6 +185,9 @@ def section(name: str, runs: Sequence[Any], groups: Sequence[Any], folder: epath
             "the first convolution that reads a source's feature maps, over its column's largest; "
             f'a box marks what stands behind the block.</p><div class="wide">{maps}</div></details>'
         )
+    if seen := [assessed(name, run, folder) for run in runs if run.assessment]:
+        summary = "<summary>Classes, calibration and mistakes of each run</summary>"
+        parts.append(f"<details>{summary}{''.join(seen)}</details>")
     if left:
         items = (f"<li>{html.escape(f'{run.name}: {run.state}')}</li>" for run in left)
         parts.append(f"<p>Not ended or damaged, in no mean:</p><ul>{''.join(items)}</ul>")

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from sweeps import differences, origin
 
 from densejax import models
+from densejax.analysis import assessment
 from densejax.config import UserError
 from densejax.runs import files, formats, workdir
 from densejax.training import parallel, result
@@ -45,7 +46,8 @@ KINDS = {
 class Run:
     """One run directory: its sweep.json, config.json, metrics.jsonl, last start and summary.json.
 
-    `result`, the summary, is {} where the run has not ended; `damage` says what cannot be read.
+    `result`, the summary, is {} where the run has not ended, and `assessment` where its result has
+    none; `damage` says what cannot be read.
     """
 
     path: epath.Path
@@ -54,6 +56,7 @@ class Run:
     records: list[dict[str, float]]
     start: dict[str, Any]
     result: dict[str, Any]
+    assessment: dict[str, Any] = dataclasses.field(default_factory=dict)
     damage: str = ""
 
     @property
@@ -162,7 +165,8 @@ def read(root: epath.Path) -> dict[str, list[Run]]:
         except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
             sweep = {"axes": {}, "seed": None, "command": ""}
             start = {"versions": {}, "devices": ""}
-            run = Run(file.parent, sweep, {}, [], start, {}, str(error) or repr(error))
+            damage = str(error) or repr(error)
+            run = Run(file.parent, sweep, {}, [], start, {}, damage=damage)
             said = UserError(f"{run.path} is left out: {run.state}")
             print(f"densejax: {said}", file=sys.stderr)
         found.setdefault(file.parent.parent.name, []).append(run)
@@ -185,7 +189,8 @@ def read_run(path: epath.Path) -> Run:
     config, summary = script.read_json(path / "config.json", {}), result.read(path) or {}
     if summary and not workdir.same_run(summary["config"], ConfigDict(config)):
         summary = {}  # it goes on to more epochs than its result is of
-    return Run(path, sweep, config, records, starts[-1], summary)
+    found = assessment.read(path) if summary else {}
+    return Run(path, sweep, config, records, starts[-1], summary, found)
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:

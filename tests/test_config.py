@@ -97,6 +97,7 @@ CHECKED_ELSEWHERE = {  # and why
     "data.train_split": "data.train_size knows the set's splits",
     "augmentation.flip": "a switch",
     "augmentation.alternate_flip": "a switch",
+    "evaluate.assess": "a switch",
     "evaluate.mirror": "a switch",
     "train.loss": "losses.create has the table of names",
     "optimizer.name": "optimizer.create has the table of names",

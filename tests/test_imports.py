@@ -12,8 +12,8 @@ ROOT = pathlib.Path(densejax.__file__).parent
 # Each room, or module at the top, imports only what stands before it.
 ORDER = ["config", "models", "runs", "data", "weights", "training", "inference", "analysis"]
 ORDER += ["topology", "command_line"]
-COMMANDS = ["__main__", "compile", "cut", "export", "main", "predict", "pretrained", "reuse"]
-COMMANDS += ["summary"]
+COMMANDS = ["__main__", "assess", "compile", "cut", "export", "main", "predict", "pretrained"]
+COMMANDS += ["reuse", "summary"]
 
 
 def modules():

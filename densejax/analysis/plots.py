@@ -5,6 +5,7 @@ colour-blind readers can tell them apart (after Okabe and Ito, 2008). Markers an
 """
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,12 +15,14 @@ from etils import epath
 
 from densejax.config import UserError
 from densejax.models.connections import Graph
+from densejax.runs import files, formats
 
 try:
     import matplotlib
 except ModuleNotFoundError as error:
     raise UserError("figures need matplotlib: pip install 'densejax-lab[plots]'") from error
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Arc, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -50,6 +53,7 @@ matplotlib.rcParams.update(
         "svg.fonttype": "none",
         "svg.hashsalt": "densejax",  # equal figures are equal files
         "text.color": INK,
+        "text.parse_math": False,  # a "$" in a name is no formula
         "xtick.color": INK,
         "ytick.color": INK,
     }
@@ -122,6 +126,95 @@ def heat_maps(maps: Sequence[Any], damages: Sequence[Any] = ()) -> Figure:
     return figure
 
 
+def short(name: str, length: int = 20) -> str:
+    """A name that a figure has room for."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def confusion(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Draws how many images of each class are taken for which, as shares of the class's images.
+
+    Colours grow with the 0.4th power of a share: a mistake in a hundred images can be seen.
+
+    Args:
+      counts: int [classes, classes], by the class and by the class predicted.
+      class_names: of which those are shown that there is room for.
+    """
+    number = len(class_names)
+    side = min(max(0.34 * number + 0.6, 2.0), 11.0)  # inches
+    figure = Figure(figsize=(side + 2.4, side + 1.2), layout="constrained")
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.4, 0, 1))
+    shown = range(0, number, math.ceil(number / (11 * side)))
+    names = [short(class_names[place]) for place in shown]
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(shown, names, fontsize=min(9, max(6, 50 * side / number)))
+    axes.tick_params("x", rotation=90)
+    axes.grid(False)
+    axes.set(xlabel="predicted class", ylabel="class")
+    for row, column in np.argwhere(counts) if number <= 20 else ():
+        color = "white" if shares[row, column] > 0.2 else "black"
+        text = axes.text(column, row, counts[row, column], color=color, fontsize=7)
+        text.set(ha="center", va="center")
+    bar = figure.colorbar(image, label="share of the class's images", shrink=0.8)
+    bar.set_ticks([0, 0.01, 0.05, 0.2, 0.5, 1], labels=["0", "1 %", "5 %", "20 %", "50 %", "100 %"])
+    return figure
+
+
+def reliability(bins: Mapping[str, Sequence], error: float) -> Figure:
+    """Draws accuracy against confidence, by bins as `assessment.calibration` returns them.
+
+    Vertical lines are the gaps whose mean over images is the expected calibration error.
+    """
+    figure = Figure(figsize=(4.8, 4.6), layout="constrained")
+    axes, below = figure.subplots(2, sharex=True, height_ratios=(4, 1))
+    images, *means = (np.array(bins[name], float) for name in ("images", "confidence", "accuracy"))
+    confidence, accuracy = means
+    label = "as often right as confident"
+    axes.plot((0, 1), (0, 1), color=INK, linestyle="--", linewidth=1, label=label)
+    axes.vlines(confidence, accuracy, confidence, color=COLORS[1], linewidth=3, label="gap")
+    for few, label in ((False, "a bin's mean"), (True, "of fewer than 20 images")):
+        inside = (images < 20) == few
+        points = axes.plot(confidence[inside], accuracy[inside], "o", label=label, clip_on=False)
+        points[0].set(color=COLORS[0], markerfacecolor="white" if few else COLORS[0], zorder=3)
+    axes.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    axes.set_title(f"expected calibration error {formats.percent(error)} ({len(images)} bins)")
+    axes.legend(loc="upper left")
+    edges = np.linspace(0, 1, len(images) + 1)
+    below.stairs(images / images.sum(), edges, fill=True, color=COLORS[0])
+    below.set(xlabel="confidence: the largest probability", ylabel="share of\nimages", ylim=(0, 1))
+    return figure
+
+
+def mistakes(
+    found: Sequence[Mapping[str, Any]], images: Sequence[np.ndarray], white_level: int = 255
+) -> Figure:
+    """Draws images [height, width, channels] that are taken for another class, side by side.
+
+    Args:
+      found: "class", "predicted", "probability" and "file" ("" for none) of each.
+      images: uint8; of other than three channels their mean is drawn.
+      white_level: the value of white.
+    """
+    columns = min(max(len(found), 3), 6)
+    rows = max(-(-len(found) // columns), 1)
+    figure = Figure(figsize=(1.6 * columns, 2.1 * rows), layout="constrained")
+    figure.suptitle("the most confident mistakes" if found else "no mistakes")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.axis("off")
+    for axes, one, image in zip(panels, found, images, strict=False):
+        image = image if image.shape[-1] == 3 else image.mean(-1)
+        axes.imshow(image, cmap="gray", vmin=0, vmax=white_level)
+        lines = [one["class"], f"taken for {one['predicted']}", formats.percent(one["probability"])]
+        axes.set_title("\n".join(short(line, 24) for line in lines), fontsize=8)
+        file = "/".join(one["file"].split("/")[-2:])
+        text = axes.text(0.5, -0.03, short(file, 30), fontsize=5, transform=axes.transAxes)
+        text.set(ha="center", va="top")
+    return figure
+
+
 def connections(graphs: Mapping[str, Graph]) -> Figure:
     """Draws what each layer reads, with a panel for each block: arcs, or a matrix of a deep block.
 
@@ -163,7 +256,7 @@ def save(figure: Figure, path: epath.PathLike) -> None:
     """Writes a figure as PNG."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150)
-    epath.Path(path).write_bytes(file.getvalue())
+    files.write(epath.Path(path), file.getvalue())
 
 
 def svg(figure: Figure, title: str) -> str:

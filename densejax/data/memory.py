@@ -104,3 +104,8 @@ class MemorySet:
         """Every example once, in order; the last batch is padded where `mask`, bool, is false."""
         for start in range(0, self.size, self.batch_size):
             yield self._take_padded(self._arrays, np.int32(start))
+
+    def examples(self, places: list[int]) -> list[tuple[np.ndarray, str]]:
+        """(image uint8 [height, width, channels], the file that it is from or "") of examples."""
+        images = self._arrays["image"].addressable_data(0)
+        return [(np.asarray(images[place]), "") for place in places]

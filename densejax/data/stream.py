@@ -276,6 +276,12 @@ class StreamSet:
         with contextlib.closing(self._batches()) as iterator:
             yield from itertools.islice(iterator, steps)
 
+    def examples(self, places: list[int]) -> list[tuple[np.ndarray, str]]:
+        """(image as it is evaluated, the file that it is from) of examples by place."""
+        source = self._source
+        found = [source.examples[int(source.indices[place])] for place in places]
+        return [(source.crop(encoded, source.image_size), file) for encoded, _, file in found]
+
     def close(self) -> None:
         """Ends the workers."""
         if self._iterator is not None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from densejax import models
 from densejax.config import UserError
-from densejax.data import facts
+from densejax.data import Data, facts
 from densejax.data.augment import Preparation
 from densejax.runs import workdir
 from densejax.training.experiment import (
@@ -99,6 +99,15 @@ def experiment_of(directory: epath.PathLike) -> Experiment:
     # Only running statistics are used, so one device is enough for every run.
     config.parallel.update(batch_norm="global", batch_norm_group_size=0)
     return build(config, jax.local_devices()[:1], facts.read(path))
+
+
+def data_of(experiment: Experiment, path: epath.Path) -> Data:
+    """A run's images; UserError where they are not those of its last start."""
+    data, starts = experiment.data, workdir.history(path)
+    recorded = starts[-1]["versions"] if starts else {}
+    if changes := workdir.version_changes(recorded, {"data": data.version}):
+        raise UserError(f"--workdir={path}: the run is of other data ({'; '.join(changes)})")
+    return data
 
 
 def _of_run(path: epath.Path) -> Classifier:

@@ -32,17 +32,17 @@ from densejax.runs import files, hosts, lock
 # A resume may change these keys and everything below them.
 RESUMABLE = (
     *("checkpoint.every_epochs", "checkpoint.keep_latest", "data.directory", "data.manual_dir"),
-    *("data.workers", "evaluate.batch_size", "log", "parallel.mode", "profile", "train.epochs"),
-    "train.max_skipped_steps",
+    *("data.workers", "evaluate.assess", "evaluate.batch_size", "log", "parallel.mode", "profile"),
+    *("train.epochs", "train.max_skipped_steps"),
 )
 PACKAGES = ("flax", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
 # --mode=eval may change these as well: how a trained network is measured.
 MEASURED = ("checkpoint.select", "evaluate")
 # Modules that cannot change a result; all others count as code that can.
 UNMEASURED = (
-    *("analysis", "command_line", "compile", "cut", "export", "inference", "main", "predict"),
-    *("pretrained", "reuse", "summary", "topology", "runs.formats", "runs.goodput", "runs.hosts"),
-    *("runs.interrupt", "runs.lock", "runs.metric_log", "runs.screen"),
+    *("analysis", "assess", "command_line", "compile", "cut", "export", "inference", "main"),
+    *("predict", "pretrained", "reuse", "summary", "topology", "runs.formats", "runs.goodput"),
+    *("runs.hosts", "runs.interrupt", "runs.lock", "runs.metric_log", "runs.screen"),
     "__main__",
 )
 # A directory that has one of these files but no config.json is not taken for an empty one.

@@ -95,6 +95,11 @@ def check_batch_size(key: str, batch_size: int, mesh: Mesh, parts: int = 1) -> N
         )
 
 
+def whole(arrays: Any, axis: Axis) -> Any:
+    """The global batch of arrays [batch, ...] of which each replica has its share; replicated."""
+    return jax.lax.all_gather(arrays, axis, tiled=True, to="invarying")
+
+
 def reverse(array: jax.Array, axis: Axis) -> jax.Array:
     """The global batch [batch, ...] in reverse order, of which each replica has its share.
 

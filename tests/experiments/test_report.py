@@ -9,12 +9,14 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import report
 import script
 
 from densejax import config as schema
 from densejax import models
+from densejax.analysis import assessment
 
 # (kind, growth rate or None, test accuracy by seed, accuracy on training images by seed)
 DENSE = ("densenet_bc_40_12", 12, (0.90, 0.92, 0.91), (0.95, 0.96, 0.97))
@@ -284,6 +286,38 @@ def test_what_held_out_images_measured_is_not_called_test(pair):
     head, b, bc = rows_of((root / "report" / "index.html").read_text(), "variants")
     column, other = head.index("validation accuracy (%)"), head.index("test accuracy (%)")
     assert (b[column], bc[column], b[other], bc[other]) == ("–", "90.00 ± 0.00", "80.00", "–")
+
+
+def test_what_an_assessment_found_is_on_the_page(pair, capsys):
+    root, second = pair
+    labels, logits = np.array([0, 0, 0, 1]), np.eye(2, dtype=np.float32)[[0, 1, 1, 1]]
+    found = assessment.assess(logits, labels, ("<cat_a>", "dog")) | {"split": "test"}
+    summary = json.loads((second / "summary.json").read_text())
+    found["result"] = summary["sha256"]
+    (second / "assessment").mkdir()
+    (second / "assessment" / "mistakes.png").write_bytes(b"picture")
+    file = second / "assessment" / "assessment.json"
+    file.write_text(json.dumps(found | {"sha256": sealed(found)}))
+    assert call(root) == 0
+    page = (root / "report" / "index.html").read_text()
+    # Of three cats one is found; of three taken for dogs one is. Probabilities are e / (1 + e).
+    assert "bc_seed1: accuracy 50.00 %, calibration error 23.11 %" in page
+    details = page[page.index("bc_seed1: accuracy 50.00") :]
+    details = details[: details.index("</details>")]
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in details.split("<tr>")[2:]]
+    cat = ["&lt;cat_a&gt;", "100.00", "33.33", "50.00"]
+    assert cells == [cat, ["dog", "33.33", "100.00", "50.00"]]
+    assert details.count("<svg") == 2 and "<cat" not in page
+    assert '<img src="data:image/png;base64,cGljdHVyZQ=="' in details
+    for name in ("confusion", "reliability"):
+        assert (root / "report" / f"variants_{name}_bc_seed1.png").exists()
+    change(second / "summary.json", images_per_second=1.0)  # another result has none
+    assert call(root) == 0
+    assert "calibration" not in (root / "report" / "index.html").read_text()
+    change(second / "summary.json", **{k: v for k, v in summary.items() if k != "sha256"})
+    file.write_text("[]")
+    assert call(root) == 0
+    assert "assessment.json is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
