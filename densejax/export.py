@@ -1,7 +1,9 @@
-"""Writes a trained network as one file: python -m densejax.export --workdir=DIR --output=FILE.
+"""Takes a trained network elsewhere: python -m densejax.export --workdir=DIR --output=PATH.
 
-The file is a serialised StableHLO function of `jax.export` with the weights and the normalisation
-in it. It takes any number of images and needs JAX, but not this package:
+With --names=torchvision, or timm, the output is a new folder: weights in that project's names as
+safetensors, the class names, and a model card that says how to load them. Without, it is a file: a
+serialised StableHLO function of `jax.export` with the weights and the normalisation in it. It takes
+any number of images and needs JAX, but not this package:
 
     function = jax.export.deserialize(open(FILE, "rb").read())
     logits = function.call(images)  # uint8 [batch, height, width, channels] -> float32
@@ -12,7 +14,7 @@ from etils import epath
 
 from densejax import command_line
 from densejax.config import UserError
-from densejax.inference import classifier, export
+from densejax.inference import classifier, export, portable
 from densejax.runs import formats
 from densejax.training import parallel
 
@@ -23,7 +25,10 @@ WORKDIR = flags.DEFINE_string(
     "A run's directory (latest: the newest), or one of weights.",
     allow_override=True,
 )
-OUTPUT = flags.DEFINE_string("output", None, "The file to write.", allow_override=True)
+OUTPUT = flags.DEFINE_string("output", None, "The file or folder to write.", allow_override=True)
+NAMES = flags.DEFINE_string(
+    "names", None, "Whose names weights get: torchvision, timm or authors; none: StableHLO."
+)
 PLATFORMS = flags.DEFINE_list(
     "platforms", ["cpu", "cuda", "tpu"], f"Where it must run; any of {', '.join(export.PLATFORMS)}."
 )
@@ -33,11 +38,20 @@ def main() -> int:
     """Does what the flags say; returns the exit code."""
     command_line.require(WORKDIR, OUTPUT)
     directory = command_line.run_directory(WORKDIR)
+    if NAMES.value and PLATFORMS.present:
+        raise UserError(
+            f"--names={NAMES.value}: weights are for any platform; give --platforms or this"
+        )
     if set(PLATFORMS.value) - set(export.PLATFORMS):
         given = ",".join(PLATFORMS.value)
         raise UserError(f"--platforms={given}: allowed are {', '.join(export.PLATFORMS)}")
     parallel.start()
     network = classifier.load(directory)
+    if NAMES.value:
+        peer = portable.write(network, epath.Path(directory), NAMES.value, OUTPUT.value)
+        said = peer or "only the names; it has no such network"
+        print(f"{OUTPUT.value}: {NAMES.value} {said}, {len(network.class_names)} classes")
+        return 0
     content = export.serialise(network, tuple(PLATFORMS.value))
     try:
         epath.Path(OUTPUT.value).write_bytes(content)

@@ -71,13 +71,23 @@ def to_torch(
       variables: its variables, or a collection of them.
       project: whose names to write, of `names.LAYOUTS`; "": the first that has such networks.
     """
-    layouts = [x for x in _layouts(model, is_torch=True) if project in ("", x.project)]
-    if not layouts:
-        raise UserError(f"project = {project!r}: has no names for a {_family(model)}")
-    fitting = [x for x in layouts if all(getattr(model, f) == v for f, v in x.fields.items())]
     flat = {path: np.asarray(array) for path, array in flatten(variables).items()}
-    paths = _paths_by_name(model, (fitting or layouts)[0], flat)
+    paths = _paths_by_name(model, layout_of(model, project), flat)
     return {name: _transpose(flat[path], (3, 2, 0, 1)) for name, path in paths.items()}
+
+
+def layout_of(model: nn.Module, project: str = "") -> Layout:
+    """How a PyTorch project, "": the first, names such a network; UserError where it does not."""
+    known = _layouts(model, is_torch=True)
+    layouts = [x for x in known if project in ("", x.project, *x.others)]
+    if not layouts:
+        allowed = dict.fromkeys(name for x in known for name in (x.project, *x.others))
+        raise UserError(
+            f"project = {project!r}: has no names for a {type(model).__name__}; "
+            f"known are {', '.join(allowed) or 'none'}"
+        )
+    fitting = [x for x in layouts if all(getattr(model, f) == v for f, v in x.fields.items())]
+    return (fitting or layouts)[0]
 
 
 def recognise(

@@ -30,6 +30,7 @@ class Layout:
       aliases: patterns of other names that files have, and what replaces them.
       fields: the fields of the project's networks that no name or shape shows.
       marker: a pattern that matches a name in this project's weights alone; "" where there is none.
+      others: projects that use the same names.
     """
 
     project: str
@@ -38,6 +39,7 @@ class Layout:
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     marker: str = ""
+    others: tuple[str, ...] = ()
 
     def name(self, path: str) -> str | None:
         """The project's name of a path such as "params/block1/layer3/conv2/kernel", or None."""
@@ -166,7 +168,7 @@ def _hardnet(downsampling: tuple[int, ...], blocks: int, dropout: int = 0) -> La
 LAYOUTS: dict[str, list[Layout]] = {
     "densenet": [
         Layout(
-            "torchvision",  # and timm; other files have norm.1 for norm1, norm_final for norm5
+            "torchvision",  # other files have norm.1 for norm1, norm_final for norm5
             {
                 _STEM: lambda kind: f"features.{kind}0",
                 _LAYER: lambda b, n, kind, i: f"features.denseblock{b}.denselayer{n}.{kind}{i}",
@@ -175,6 +177,7 @@ LAYOUTS: dict[str, list[Layout]] = {
                 _CLASSIFIER: "classifier",
             },
             aliases={r"\.(norm|conv)\.(\d)\.": r".\1\2.", r"\.norm_final\.": ".norm5."},
+            others=("timm",),
         ),
         Layout(
             "keras",
@@ -194,7 +197,7 @@ LAYOUTS: dict[str, list[Layout]] = {
         ),
     ],
     "resnet": [
-        Layout("torchvision", _RESNET | {_CLASSIFIER: "fc"}),  # and timm
+        Layout("torchvision", _RESNET | {_CLASSIFIER: "fc"}, others=("timm",)),
         Layout(
             "keras",
             {
@@ -256,4 +259,16 @@ LAYOUTS: dict[str, list[Layout]] = {
     ],
     # HarDNet-39DS, 68 (and 68DS) and 85.
     "hardnet": [_hardnet((1, 2, 3), 4), _hardnet((1, 3, 4), 5), _hardnet((1, 3, 5), 6, dropout=1)],
+}
+# What projects call networks of `densejax.models.MODELS`; with `Layout.fields` they are the same.
+PEERS: dict[str, dict[str, str]] = {
+    "torchvision": {
+        **{name: name for name in ("densenet121", "densenet161", "densenet169", "densenet201")},
+        **{name: name for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
+    },
+}
+PEERS["timm"] = PEERS["torchvision"] | {
+    **{"vovnet39": "vovnet39a", "vovnet57": "vovnet57a"},
+    **{name: name for name in ("ese_vovnet19b_dw", "ese_vovnet39b", "ese_vovnet57b")},
+    **{name: name for name in ("rdnet_tiny", "rdnet_small", "rdnet_base", "rdnet_large")},
 }
