@@ -174,10 +174,15 @@ def reliability(bins: Mapping[str, Sequence], error: float) -> Figure:
     label = "as often right as confident"
     axes.plot((0, 1), (0, 1), color=INK, linestyle="--", linewidth=1, label=label)
     axes.vlines(confidence, accuracy, confidence, color=COLORS[1], linewidth=3, label="gap")
-    for few, label in ((False, "a bin's mean"), (True, "of fewer than 20 images")):
-        inside = (images < 20) == few
-        points = axes.plot(confidence[inside], accuracy[inside], "o", label=label, clip_on=False)
-        points[0].set(color=COLORS[0], markerfacecolor="white" if few else COLORS[0], zorder=3)
+    few = (images > 0) & (images < 20)
+    for inside, color, label in (
+        (images >= 20, COLORS[0], "a bin's mean"),
+        (few, "white", "the same of fewer than 20 images"),
+    ):
+        if inside.any():
+            places = confidence[inside], accuracy[inside]
+            (points,) = axes.plot(*places, "o", color=COLORS[0], label=label, clip_on=False)
+            points.set(markerfacecolor=color, zorder=3)
     axes.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     axes.set_title(f"expected calibration error {formats.percent(error)} ({len(images)} bins)")
     axes.legend(loc="upper left")
