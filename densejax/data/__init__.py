@@ -294,6 +294,7 @@ def create(config: ConfigDict, replicated: NamedSharding, sharded: NamedSharding
     version = _version_of_arrays((images, labels), arrays)
     hosts.require_same({"digest of the data": version})  # before they make one array of it
     size, sample = config.evaluate.batch_size, images[:: -(-len(images) // 1000)].copy()
+    files = _files(config) if config.data.storage == "auto" else {}
     create_set = functools.partial(
         MemorySet, seed=config.seed, replicated=replicated, sharded=sharded
     )
@@ -302,7 +303,7 @@ def create(config: ConfigDict, replicated: NamedSharding, sharded: NamedSharding
             *(images, labels, config.train.batch_size),
             alternates=config.augmentation.alternate_flip,
         ),
-        {name: create_set(*pair, size) for name, pair in arrays.items()},
+        {name: create_set(*arrays[name], size, files=files.get(name, ())) for name in arrays},
         version,
         info(config).test_split,
         lambda: sample,
@@ -342,6 +343,16 @@ def _decode_arrays(config):
         options = size, config.evaluate.resize_size, config.data.channels, skip
         found[name] = decoded.read(splits[split], indices, *options)
     return found.pop("train"), found
+
+
+def _files(config):
+    """Where its images that are evaluated are stored, by split."""
+    splits = _open_splits(config)[1]
+    return {
+        name: [str(splits[split].file(n)) for n in np.arange(len(splits[split]))[indices]]
+        for name, ((split, indices),) in _choose(config, len(splits["train"]), splits).items()
+        if name != "train"
+    }
 
 
 def _evaluation_size(config):

@@ -92,9 +92,13 @@ class Folder(Sequence[Example]):
         held_out, rest = np.split(in_proportion(order, self.labels), [count])
         return self.only(np.sort(rest)), self.only(np.sort(held_out))
 
+    def file(self, index: int) -> epath.Path:
+        """Where an image is stored."""
+        return self.path / os.fsdecode(self.names[index])
+
     def __getitem__(self, index):
         """Reads an image; ImageError where that is impossible."""
-        path = self.path / os.fsdecode(self.names[index])
+        path = self.file(index)
         try:
             with files.opened(path) as file:
                 return file.read(), int(self.labels[index]), str(path)

@@ -1,7 +1,7 @@
 """A split that is kept on every device as uint8; a batch follows from its step alone."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ class MemorySet:
       replicated: sharding that puts a copy on every device.
       sharded: sharding that divides the leading axis of a batch over the devices.
       alternates: training batches say which examples are `mirrored`.
+      files: where the images are stored; () where that is not known.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class MemorySet:
         replicated: NamedSharding,
         sharded: NamedSharding,
         alternates: bool = False,
+        files: Sequence[str] = (),
     ):
         """Copies the arrays to the devices."""
         self.size, self.batch_size, self.seed = len(images), batch_size, seed
         self.steps_per_epoch = self.size // batch_size  # the remainder is reshuffled next epoch
-        self._replicated, self._alternates = replicated, alternates
+        self._replicated, self._alternates, self._files = replicated, alternates, files
         self._arrays = {"image": self._place(images), "label": self._place(labels)}
         self._epoch, self._order = -1, None
 
@@ -107,5 +109,5 @@ class MemorySet:
 
     def examples(self, places: list[int]) -> list[tuple[np.ndarray, str]]:
         """(image uint8 [height, width, channels], the file that it is from or "") of examples."""
-        images = self._arrays["image"].addressable_data(0)
-        return [(np.asarray(images[place]), "") for place in places]
+        images, files = self._arrays["image"].addressable_data(0), self._files
+        return [(np.asarray(images[n]), files[n] if len(files) else "") for n in places]

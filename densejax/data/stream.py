@@ -278,9 +278,8 @@ class StreamSet:
 
     def examples(self, places: list[int]) -> list[tuple[np.ndarray, str]]:
         """(image as it is evaluated, the file that it is from) of examples by place."""
-        source = self._source
-        found = [source.examples[int(source.indices[place])] for place in places]
-        return [(source.crop(encoded, source.image_size), file) for encoded, _, file in found]
+        source, indices = self._source, self._source.indices[places]
+        return [(source._read(int(n))[0], source.examples[int(n)][2]) for n in indices]
 
     def close(self) -> None:
         """Ends the workers."""

@@ -99,6 +99,19 @@ def test_what_is_measured_is_what_predict_reads_in_memory_and_streamed(root, cha
         assert np.abs(pixels[..., 0] - colour @ [0.299, 0.587, 0.114]).max() <= 1
 
 
+def test_images_in_memory_and_streamed_are_looked_up_with_their_files(root):
+    (memory, built), (streamed, _) = create(root), create(root, **STREAMED)
+    pixels, labels = evaluated(memory)
+    places = [3, 0, len(labels) - 1]
+    for split in (memory.evaluation["test"], streamed.evaluation["test"]):
+        for place, (image, file) in zip(places, split.examples(places), strict=True):
+            np.testing.assert_array_equal(image, pixels[place])
+            assert os.path.basename(os.path.dirname(file)) == built.info.class_names[labels[place]]
+            read = prediction.read(file, stored_as((SIZE, SIZE, 3), resize_size=RESIZE))
+            np.testing.assert_array_equal(image, read)
+    streamed.close()
+
+
 def test_images_lie_in_memory_as_long_as_they_fit(root):
     bytes_of_all = 35 * SIZE * SIZE * 3
     for share, fits in ((1, True), (0.999, False)):

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 
 @pytest.fixture
 def run_export(command):
-    return functools.partial(command, "--format=safetensors", main=export.main, config="unused")
+    return functools.partial(command, main=export.main, config="unused")
 
 
 def test_what_is_written_gives_the_same_logits(run_export, tmp_path, monkeypatch):
@@ -74,8 +74,7 @@ def test_what_is_written_gives_the_same_logits(run_export, tmp_path, monkeypatch
 def test_bad_input_is_one_line(run_export, tmp_path):
     run = f"--workdir={small.trained()}"
     for arguments, says in (
-        ([], "--names: goes with --format=safetensors, which needs it"),
-        (["--names=timm", "--format=stablehlo"], "--names: goes with --format=safetensors"),
+        (["--names=timm", "--platforms=cpu"], "--names=timm: weights are for any platform"),
         (
             ["--names=caffe"],
             "project = 'caffe': has no names for a DenseNet; known are torchvision",
