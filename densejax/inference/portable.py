@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from densejax import config as schema
 from densejax import models
-from densejax.config import UserError, flatten
+from densejax.config import UserError, flatten, printable
 from densejax.inference.classifier import Classifier
 from densejax.runs import formats, workdir
 from densejax.training import result
@@ -125,9 +125,8 @@ def peer_of(network: Classifier, project: str) -> str:
     """The name under which a project has a network that computes the same; "" where it has none."""
 
     def described(model):
-        return {
-            k: v for k, v in _fields(models.reference(model)).items() if k not in TRAINING_FIELDS
-        }
+        fields = _fields(models.reference(model))
+        return {name: fields[name] for name in fields.keys() - set(TRAINING_FIELDS)}
 
     if project == "torchvision" and network.image_shape[-1] != 3:
         return ""
@@ -182,7 +181,7 @@ def _card(network, source, names, peer, facts) -> str:
         mean=facts["mean"],
         std=facts["std"],
         training=_training(source),
-        class_names=json.dumps(network.class_names, ensure_ascii=False),
+        class_names=printable(json.dumps(network.class_names, ensure_ascii=False)),
         loading=loading.format(peer=peer, names=names, classes=len(network.class_names)),
         model={"family": family} | _fields(network.model),
     )
