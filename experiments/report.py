@@ -187,7 +187,8 @@ def read_run(path: epath.Path) -> Run:
     starts = workdir.history(path) or [{"versions": {}, "devices": ""}]
     records = script.read_json(path / "metrics.jsonl", [], lines=True)
     config, summary = script.read_json(path / "config.json", {}), result.read(path) or {}
-    if summary and not workdir.same_run(summary["config"], ConfigDict(config)):
+    now = ConfigDict(workdir.completed(config)) if summary else None
+    if summary and not workdir.same_run(summary["config"], now):
         summary = {}  # it goes on to more epochs than its result is of
     found = assessment.read(path) if summary else {}
     return Run(path, sweep, config, records, starts[-1], summary, found)

@@ -203,6 +203,6 @@ def _training(source: epath.Path) -> str:
         f"{optimizer['learning_rate']}, from {start}; other than densejax's defaults are\n"
         f"  `{json.dumps(own)}`"
     )
-    if summary and workdir.same_run(summary["config"], ConfigDict(config)):
+    if summary and workdir.same_run(summary["config"], ConfigDict(workdir.completed(config))):
         found += f"\n- **Result**: {result.line(summary, source).partition(';')[0]}"
     return found
