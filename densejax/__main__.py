@@ -9,9 +9,10 @@ from densejax.config import did_you_mean
 COMMANDS = {
     "train": ("main", [], "Train a network, or go on with a run."),
     "eval": ("main", ["--mode=eval"], "Measure the checkpoint of a run."),
+    "assess": ("assess", [], "Say which classes a network confuses."),
     "predict": ("predict", [], "Classify image files."),
     "summary": ("summary", [], "Show a network layer by layer."),
-    "export": ("export", [], "Write a trained network as one file, for use elsewhere."),
+    "export": ("export", [], "Write a network, or its weights, for use elsewhere."),
     "pretrained": ("pretrained", [], "Make weights from another project's file."),
     "reuse": ("reuse", [], "Draw which earlier layers each layer reads."),
     "cut": ("cut", [], "Measure which connections a trained network needs."),

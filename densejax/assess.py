@@ -13,7 +13,9 @@ from densejax.runs import formats
 from densejax.training import parallel
 
 # An override lets the tests import several commands into one process.
-WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory.", allow_override=True)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "A run's directory; latest: the newest.", allow_override=True
+)
 SPLIT = flags.DEFINE_string(
     "split", None, "test, validation or train; default: what the result is of."
 )
@@ -24,8 +26,8 @@ def main() -> int:
     command_line.require(WORKDIR)
     from densejax.analysis import assessment  # matplotlib may be missing
 
+    path = epath.Path(command_line.run_directory(WORKDIR))
     parallel.start()
-    path = epath.Path(WORKDIR.value)
     if (path / "model.json").exists():
         raise UserError(f"--workdir={path}: weights have no images of their own; give a run")
     found = assessment.of_run(path, SPLIT.value or "")
