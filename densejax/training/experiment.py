@@ -212,7 +212,7 @@ def build(
         evaluation_loss=losses.create(config.train.loss),
         log_every=config.log.every_steps,
         axis=(parallel.GROUP, parallel.MEMBER) if kind == "groups" else parallel.AXIS,
-        batch_norm_axis=norm_axis,
+        batch_norm_axis=getattr(model, "batch_norm_axis", None),
         accumulate_steps=config.train.accumulate_steps,
         average=Average(config.train.average_decay),
     )

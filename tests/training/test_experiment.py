@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from ml_collections import ConfigDict
 
 import densejax
 from densejax import data, models
@@ -182,3 +184,35 @@ def test_a_cpu_that_is_asked_for_bfloat16_computes_in_float32(tmp_path, capsys):
     assert "bf16" not in text and built.task.model.dtype == jnp.bfloat16
     densejax.train(config, str(tmp_path / "run"))
     assert "float32 (a CPU is slower in bfloat16)" in capsys.readouterr().out
+
+
+class Plain(nn.Module):
+    """A network as a newcomer writes it: flax's BatchNorm, no field for its axis, no check."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, image, train=False, keys=None):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (3, 3))(image))
+        return nn.Dense(self.num_classes)(nn.relu(x).mean((1, 2))), {"final": x}
+
+
+@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+def test_a_newcomer_s_batch_norm_takes_each_device_s_statistics(monkeypatch, mode):
+    monkeypatch.setitem(models.FAMILIES, "plain", Plain)
+    fields = {"augmentation__shift": 0, "augmentation__flip": False, "train__batch_size": 8}
+    config = small.tiny(parallel__mode=mode, **fields)
+    config.model = ConfigDict({"family": "plain"})
+    built = small.build(config, 4)
+    state, batch = built.init(), built.data.train.batch(0)
+    new, _ = built.map(train_step)(state, batch)
+    images = built.task.preparation.evaluation(jax.device_get(batch["image"]))
+    kernel, bias = state.params["Conv_0"]["kernel"], state.params["Conv_0"]["bias"]
+    convolved = jax.lax.conv_general_dilated(
+        images, jax.device_get(kernel), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    shares = np.split(np.asarray(convolved + jax.device_get(bias), np.float64), 4)
+    variance = np.mean([share.var((0, 1, 2)) for share in shares], 0)
+    found = new.batch_stats["BatchNorm_0"]["var"]  # flax's momentum is 0.99, its start 1
+    np.testing.assert_allclose(found, 0.99 + 0.01 * variance, rtol=1e-6)
+    assert np.abs(np.concatenate(shares).var((0, 1, 2)) / variance - 1).max() > 1e-3
