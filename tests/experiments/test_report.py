@@ -40,7 +40,7 @@ def write_run(root, sweep, axes, seed, model, accuracy=None, training=None, **fa
     config.train.epochs, config.train.batch_size = 2, 64
     config = json.loads(config.to_json())
     if model == RESIDUAL[0]:
-        del config["train"]["max_skipped_steps"]  # as if the key was newer than the run
+        del config["train"]["average_decay"]  # as if the key was newer than the run
     (path / "config.json").write_text(json.dumps(config))
     versions = {"jax": "1.2.3", "code": "0123", "data": "d", "matmul_precision": "default on cpu"}
     start = {"versions": versions, "devices": "2 x cpu", "changes": []}
