@@ -24,6 +24,7 @@ from matplotlib.patches import Arc, Rectangle
 from PIL import Image
 
 from densejax import config, models
+from densejax.__main__ import COMMANDS
 from densejax.analysis import plots
 from densejax.data import official
 from densejax.models import connections, counts
@@ -243,6 +244,15 @@ def names() -> str:
     return table(("Key", "Names"), rows)
 
 
+def shortcuts() -> str:
+    """What the command `densejax` stands for."""
+    rows = [
+        (f"`densejax {name}`", f"`{' '.join([f'python -m densejax.{module}', *flags])}`", does)
+        for name, (module, flags, does) in COMMANDS.items()
+    ]
+    return table(("Short", "The same as", "What it does"), rows)
+
+
 def commands() -> str:
     """What `--help` of every command of the package says."""
     files = sorted((ROOT / "densejax").glob("*.py"), key=lambda file: (file.stem != "main", file))
@@ -280,7 +290,7 @@ PARTS = {
     function.__name__: function
     for function in (
         *(cards, patterns, networks, configuration, fields, names, sweeps),
-        *(measured_patterns, commands, scripts),
+        *(measured_patterns, shortcuts, commands, scripts),
     )
 }
 SLOW = ("networks", "commands", "scripts")  # seconds to minutes

@@ -15,6 +15,7 @@ from ml_collections import config_flags
 import densejax
 from densejax import config as schema
 from densejax import models
+from densejax.__main__ import COMMANDS
 from densejax.data import added
 from densejax.models import connections
 from densejax.training import losses, optimizer, parallel
@@ -104,6 +105,11 @@ def defined(file):
 
 
 def commands():
+    for words in typed(["densejax"]):
+        if words[1:] == ("--help",):
+            continue
+        file = ROOT / f"densejax/{COMMANDS[words[1]][0]}.py"
+        yield pytest.param(file, words[2:], id=shlex.join(words))
     for words in typed(["python"]):
         text = shlex.join(words)
         if words[1] == "-m" and words[2].startswith("densejax."):
@@ -118,7 +124,7 @@ def test_a_command_is_accepted(file, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     of_card = {flag for flag in given if flag.partition(".")[0] == "config"}
-    assert given - of_card <= defined(file)
+    assert given - of_card <= defined(file) | {"help"}
     if of_card:
         arguments = ["command", *(word for word in words if word.startswith("--config"))]
         sys.modules.pop("config_config", None)  # the card before
