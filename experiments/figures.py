@@ -1,6 +1,7 @@
 """The figures of a sweep for experiments/report.py: of groups of runs that differ in seed alone.
 
-Errors are in percent. Marks are means and bars sample standard deviations over seeds.
+Errors are in percent. Marks are means over seeds, hollow where there is one seed alone; bars are
+95 % intervals, from three seeds on. A kind of network has one name, colour and marker everywhere.
 """
 
 import itertools
@@ -14,6 +15,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import LogLocator
+from matplotlib.transforms import Bbox
+from sweeps import ADDING
 
 from densejax import config as schema
 from densejax.analysis import plots, reuse
@@ -22,12 +27,54 @@ from densejax.inference import classifier
 from densejax.runs import formats
 
 COUNTS = ("parameters", "multiply_adds")
-MOST = 9  # lines that a panel has room for; more go into a panel for each kind of network
+# What an error is drawn against: what a network costs, with the front of the best, and its paths.
+COSTS = {
+    "parameters": "parameters",
+    "multiply_adds": "multiply-adds of an image",
+    "training_seconds": "seconds of training",
+}
+PATHS = {
+    "longest_path": "layers on the longest path",
+    "mean_path": "layers on the mean path",
+    "edges": "outputs that layers read (edges)",
+}
+MOST = 5  # lines that a panel has room for
+FAMILIES = {"vovnet": "VoVNet", "rdnet": "RDNet", "hardnet": "HarDNet"}
+# Colour (a number in plots.COLORS) of each kind; those that add have squares and dashes.
+CONCATENATING = {"dense": 0, "one-shot": 2, "exponential": 5, "window": 4, "hardnet": 3}
+CONCATENATING |= {"random": 7, "chain": 6}
+SUMMING = {"residual": 1, "plain": 6, "weighted": 4, "laurel": 3, "dsnet": 2, "hyper": 5}
+LOOKS = {kind: (color, "o", plots.DASHES[0]) for kind, color in CONCATENATING.items()}
+LOOKS |= {kind: (color, "s", plots.DASHES[1]) for kind, color in SUMMING.items()}
+LOOKS |= {"VoVNet": (2, "^", plots.DASHES[2]), "RDNet": (0, "^", plots.DASHES[2])}
+LOOKS |= {"HarDNet": (3, "^", plots.DASHES[2])}
 
 
 def say(value: Any) -> str:
     """A value of an axis for people."""
     return value.replace("_", "-") if isinstance(value, str) else str(value)
+
+
+def kind_of(family: str, connect: Any) -> str:
+    """What a network is called by how it joins layers."""
+    if family in FAMILIES:
+        return FAMILIES[family]
+    if not isinstance(connect, str):
+        return "its own graph"
+    return say(ADDING.get(connect, connect) if family == "resnet" else connect)
+
+
+def style(kind: str) -> dict[str, Any]:
+    """Colour, marker and dashes of a kind of network; options such as ":size=2" do not matter."""
+    color, marker, dashes = LOOKS.get(kind.partition(":")[0], (6, "D", plots.DASHES[2]))
+    return {"color": plots.COLORS[color], "marker": marker, "linestyle": dashes}
+
+
+def styles(groups: Sequence[Any]) -> list[dict[str, Any]]:
+    """As `style` of each group; where a kind is repeated, each has a look of its own."""
+    if len({group.kind for group in groups}) == len(groups):
+        return [style(group.kind) for group in groups]
+    return [plots.style(number) for number in range(len(groups))]
 
 
 def numeric(groups: Sequence[Any]) -> list[str]:
@@ -45,71 +92,134 @@ def error_of(groups: Sequence[Any]) -> str:
     return f"{' or '.join(sorted({group.split for group in groups}))} error (%)"
 
 
-def mark(axes: Axes, x: Sequence[float], groups: Sequence[Any], quantity: str, **style) -> None:
-    """Means of a quantity in [0, 1] at x, with deviations."""
+def mark(
+    axes: Axes, x: Sequence[float], groups: Sequence[Any], quantity: str, label: str = "", **look
+) -> None:
+    """Means of a quantity in [0, 1] at x, with intervals."""
     means = [100 * group.mean(quantity) for group in groups]
-    spread = [100 * group.deviation(quantity) for group in groups]
-    axes.errorbar(x, means, spread, **style)
+    axes.plot(x, means, **look | {"marker": ""})
+    axes.plot([], [], label=label or None, **look)
+    for place, mean, group in zip(x, means, groups, strict=True):
+        spread = 100 * group.half_width(quantity) if len(group.runs) > 2 else math.nan
+        face = {"markerfacecolor": "none"} if len(group.runs) == 1 else {}
+        axes.errorbar([place], [mean], [spread], **look | face | {"linestyle": ""})
 
 
-def curves(groups: Sequence[Any]) -> Figure:
-    """Error over epochs: lines are training, as it learns; marks at the end are the result."""
-    figure, (axes,) = plots.figure()
-    for number, group in enumerate(groups):
-        by_epoch = {}
-        for record in itertools.chain.from_iterable(run.records for run in group.runs):
-            if "train_accuracy" in record:
-                errors = by_epoch.setdefault(record["epoch"], [])
-                errors.append(100 * (1 - record["train_accuracy"]))
-        means = [statistics.fmean(errors) for errors in by_epoch.values()]
-        style = plots.style(number)
-        axes.plot(
-            list(by_epoch), means, label=group.label(), **style | {"marker": "", "linewidth": 1.1}
+def annotate(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Texts beside points, (x, y, text) each, that overlap neither points nor each other.
+
+    To be called when all else is drawn: places are found in pixels.
+    """
+    axes.figure.draw_without_rendering()
+    pixels = axes.transData.transform([(x, y) for x, y, _ in points])
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in pixels]
+    sides = [(1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1)]
+    across, up = ({-1: "right", 0: "center", 1: "left"}, {-1: "top", 0: "center", 1: "bottom"})
+    for x, y, text in sorted(points):
+        arrow = {"arrowstyle": "-", "linewidth": 0.5, "color": plots.INK, "shrinkA": 0}
+        label = axes.annotate(
+            text, (x, y), (0, 0), textcoords="offset points", fontsize=9, arrowprops=arrow
         )
+        label.set_in_layout(False)
+        for distance, (right, above) in itertools.product((5, 12, 20, 30, 42), sides):
+            label.set(ha=across[right], va=up[above])
+            label.xyann = (distance * right, distance * above)
+            label.get_window_extent()  # which moves the text
+            box = Text.get_window_extent(label)  # of the text without the line
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.figure.bbox.x1
+            inside &= axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+        label.arrow_patch.set_visible(distance > 5)
+        taken.append(box)
+
+
+def curve(group: Any) -> tuple[list[float], list[float]]:
+    """(epochs, training errors as it learns): means over the group's runs."""
+    by_epoch = {}
+    for record in itertools.chain.from_iterable(run.records for run in group.runs):
+        if "train_accuracy" in record:
+            by_epoch.setdefault(record["epoch"], []).append(100 * (1 - record["train_accuracy"]))
+    return list(by_epoch), [statistics.fmean(errors) for errors in by_epoch.values()]
+
+
+def curves(groups: Sequence[Any], limits: tuple[float, float]) -> Figure:
+    """Error over epochs: lines are training, as it learns; marks at the end are the result."""
+    figure, (axes,) = plots.figure(width=4.0)
+    for group, look in zip(groups, styles(groups), strict=True):
+        line = look | {"marker": "", "linewidth": 1.1}
+        axes.plot(*curve(group), label=group.label(), **line)
         end = group.config["train"]["epochs"]
-        mark(axes, [end], [group], "error", **style | {"linestyle": "", "clip_on": False})
+        mark(axes, [end], [group], "error", **look | {"linestyle": "", "clip_on": False})
+    axes.set_ylim(limits)
     plots.logarithmic(axes.yaxis, "{:g}".format)
-    axes.set(xlabel="epoch", ylabel=f"training error, at the end {error_of(groups)}")
-    plots.legend(axes)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axes.set(xlabel="epoch", ylabel="error (%)")
+    plots.legend(axes, 1 if max(len(group.label()) for group in groups) > 20 else 2)
     return figure
 
 
+def front(groups: Sequence[Any], quantity: str) -> list[Any]:
+    """The groups to which no other has less of a quantity and at most the error: by Pareto."""
+    best, found = math.inf, []
+    for group in sorted(groups, key=lambda g: (g.mean(quantity), g.mean("error"))):
+        if group.mean("error") < best:
+            best = group.mean("error")
+            found.append(group)
+    return found
+
+
 def against(groups: Sequence[Any], quantity: str, numbers: str = "") -> Figure:
-    """Error over a count, a mark for each group, by kind; `numbers`: the axis beside the marks."""
-    figure, (axes,) = plots.figure()
-    for number, kind in enumerate(sorted({group.kind for group in groups})):
+    """Error over a quantity of COSTS or PATHS, a mark for each group; of costs with the front.
+
+    Args:
+      groups: each of another network.
+      quantity: what the horizontal axis shows.
+      numbers: the axis that is written beside the marks; "": the kinds, if each is there once.
+    """
+    kinds = sorted({group.kind for group in groups})
+    each_once = len(kinds) == len(groups)
+    legend = 0 if each_once else math.ceil(len(kinds) / 3) * 0.2  # inches
+    figure, (axes,) = plots.figure(width=4.0, height=3.4 + legend)
+    for kind in kinds:
         mine = [group for group in groups if group.kind == kind]
         x = [group.mean(quantity) for group in mine]
-        mark(axes, x, mine, "error", label=kind, **plots.style(number) | {"linestyle": ""})
-        for place, group in zip(x, mine if numbers else (), strict=False):
-            point, text = (place, 100 * group.mean("error")), say(group.axes[numbers])
-            axes.annotate(text, point, (5, 4), textcoords="offset points", fontsize=8)
-    axes.margins(0.1)
+        mark(axes, x, mine, "error", label=kind, **style(kind) | {"linestyle": ""})
+    if quantity in COSTS:
+        best = front(groups, quantity)
+        steps = [[g.mean(quantity) for g in best], [100 * g.mean("error") for g in best]]
+        axes.step(*steps, where="post", color=plots.INK, linewidth=0.8, alpha=0.5, zorder=0)
+    axes.margins(0.12)
     low, high = axes.dataLim.intervalx
-    if high < 1.2 * low:  # counts that are about equal stand at about the same place
-        axes.set_xlim(0.75 * low, high / 0.75)
-    plots.logarithmic(axes.xaxis, formats.si)
+    if high >= 3 * low > 0:
+        plots.logarithmic(axes.xaxis, formats.si)
+    else:
+        axes.xaxis.set_major_formatter(lambda value, _: formats.si(value))
+        axes.locator_params("x", nbins=5)
     plots.logarithmic(axes.yaxis, "{:.3g}".format)
-    axes.set(xlabel=quantity.replace("_", "-"), ylabel=error_of(groups))
-    if len({group.kind for group in groups}) > 1:
-        plots.legend(axes)
+    axes.set(xlabel=(COSTS | PATHS)[quantity], ylabel=error_of(groups))
+    if len(kinds) > 1 and not each_once:
+        figure.legend(loc="outside lower center", ncols=3)
+    if each_once or numbers:
+        texts = [group.kind if each_once else say(group.axes[numbers]) for group in groups]
+        places = [(group.mean(quantity), 100 * group.mean("error")) for group in groups]
+        annotate(axes, [(*place, text) for place, text in zip(places, texts, strict=True)])
     return figure
 
 
 def along(groups: Sequence[Any], axis: str) -> Figure:
-    """Error along an axis of numbers: test solid, training (not augmented) dashed."""
-    figure, (axes,) = plots.figure()
+    """Error along an axis of numbers: test solid, training (not augmented) dotted without marks."""
+    figure, (axes,) = plots.figure(width=4.0)
     lines = {}
     for group in groups:
         rest = {key: value for key, value in group.axes.items() if key != axis}
         lines.setdefault(str(rest), []).append(group)
-    for number, line in enumerate(lines.values()):
+    looks = styles([line[0] for line in lines.values()])
+    for line, look in zip(lines.values(), looks, strict=True):
         x = [group.axes[axis] for group in line]
-        style = plots.style(number)
         label = line[0].label(axis)
-        mark(axes, x, line, "error", label=label, **style | {"linestyle": "-"})
-        dashed = {"linestyle": "--", "markerfacecolor": "none"}
-        mark(axes, x, line, "train_error", **style | dashed)
+        mark(axes, x, line, "error", label=label, **look | {"linestyle": "-"})
+        axes.plot(x, [100 * group.mean("train_error") for group in line], ":", color=look["color"])
     values = sorted({group.axes[axis] for group in groups})
     if values[-1] >= 8 * values[0] > 0:
         plots.logarithmic(axes.xaxis, formats.si)
@@ -122,40 +232,57 @@ def along(groups: Sequence[Any], axis: str) -> Figure:
 
 def gaps(groups: Sequence[Any]) -> Figure:
     """Training (not augmented) and test error of each group, joined by a line."""
-    figure, (axes,) = plots.figure(height=1.0 + 0.22 * len(groups))
+    labels = [group.label() for group in groups]
+    size = {"width": 3.0 + 0.08 * max(map(len, labels)), "height": 1.0 + 0.22 * len(groups)}
+    figure, (axes,) = plots.figure(**size)
     rows = range(len(groups))
     train, test = ([100 * g.mean(name) for g in groups] for name in ("train_error", "error"))
     axes.hlines(rows, train, test, color=plots.INK, linewidth=1)
-    axes.plot(train, rows, label="training", **plots.style(1) | {"linestyle": ""})
-    label = error_of(groups).removesuffix(" error (%)")
-    axes.plot(test, rows, label=label, **plots.style(0) | {"linestyle": ""})
-    axes.set_yticks(rows, [group.label() for group in groups])
+    split = error_of(groups).removesuffix(" error (%)")
+    for values, number, label in ((train, 1, "training"), (test, 0, split)):
+        look = plots.style(number) | {"linestyle": ""}
+        axes.plot([], [], label=label, **look)
+        for row, value in enumerate(values):
+            face = {"markerfacecolor": "none"} if len(groups[row].runs) == 1 else {}
+            axes.plot([value], [row], **look | face)
+    axes.set_yticks(rows, labels)
     axes.set(xlabel="error (%)", ylim=(len(groups) - 0.5, -0.5))
-    axes.set_xlim(left=0)
     axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1), ncols=2)
     return figure
 
 
+def of_costs_and_paths(groups: Sequence[Any], what: str) -> Iterator[tuple[str, str, Figure]]:
+    """As `of_sweep`: error against each quantity in which the groups differ by 5 % or more."""
+    alike = all(group.axes.keys() == groups[0].axes.keys() for group in groups)
+    numbers = numeric(groups)[:1] if alike else []
+    for quantity, name in (COSTS | PATHS).items():
+        values = [group.mean(quantity) for group in groups]
+        if not any(map(math.isnan, values)) and max(values) >= 1.05 * min(values):
+            text = f"{error_of(groups).capitalize()} against {name}{what}"
+            text += f"; numbers: {numbers[0].replace('_', ' ')}" if numbers else ""
+            text += "; the line is the Pareto front" if quantity in COSTS else ""
+            yield quantity, f"{text}.", against(groups, quantity, *numbers)
+
+
 def of_sweep(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:
     """(file name, caption, figure) of all that can be drawn of a sweep's groups."""
-    by_kind = itertools.groupby(sorted(groups, key=lambda g: g.kind), key=lambda g: g.kind)
-    panels = {"": groups} if len(groups) <= MOST else {kind: list(g) for kind, g in by_kind}
     axes, split = numeric(groups), error_of(groups).removesuffix(" error (%)")
     for axis in axes:
         text = f"Error along {axis.replace('_', ' ')}: {split} images solid, training images, not "
-        yield f"by_{axis}", text + "augmented, dashed.", along(groups, axis)
+        yield f"by_{axis}", text + "augmented, dotted.", along(groups, axis)
     if len({(group.kind, *map(group.mean, COUNTS)) for group in groups}) == len(groups) > 1:
-        for count in COUNTS:
-            text = f"{split.capitalize()} error against {count.replace('_', '-')}"
-            text += f"; numbers: {axes[0].replace('_', ' ')}." if axes else "."
-            yield count, text, against(groups, count, *axes[:1])
+        yield from of_costs_and_paths(groups, "")
     if not any(math.isnan(group.mean("gap")) for group in groups):
         text = f"Train/test gap: errors on training images, not augmented, and {split} images."
         yield "gap", text, gaps(groups)
-    for kind, mine in panels.items():
-        text = f"Learning curves{kind and ', ' + kind}: training error as it learns, on augmented "
-        text += f"images; the mark at the end is the {split} error of the result."
-        yield f"curves{kind and '_' + kind.replace(' ', '_')}", text, curves(mine)
+    seen = [error for g in groups for error in (*curve(g)[1], 100 * g.mean("error"))]
+    limits = (max(0.9 * min(seen), 0.01), 1.1 * max(seen))
+    panels = [groups[start : start + MOST] for start in range(0, len(groups), MOST)]
+    for number, panel in enumerate(panels, 1):
+        part = f" {number} of {len(panels)}" if len(panels) > 1 else ""
+        text = f"Learning curves{part}: training error as it learns, on augmented images; "
+        text += f"the mark at the end is the {split} error of the result."
+        yield f"curves{part.replace(' ', '_')}", text, curves(panel, limits)
 
 
 def of_all(groups: dict[str, list[Any]]) -> Iterator[tuple[str, str, Figure]]:
@@ -175,12 +302,13 @@ def of_all(groups: dict[str, list[Any]]) -> Iterator[tuple[str, str, Figure]]:
         networks.setdefault((group.kind, *map(group.mean, COUNTS)), group)
     mine = list(max(recipes.values(), key=len, default={}).values())
     if len({group.kind for group in mine}) > 1:
-        rates = {(group.kind, group.config["optimizer"]["learning_rate"]) for group in mine}
-        said = ", ".join(f"{rate} ({kind})" for kind, rate in sorted(rates))
-        for count in COUNTS:
-            text = f"{error_of(mine).capitalize()} against {count.replace('_', '-')}, all networks "
-            text += f"of one recipe but for the peak learning rate: {said}."
-            yield count, text, against(mine, count)
+        rates = {}
+        for group in mine:
+            rates.setdefault(group.config["optimizer"]["learning_rate"], set()).add(group.kind)
+        said = "; ".join(f"{rate}: {', '.join(sorted(rates[rate]))}" for rate in sorted(rates))
+        what = ", all networks of one recipe"
+        what += f" but for the peak learning rate ({said})" if len(rates) > 1 else ""
+        yield from of_costs_and_paths(mine, what)
 
 
 def heat_maps(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:

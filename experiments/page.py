@@ -4,9 +4,9 @@ Sweeps and runs are those of experiments/report.py.
 """
 
 import base64
+import dataclasses
 import html
 import json
-import math
 import re
 import string
 import urllib.parse
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import figures
+from comparisons import FEWEST, LEVEL, compare
 from etils import epath
 from figures import say
 from matplotlib.figure import Figure
@@ -24,35 +25,78 @@ from densejax.config import default, flatten
 from densejax.runs import formats
 
 TEMPLATE = epath.Path(__file__).parent / "report.html"
+INTERVAL = "± 95 % interval"
+NOTE = (
+    f'"better" and "worse" are written where p, by Holm for all comparisons of the sweep that were '
+    f"written down before the runs, is below {LEVEL}, with {FEWEST} seeds or more that both have."
+)
 
 
-def cell(value: Any, text: str = "") -> str:
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Where figures are written, and as what."""
+
+    folder: epath.Path
+    formats: Sequence[str] = ("png",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table: its columns' names, rows of (value to sort by, text), and the row that is best."""
+
+    head: list[str]
+    rows: list[list[tuple[Any, str]]]
+    best: int | None = None
+
+    def markdown(self) -> str:
+        """As Markdown; the best row is bold."""
+        lines = [self.head, ["---"] * len(self.head)]
+        for number, row in enumerate(self.rows):
+            texts = [text.replace("|", "\\|").replace("<", "&lt;") for _, text in row]
+            lines.append([f"**{text}**" for text in texts] if number == self.best else texts)
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def html(self) -> str:
+        """As a sortable table."""
+        head = "".join(
+            f'<th scope="col"><button type="button">{html.escape(name)}</button></th>'
+            for name in self.head
+        )
+        body = ""
+        for number, row in enumerate(self.rows):
+            best = ' class="best"' if number == self.best else ""
+            body += f"<tr{best}>{''.join(cell(*pair) for pair in row)}</tr>"
+        return (
+            '<div class="scrolls" tabindex="0" role="region" aria-label="results"><table>'
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        )
+
+
+def cell(value: Any, text: str) -> str:
     """A table's cell: the value that it is sorted by, and what it shows."""
-    missing = value is None or value != value
     kind = "" if isinstance(value, str | bool) else ' class="number"'
-    shown, sorts = ("–", "") if missing else (text or say(value), str(value))
-    return f'<td{kind} data-value="{html.escape(sorts)}">{html.escape(shown)}</td>'
+    sorts = "" if text == "–" else str(value)
+    return f'<td{kind} data-value="{html.escape(sorts)}">{html.escape(text)}</td>'
 
 
-def table(groups: Sequence[Any]) -> str:
-    """The sortable table of a sweep's groups."""
+def shown(value: Any, form: Callable[[Any], str] = say) -> tuple[Any, str]:
+    """A value and its text; a dash for None and NaN."""
+    return value, "–" if value is None or value != value else form(value)
 
-    def axis(name):
-        return lambda group: cell(group.axes.get(name))  # escapes it
+
+def spread(mean: float, half: float, form: str = "{:.2f}") -> tuple[float, str]:
+    """A mean and its text with an interval, if there is one."""
+    return shown(mean, lambda mean: form.format(mean) + (f" ± {half:.2f}" if half == half else ""))
+
+
+def table(groups: Sequence[Any]) -> Table:
+    """The table of a sweep's groups."""
 
     def points(quantity):
-        def show(group):
-            mean, spread = 100 * group.mean(quantity), 100 * group.deviation(quantity)
-            return cell(mean, f"{mean:.2f}" + (f" ± {spread:.2f}" if spread == spread else ""))
-
-        return show
+        return lambda group: spread(100 * group.mean(quantity), 100 * group.half_width(quantity))
 
     def number(quantity, form):
-        def show(group):
-            mean = group.mean(quantity)
-            return cell(mean, "" if math.isnan(mean) else form(mean))
-
-        return show
+        return lambda group: shown(group.mean(quantity), form)
 
     def whole(number):
         return formats.count(round(number))
@@ -60,67 +104,123 @@ def table(groups: Sequence[Any]) -> str:
     def milliseconds(seconds):
         return f"{1000 * seconds:.3g}"
 
+    def share(mismatch):
+        return f"{100 * mismatch:+.2f}"
+
     splits = sorted({group.split for group in groups})
-    columns: dict[str, Callable[[Any], str]] = {
-        **{name.replace("_", " "): axis(name) for name in groups[0].axes},
-        **({} if "kind" in groups[0].axes else {"network": lambda group: cell(group.kind)}),
-        "n": lambda group: cell(len(group.runs)),
-        **{f"{split} accuracy (%)": points(f"{split}_accuracy") for split in splits},
-        "training (%)": points("train_accuracy"),
-        "gap (points)": points("gap"),
+    columns: dict[str, Callable[[Any], tuple[Any, str]]] = {
+        **{
+            name.replace("_", " "): lambda group, name=name: shown(group.axes.get(name))
+            for name in groups[0].axes
+        },
+        **({} if "kind" in groups[0].axes else {"network": lambda group: shown(group.kind)}),
+        "n": lambda group: shown(len(group.runs)),
+        **{f"{split} accuracy (%) {INTERVAL}": points(f"{split}_accuracy") for split in splits},
+        f"training accuracy (%) {INTERVAL}": points("train_accuracy"),
+        f"gap (points) {INTERVAL}": points("gap"),
         "parameters": number("parameters", whole),
         "multiply-adds": number("multiply_adds", formats.si),
+        "mismatch (%)": lambda group: shown(group.sweep.get("mismatch"), share),
+        "edges": number("edges", whole),
+        "longest path": number("longest_path", whole),
+        "mean path": number("mean_path", "{:.1f}".format),
         "training FLOP": number("training_compute", formats.si),
         "images/s": number("images_per_second", whole),
+        "1 (ms)": number("latency_1", milliseconds),
+        "64 (ms)": number("latency_64", milliseconds),
     }
-    if any(group.values("latency_1") for group in groups):
-        for images in (1, 64):
-            columns[f"{images} (ms)"] = number(f"latency_{images}", milliseconds)
-    return sortable(columns, ([column(group) for column in columns.values()] for group in groups))
+    optional = ("mismatch (%)", "edges", "longest path", "mean path", "1 (ms)", "64 (ms)")
+    for name in optional:
+        if all(columns[name](group)[1] == "–" for group in groups):
+            del columns[name]
+    rows = [[column(group) for column in columns.values()] for group in groups]
+    best = min(range(len(groups)), key=lambda n: groups[n].mean("error"))
+    return Table(list(columns), rows, best if len(groups) > 1 and len(splits) == 1 else None)
 
 
-def sortable(names: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table that a click on a column's head sorts, of rows of `cell`."""
-    rows = map("".join, rows)
-    head = "".join(
-        f'<th scope="col"><button type="button">{html.escape(name)}</button></th>' for name in names
+def table_of_comparisons(sweep: str, groups: Sequence[Any]) -> Table | None:
+    """What was written down to be compared; None where nothing was, or nothing can be yet."""
+    head = ["difference of", "n", f"accuracy (points) {INTERVAL}", "p (paired t test)"]
+    head += ["p (sign flips, exact)", "p (t test, by Holm)", "the first is"]
+    rows = []
+
+    def small(p):
+        return f"{p:.4f}" if p >= 0.0001 else "< 0.0001"
+
+    for one in compare(sweep, groups):
+        ps = [shown(p, small) for p in (one.t, one.flips, one.corrected)]
+        points = spread(one.difference, one.interval, "{:+.2f}")
+        rows.append([shown(one.name, str), shown(one.n), points, *ps, shown(one.conclusion, str)])
+    return Table(head, rows) if rows else None
+
+
+def facts(groups: Sequence[Any]) -> str:
+    """Of what data, epochs, devices, dates and code the runs of some groups are, in one line."""
+    found = {"data": set(), "epochs": set(), "device": set(), "date": set(), "code": set()}
+    for run in (run for group in groups for run in group.runs):
+        data = run.config["data"]
+        size = f" at {data['image_size']}x{data['image_size']}" if data.get("image_size") else ""
+        found["data"].add(f"{data['name']}{size}, {run.split} images")
+        found["epochs"].add(run.config["train"]["epochs"])
+        found["device"].add(run.result.get("device") or run.start["devices"])
+        found["date"].add(run.start.get("time", "not recorded").partition("T")[0])
+        found["code"].add(run.versions.get("code", "not recorded"))
+    return "; ".join(
+        f"{name}: {', '.join(map(str, sorted(values)))}" for name, values in found.items()
     )
-    return (
-        '<div class="scrolls" tabindex="0" role="region" aria-label="results"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>"
-        f"{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table></div>"
-    )
 
 
-def drawn(name: str, drawings: Iterable[tuple[str, str, Figure]], folder: epath.Path) -> str:
-    """Figures of (file name, caption, figure) as elements; writes them as PNG too."""
+def question(name: str) -> str:
+    """What a sweep asks: the first line of its docstring."""
+    made = SWEEPS.get(name.partition("_x_")[0])
+    return made.__doc__.splitlines()[0].replace("*", "") if made else ""
+
+
+def markdown(sweeps: dict[str, list[Any]], groups: dict[str, list[Any]]) -> str:
+    """The tables of all sweeps as Markdown; names come from folders, and are text."""
+    parts = ["# Sweeps\n"]
+    for name in sweeps:
+        parts.append(f"## {html.escape(say(name))}\n\n{question(name)}\n")
+        if groups[name]:
+            parts.append(f"{html.escape(facts(groups[name]))}\n")
+            parts.append(table(groups[name]).markdown())
+            if compared := table_of_comparisons(name, groups[name]):
+                parts.append(f"{compared.markdown()}\n{NOTE}\n")
+    return "\n".join(parts)
+
+
+def drawn(name: str, drawings: Iterable[tuple[str, str, Figure]], files: Files) -> str:
+    """Figures of (file name, caption, figure) as elements; writes them as files too."""
     elements = []
     for file, caption, drawing in drawings:
         # A name may hold anything, a "/" too; the figure stays in the folder.
-        plots.save(drawing, folder / re.sub(r"[^\w.-]", "_", f"{name}_{file}.png"))
+        for form in files.formats:
+            plots.save(
+                drawing, files.folder / re.sub(r"[^\w.-]", "_", f"{name}_{file}.{form}"), form
+            )
         caption = html.escape(caption)
         svg = plots.svg(drawing, caption)
         elements.append(f"<figure>{svg}<figcaption>{caption}</figcaption></figure>")
     return "".join(elements)
 
 
-def assessed(name: str, run: Any, folder: epath.Path) -> str:
+def assessed(name: str, run: Any, files: Files) -> str:
     """What `python -m densejax.assess` found of a run, folded; writes its figures."""
     found, picture = run.assessment, run.path / "assessment" / "mistakes.png"
     told = f"accuracy {formats.percent(found['accuracy'])}"
     told += f", calibration error {formats.percent(found['calibration_error'])}"
-    pictures = drawn(name, figures.of_assessment(run), folder)
+    pictures = drawn(name, figures.of_assessment(run), files)
     if picture.exists():
         data = base64.b64encode(picture.read_bytes()).decode()
         pictures += f'<figure><img src="data:image/png;base64,{data}" alt="mistakes"></figure>'
-    rows = (
-        [cell(one, one), *(cell(x, f"{100 * x:.2f}" if x else "") for x in scores)]
+    rows = [
+        [shown(one, str), *(shown(x, lambda x: f"{100 * x:.2f}") for x in scores)]
         for one, *scores in zip(*found["classes"].values(), strict=True)
-    )
-    columns = ("class", "precision (%)", "recall (%)", "F1 (%)")
+    ]
+    scored = Table(["class", "precision (%)", "recall (%)", "F1 (%)"], rows)
     return (
         f"<details><summary>{html.escape(f'{run.name}: {told}')}</summary>"
-        f'<div class="wide">{pictures}</div>{sortable(columns, rows)}</details>'
+        f'<div class="wide">{pictures}</div>{scored.html()}</details>'
     )
 
 
@@ -166,54 +266,55 @@ def one_version(groups: dict[str, Any]) -> str:
     return f"<p>Not all of these are of one version: {html.escape(others)}.</p>" if others else ""
 
 
-def section(name: str, runs: Sequence[Any], groups: Sequence[Any], folder: epath.Path) -> str:
+def section(name: str, runs: Sequence[Any], groups: Sequence[Any], files: Files) -> str:
     """A sweep's part of the page; writes its figures."""
     left = [run for run in runs if not run.result]
-    question = SWEEPS[name].__doc__.splitlines()[0].replace("*", "") if name in SWEEPS else ""
     parts = [
         f'<section id="{html.escape(name)}"><h2>{html.escape(name.replace("_", " "))}</h2>'
-        f"<p>{html.escape(question)}</p>",
+        f"<p>{html.escape(question(name))}</p>",
         f'<p class="quiet">{len(runs) - len(left)} of {len(runs)} runs have ended.</p>',
     ]
     if groups:
         parts.append(one_version({group.label(): group for group in groups}))
-        parts.append(table(groups))
-        parts.append(f'<div class="figures">{drawn(name, figures.of_sweep(groups), folder)}</div>')
-    if maps := drawn(name, figures.heat_maps(groups), folder):
+        parts.append(f'<p class="quiet">{html.escape(facts(groups))}</p>{table(groups).html()}')
+        if compared := table_of_comparisons(name, groups):
+            parts.append(f"<h3>Comparisons</h3><p>{html.escape(NOTE)}</p>{compared.html()}")
+        parts.append(f'<div class="figures">{drawn(name, figures.of_sweep(groups), files)}</div>')
+    if maps := drawn(name, figures.heat_maps(groups), files):
         parts.append(
             "<details><summary>Feature reuse: what each layer reads</summary><p>Mean |weight| of "
             "the first convolution that reads a source's feature maps, over its column's largest; "
             f'a box marks what stands behind the block.</p><div class="wide">{maps}</div></details>'
         )
-    if seen := [assessed(name, run, folder) for run in runs if run.assessment]:
+    if seen := [assessed(name, run, files) for run in runs if run.assessment]:
         summary = "<summary>Classes, calibration and mistakes of each run</summary>"
         parts.append(f"<details>{summary}{''.join(seen)}</details>")
     if left:
         items = (f"<li>{html.escape(f'{run.name}: {run.state}')}</li>" for run in left)
-        parts.append(f"<p>Not ended or damaged, in no mean:</p><ul>{''.join(items)}</ul>")
+        parts.append(
+            f"<p>Not ended, damaged or not selected, in no mean:</p><ul>{''.join(items)}</ul>"
+        )
     return "".join([*parts, provenance(runs), "</section>"])
 
 
-def of(
-    sweeps: dict[str, list[Any]], groups: dict[str, list[Any]], title: str, folder: epath.Path
-) -> str:
+def of(sweeps: dict[str, list[Any]], groups: dict[str, list[Any]], title: str, files: Files) -> str:
     """The whole page; writes its figures.
 
     Args:
       sweeps: runs by sweep.
       groups: those that have ended, together where they differ in their seed alone.
       title: of the page.
-      folder: for the figures as PNG.
+      files: where the figures are written.
     """
     links = "".join(
         f'<a href="#{urllib.parse.quote(name)}">{html.escape(name.replace("_", " "))}</a>'
         for name in sweeps
     )
     parts = [f"<nav>{links}</nav>"]
-    if networks := drawn("all", figures.of_all(groups), folder):
+    if networks := drawn("all", figures.of_all(groups), files):
         named = {f"{name}, {one.label()}": one for name in groups for one in groups[name]}
         parts.append(f"<section><h2>All networks</h2>{one_version(named)}")
         parts.append(f'<div class="figures">{networks}</div></section>')
-    parts += [section(name, runs, groups[name], folder) for name, runs in sweeps.items()]
+    parts += [section(name, runs, groups[name], files) for name, runs in sweeps.items()]
     template = string.Template(TEMPLATE.read_text())
     return template.substitute(title=html.escape(title), body="".join(parts))

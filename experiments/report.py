@@ -1,11 +1,13 @@
-"""Sweeps as a table, figures and one page: python experiments/report.py --root=DIR [--output=DIR].
+"""Sweeps as tables, figures and one page: python experiments/report.py --root=DIR [--output=DIR].
 
-Reads ROOT/SWEEP/RUN of experiments/run.py; writes runs.csv (a row for each run), index.html (one
-page that needs no network, light and dark) and its figures as PNG into DIR, by default ROOT/report.
-Runs that have not ended, or are damaged, are listed and enter no mean. Where runs of one mean are
-of different code, data, weights, versions or precision, that is said, and nothing is written.
+Reads ROOT/SWEEP/RUN of experiments/run.py; writes into DIR, by default ROOT/report, runs.csv (a row
+for each run), report.csv (for each mean), report.md (the tables), index.html (one page that needs
+no network, light and dark) and its figures, by default as PNG. Runs that have not ended, or are
+damaged, are listed and enter no mean. Where runs of one mean are of different code, data, weights,
+versions or precision, that is said, and nothing is written; --select=code=0123 takes some of them.
 """
 
+import argparse
 import csv
 import dataclasses
 import functools
@@ -21,25 +23,35 @@ from typing import Any
 
 import page
 import script
+from comparisons import half_width
 from etils import epath
-from figures import say
+from figures import kind_of, numeric, say
 from ml_collections import ConfigDict
 from sweeps import differences, origin
 
 from densejax import models
 from densejax.analysis import assessment
 from densejax.config import UserError
+from densejax.data import facts
+from densejax.models import counts
 from densejax.runs import files, formats, workdir
 from densejax.training import parallel, result
 
-# Other networks are called by their pattern of connections.
-KINDS = {
-    ("densenet", "dense"): "DenseNet",
-    ("resnet", "add"): "ResNet",
-    ("densenet", "one_shot"): "one-shot DenseNet",
-    ("vovnet", None): "VoVNet",
-    ("resnet", "chain"): "plain network",
-}
+# What report.csv has the mean of, and of a share of the images also the spread.
+SHARES = ("accuracy", "error", "train_accuracy", "train_error", "gap")
+QUANTITIES = ("parameters", "multiply_adds", "training_compute", "training_seconds", "edges")
+QUANTITIES += ("longest_path", "mean_path", "images_per_second", "latency_1", "latency_64")
+
+
+@functools.cache
+def paths(model: str) -> dict[str, float]:
+    """Edges and paths of a stored section `config.model`, as JSON; {} where they are not known."""
+    try:
+        section = facts.without_lists(models.completed(json.loads(model)))
+        graphs = models.create(section, 10).graphs()
+    except (UserError, AttributeError):  # fields of another version, or a family without graphs
+        return {}
+    return dataclasses.asdict(counts.connections(graphs.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +59,7 @@ class Run:
     """One run directory: its sweep.json, config.json, metrics.jsonl, last start and summary.json.
 
     `result`, the summary, is {} where the run has not ended, and `assessment` where its result has
-    none; `damage` says what cannot be read.
+    none; `damage` says why it is left out.
     """
 
     path: epath.Path
@@ -73,10 +85,7 @@ class Run:
     def kind(self) -> str:
         """How its network joins layers."""
         model = models.completed(self.config["model"])
-        family, connect = model["family"], model.get("connect")
-        if isinstance(connect, str | None):
-            return KINDS.get((family, connect), f"{family}, {connect}" if connect else family)
-        return f"{family}, a graph of its own"
+        return kind_of(model["family"], model.get("connect"))
 
     @property
     def split(self) -> str:
@@ -92,7 +101,7 @@ class Run:
     def state(self) -> str:
         """Its result, or how far it is, for people."""
         if self.damage:
-            return f"damaged: {self.damage}"
+            return self.damage
         if self.result:
             return f"{self.split} accuracy {formats.percent(self.measures['accuracy'])}"
         if not self.records:
@@ -106,6 +115,8 @@ class Run:
         if found:
             images = found["steps"] * self.config["train"]["batch_size"]
             found["training_compute"] = 6 * found["multiply_adds"] * images
+            found["training_seconds"] = images / found["images_per_second"]
+            found |= paths(json.dumps(self.config["model"]))
             found |= {name: found[f"{self.split}_{name}"] for name in ("accuracy", "error")}
             for images, seconds in self.sweep["latency"].items():
                 found[f"latency_{images}"] = seconds
@@ -146,6 +157,10 @@ class Group:
         values = self.values(quantity)
         return statistics.fmean(values) if values else math.nan
 
+    def half_width(self, quantity: str) -> float:
+        """Half of the 95 % t interval of the mean, NaN of fewer than two values."""
+        return half_width(self.values(quantity))
+
     def deviation(self, quantity: str) -> float:
         """The sample standard deviation over runs, NaN of fewer than two."""
         values = self.values(quantity)
@@ -165,7 +180,7 @@ def read(root: epath.Path) -> dict[str, list[Run]]:
         except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
             sweep = {"axes": {}, "seed": None, "command": ""}
             start = {"versions": {}, "devices": ""}
-            damage = str(error) or repr(error)
+            damage = f"damaged: {str(error) or repr(error)}"
             run = Run(file.parent, sweep, {}, [], start, {}, damage=damage)
             said = UserError(f"{run.path} is left out: {run.state}")
             print(f"densejax: {said}", file=sys.stderr)
@@ -194,33 +209,55 @@ def read_run(path: epath.Path) -> Run:
     return Run(path, sweep, config, records, starts[-1], summary, found)
 
 
+def selected(runs: Sequence[Run], words: Sequence[str]) -> list[Run]:
+    """The runs, of which those of other versions than `words` say, "code=0123", are left out."""
+    found = []
+    for run in runs:
+        for word in words:
+            key, _, value = word.partition("=")
+            if run.result and not run.versions.get(key, "").startswith(value):
+                why = f"{key} is {run.versions.get(key, 'not recorded')}, not {value}"
+                run = dataclasses.replace(run, result={}, assessment={}, damage=why)
+        found.append(run)
+    return found
+
+
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """The ended runs, those of one place in the sweep together, in the order of the axes."""
+    """The ended runs, those of one place in the sweep together.
+
+    They are ranked by their error, but in the order of the axes if one of these is of numbers.
+    """
     found = {}
     for run in runs:
         if run.result:
             found.setdefault(json.dumps(run.axes, sort_keys=True), []).append(run)
+    groups = [Group(runs) for runs in found.values()]
 
     def order(group):
         return [
             (isinstance(v, str), str(v) if isinstance(v, str) else v) for v in group.axes.values()
         ]
 
-    return sorted((Group(runs) for runs in found.values()), key=order)
+    groups.sort(key=order)
+    if groups and not numeric(groups):
+        groups.sort(key=lambda group: (group.split, group.mean("error")))
+    return groups
 
 
 def require_comparable(root: epath.Path, groups: dict[str, list[Group]]) -> None:
     """Raises UserError with every group whose runs differ in more than their seed."""
-    found = []
+    found, remedy = [], "Train all of them again with the same, into another --root of run.py"
     for name, ended in groups.items():
         for group in ended:
             others = differences({run.name: origin(run.name, run.result) for run in group.runs})
             found += [f"{name}, {group.label()}: {others}"] if others else []
+            for key in ("jax", "code") if others else ():
+                if len({run.versions.get(key) for run in group.runs}) > 1:
+                    remedy = f"--select={key}={group.versions.get(key)} takes those of one {key}"
     if found:
         raise UserError(
             f"--root={root}: no mean is taken over runs of different code, data, weights, "
-            f"versions, precision or configurations: {'; '.join(found)}. Train all of them again "
-            f"with the same, into another --root of experiments/run.py"
+            f"versions, precision or configurations: {'; '.join(found)}. {remedy}"
         )
 
 
@@ -230,22 +267,50 @@ def plain(value: Any) -> Any:
     return f"'{value}" if is_formula else value
 
 
-def table(sweeps: dict[str, list[Run]]) -> str:
-    """All runs as CSV, one row each; what a run has not is empty."""
+def csv_of(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as CSV; what a row has not is empty."""
+    rows = [{plain(key): plain(value) for key, value in row.items()} for row in rows]
+    file = io.StringIO()
+    names = dict.fromkeys(itertools.chain.from_iterable(rows))
+    writer = csv.DictWriter(file, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def table_of_runs(sweeps: dict[str, list[Run]]) -> str:
+    """All runs as CSV, one row each."""
     rows = []
     for run in itertools.chain.from_iterable(sweeps.values()):
         row = {"sweep": run.path.parent.name, "run": run.name, "seed": run.sweep["seed"]}
         row |= {"finished": bool(run.result), "parameters": None, "multiply_adds": None}
         row |= {"test_accuracy": None, "train_loss": None, "mismatch": run.sweep.get("mismatch")}
         row |= {"split": run.split if run.result else None} | run.measures | run.axes
-        row |= run.versions | {"command": run.sweep["command"]}
-        rows.append({plain(key): plain(value) for key, value in row.items()})
-    names = dict.fromkeys(itertools.chain.from_iterable(rows))
-    file = io.StringIO()
-    writer = csv.DictWriter(file, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
+        rows.append(row | run.versions | {"command": run.sweep["command"]})
+    return csv_of(rows)
+
+
+def table_of_means(groups: dict[str, list[Group]]) -> str:
+    """All groups as CSV, one row each; intervals are halves of 95 % t intervals."""
+    rows = []
+    for sweep, ended in groups.items():
+        for group in ended:
+            row = {"sweep": sweep, "n": len(group.runs), "network": group.kind}
+            row |= group.axes | {"split": group.split, "mismatch": group.sweep.get("mismatch")}
+            for name in (name for name in SHARES if group.values(name)):
+                row |= {name: group.mean(name), f"{name}_interval": group.half_width(name)}
+                row[f"{name}_deviation"] = group.deviation(name)
+            row |= {name: group.mean(name) for name in QUANTITIES if group.values(name)}
+            rows.append({k: None if v != v else v for k, v in row.items()} | group.versions)
+    return csv_of(rows)
+
+
+def formats_of(text: str) -> list[str]:
+    """The type of --formats."""
+    found = text.split(",")
+    if not set(found) <= {"png", "svg", "pdf"}:
+        raise argparse.ArgumentTypeError(f"{text!r}: give some of png,svg,pdf")
+    return found
 
 
 def main() -> None:
@@ -253,15 +318,23 @@ def main() -> None:
     parser = script.Parser(__doc__)
     parser.add_argument("--root", type=script.path, required=True, help="holds SWEEP/RUN")
     parser.add_argument("--output", type=script.path, help="folder; default: ROOT/report")
+    parser.add_argument(
+        "--select", action="append", default=[], help="runs of one version: code=0123"
+    )
+    parser.add_argument(
+        "--formats", type=formats_of, default=["png"], help="png,svg,pdf of figures"
+    )
     options = parser.parse_args()
-    sweeps = read(options.root)
+    sweeps = {name: selected(runs, options.select) for name, runs in read(options.root).items()}
     groups = {name: grouped(runs) for name, runs in sweeps.items()}
     require_comparable(options.root, groups)
     folder = options.output or options.root / "report"
     folder.mkdir(parents=True, exist_ok=True)
     parallel.start()
-    files.write(folder / "runs.csv", table(sweeps))
-    content = page.of(sweeps, groups, "densejax: sweeps", folder)
+    files.write(folder / "runs.csv", table_of_runs(sweeps))
+    files.write(folder / "report.csv", table_of_means(groups))
+    files.write(folder / "report.md", page.markdown(sweeps, groups))
+    content = page.of(sweeps, groups, "densejax: sweeps", page.Files(folder, options.formats))
     files.write(folder / "index.html", content)
     print(f"{folder}/index.html")
 

@@ -44,7 +44,7 @@ matplotlib.rcParams.update(
         "grid.alpha": 0.25,
         "grid.color": INK,
         "image.cmap": "cividis",
-        "legend.fontsize": 8,
+        "legend.fontsize": 9,
         "legend.frameon": False,
         "errorbar.capsize": 2,
         "lines.linewidth": 1.5,
@@ -257,10 +257,10 @@ def connections(graphs: Mapping[str, Graph]) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: epath.PathLike) -> None:
-    """Writes a figure as PNG."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
+def save(figure: Figure, path: epath.PathLike, form: str = "png") -> None:
+    """Writes a figure as PNG, SVG or PDF, of which equal figures are equal files."""
+    file, undated = io.BytesIO(), {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    figure.savefig(file, format=form, dpi=150, metadata=undated.get(form))
     files.write(epath.Path(path), file.getvalue())
 
 

@@ -3,16 +3,20 @@
 import csv
 import hashlib
 import html
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
+import types
 
+import figures
 import numpy as np
 import pytest
 import report
 import script
+from matplotlib.text import Text
 
 from densejax import config as schema
 from densejax import models
@@ -29,14 +33,14 @@ def sealed(record):
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def write_run(root, sweep, axes, seed, model, accuracy=None, training=None, **facts):
+def write_run(root, sweep, axes, seed, model, accuracy=None, training=None, connect=None, **facts):
     """A run directory as experiments/run.py leaves it, ended if it has an accuracy."""
     name = "_".join(map(str, axes.values())) + f"_seed{seed}"
     path = root / sweep / name
     path.mkdir(parents=True)
     config = schema.default()
     config.name, config.seed, config.data.name = "card", seed, "digits"
-    config.model = models.fields(model)
+    config.model = models.fields(model, **({"connect": connect} if connect else {}))
     config.train.epochs, config.train.batch_size = 2, 64
     config = json.loads(config.to_json())
     if model == RESIDUAL[0]:
@@ -113,7 +117,9 @@ def rows_of(page, sweep):
     """The texts of a sweep's table, head first."""
     section = page[page.index(f'<section id="{sweep}"') :]
     table = section[section.index("<table>") : section.index("</table>")]
-    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]]
+    rows = [
+        re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.split("<tr[^>]*>", table)[1:]
+    ]
     return [[html.unescape(re.sub("<[^>]*>", "", cell)) for cell in row] for row in rows]
 
 
@@ -139,11 +145,12 @@ def test_means_and_deviations(written):
     columns = {name: (dense[n], residual[n]) for n, name in enumerate(head)}
     assert columns["kind"] == ("dense", "residual")
     assert columns["n"] == ("3", "3")
-    # 90, 92, 91 and 88, 89, 93: deviations 1 and sqrt((4 + 1 + 9) / 2).
-    assert columns["test accuracy (%)"] == ("91.00 ± 1.00", "90.00 ± 2.65")
-    assert columns["training (%)"] == ("96.00 ± 1.00", "99.00 ± 0.00")
+    # 90, 92, 91 and 88, 89, 93: deviations 1 and sqrt((4 + 1 + 9) / 2), of which the interval has
+    # Student's 4.303 of two degrees of freedom, over sqrt(3).
+    assert columns["test accuracy (%) ± 95 % interval"] == ("91.00 ± 2.48", "90.00 ± 6.57")
+    assert columns["training accuracy (%) ± 95 % interval"] == ("96.00 ± 2.48", "99.00 ± 0.00")
     # 5, 4, 6 and 11, 10, 6.
-    assert columns["gap (points)"] == ("5.00 ± 1.00", "9.00 ± 2.65")
+    assert columns["gap (points) ± 95 % interval"] == ("5.00 ± 2.48", "9.00 ± 6.57")
     assert columns["parameters"] == ("1,234", "1,234")
     assert columns["training FLOP"] == ("38.4M", "46.08M")
     assert columns["images/s"] == ("101", "101")
@@ -156,7 +163,7 @@ def test_networks_of_one_recipe_are_in_one_figure(written):
 def test_numbers_are_in_their_order(written):
     rows = rows_of((written / "index.html").read_text(), "growth_rate")
     assert [row[0] for row in rows[1:]] == ["4", "12", "120"]
-    assert rows[1][3] == "81.00 ± 1.41"
+    assert rows[1][3] == "81.00 ± 12.71"  # 12.706 of one degree of freedom
     assert rows[0][-2:] == ["1 (ms)", "64 (ms)"]
     assert [row[-2:] for row in rows[1:]] == [["1", "12.3"], ["2", "20"], ["–", "–"]]
 
@@ -177,9 +184,10 @@ def test_the_page_stands_alone_and_says_where_numbers_come_from(written):
     assert "Not all of these" not in page
     assert "This run: <code>seed=2</code>" in page  # what runs of one network differ in
     assert "How layers are joined" in page  # the sweep's question
-    # Two figures of all networks, four of connectivity, five of growth_rate with its axis.
+    # Of all networks and of connectivity two or one counts and three of paths, each gap and curves,
+    # and four of growth_rate with its axis.
     assert "(ms)" not in "".join(rows_of(page, "connectivity")[0])
-    assert page.count("<figure>") == len(list(written.glob("*.png"))) == 11
+    assert page.count("<figure>") == len(list(written.glob("*.png"))) == 15
 
 
 def test_a_root_without_runs_is_one_line(tmp_path, capsys):
@@ -257,6 +265,80 @@ def test_code_that_nobody_recorded_is_not_taken_for_the_same(pair, capsys):
     assert "bc_seed0 (code not recorded by bc_seed0) against bc_seed1" in capsys.readouterr().err
 
 
+def test_runs_of_one_version_are_selected(pair, capsys):
+    root, second = pair
+    versions = json.loads((second / "summary.json").read_text())["versions"]
+    change(second / "summary.json", versions=versions | {"code": "4567"})
+    assert call(root) == 2
+    assert "--select=code=0123 takes those of one code" in capsys.readouterr().err
+    assert call(root, "--select=code=4567", "--formats=svg,pdf") == 0
+    with (root / "report" / "report.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["n"], row["code"], row["accuracy"]) == ("1", "4567", "0.9")
+    assert row["accuracy_interval"] == row["accuracy_deviation"] == ""
+    page = (root / "report" / "index.html").read_text()
+    assert "<li>bc_seed0: code is 0123, not 4567</li>" in page
+    assert (
+        "data: digits, test images; epochs: 2; device: 2 x cpu; date: not recorded; code: 4567"
+        in page
+    )
+    heads = {path.suffix: path.read_bytes()[:4] for path in (root / "report").iterdir()}
+    assert (heads[".svg"], heads[".pdf"]) == (b"<?xm", b"%PDF") and ".png" not in heads
+    assert call(root, "--formats=png,bmp") == 2
+
+
+def test_patterns_are_ranked_compared_and_named_alike(tmp_path):
+    for connect, kind, accuracy in (("chain", "chain", 0.8), ("dense", "dense", 0.9)):
+        for seed in range(8):
+            found = accuracy + 0.001 * (seed % 3)
+            facts = {"connect": connect, "multiply_adds": 5000 + seed // 8}
+            write_run(tmp_path, "patterns", {"kind": kind}, seed, DENSE[0], found, 0.95, **facts)
+    facts = {"connect": "hyper", "parameters": 9999}
+    write_run(tmp_path, "patterns", {"kind": "hyper"}, 0, "preact_resnet164", 0.85, 0.9, **facts)
+    assert call(tmp_path) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert [line.split(" ")[1] for line in text.splitlines()[10:13]] == [
+        "**dense**",
+        "hyper",
+        "chain",
+    ]
+    # Of the six that were written down, one has its seeds: +10 points in every pair.
+    assert "| dense − chain | 8 | +10.00 ± 0.00 | 1.0000 | 0.0078 | 1.0000 | no difference" in text
+    assert "| dense − residual | 0 | – | – | – | – | open: n = 0 |" in text
+    rows = rows_of((tmp_path / "report" / "index.html").read_text(), "patterns")
+    # Three blocks of 6, each of whose outputs are read by all after them; a chain has one way.
+    columns = {name: [row[n] for row in rows[1:]] for n, name in enumerate(rows[0])}
+    assert columns["edges"][0] == str(3 * (21 + 7)) and columns["edges"][2] == str(3 * 7)
+    assert columns["longest path"][0] == "18" and columns["mean path"][2] == "18.0"
+
+
+def test_kinds_look_different():
+    looks = [tuple(figures.style(kind).items()) for kind in figures.LOOKS]
+    assert len({look[:2] for look in looks}) == len(looks)
+
+
+def test_labels_do_not_overlap():
+    figure, (axes,) = figures.plots.figure(width=4.0)
+    points = [(1 + 0.01 * n, 2 - 0.002 * n, f"label {n}") for n in range(9)] + [
+        (0, 0, "o"),
+        (2, 4, "x"),
+    ]
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o")
+    figures.annotate(axes, points)
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_the_front_of_pareto():
+    values = {"a": (1, 9), "b": (2, 8), "c": (2, 7), "d": (3, 7), "e": (4, 5), "f": (5, 6)}
+    means = [
+        types.SimpleNamespace(name=name, mean=dict(zip(("cost", "error"), pair, strict=True)).get)
+        for name, pair in values.items()
+    ]
+    assert [group.name for group in figures.front(means, "cost")] == ["a", "c", "e"]
+
+
 def test_rows_of_other_versions_are_named(pair):
     root, second = pair
     write_run(root, "variants", {"variant": "b"}, 0, DENSE[0], 0.9, 0.95)
@@ -284,7 +366,9 @@ def test_what_held_out_images_measured_is_not_called_test(pair):
     write_run(root, "variants", {"variant": "b"}, 0, DENSE[0], 0.8, 0.95)
     assert call(root) == 0
     head, b, bc = rows_of((root / "report" / "index.html").read_text(), "variants")
-    column, other = head.index("validation accuracy (%)"), head.index("test accuracy (%)")
+    column, other = (
+        head.index(f"{split} accuracy (%) ± 95 % interval") for split in ("validation", "test")
+    )
     assert (b[column], bc[column], b[other], bc[other]) == ("–", "90.00 ± 0.00", "80.00", "–")
 
 
@@ -342,7 +426,7 @@ def test_damage_costs_one_run_and_is_said(pair, capsys, file, text, why):
     assert why in said
     page = (root / "report" / "index.html").read_text()
     assert "1 of 2 runs have ended" in page and "<li>bc_seed1: damaged: " in page
-    assert rows_of(page, "variants")[1][:3] == ["bc", "DenseNet", "1"]
+    assert rows_of(page, "variants")[1][:3] == ["bc", "dense", "1"]
 
 
 def test_a_run_that_goes_on_to_more_epochs_has_not_ended(pair):
@@ -422,12 +506,13 @@ def test_the_page_in_a_browser_on_a_phone(written, tmp_path):
     found = json.loads(html.unescape(re.search(r"<pre>(.*?)</pre>", run.stdout, re.DOTALL)[1]))
     assert "CONSOLE" not in run.stderr and found["errors"] == []
     assert found["inner"] == 390 and found["width"] <= 390
-    assert len(found["sizes"]) == 11
+    assert len(found["sizes"]) == 15
     assert all(
         left >= 0 and right <= 390 and height > 100 for left, right, height in found["sizes"]
     )
+    accuracy = "test accuracy (%) ± 95 % interval"
     turns = {(name, direction): texts for name, direction, texts in found["sorted"]}
-    assert turns["test accuracy (%)", "ascending"] == ["90.00 ± 2.65", "91.00 ± 1.00"]
-    assert turns["test accuracy (%)", "descending"] == ["91.00 ± 1.00", "90.00 ± 2.65"]
+    assert turns[accuracy, "ascending"] == ["90.00 ± 6.57", "91.00 ± 2.48"]
+    assert turns[accuracy, "descending"] == ["91.00 ± 2.48", "90.00 ± 6.57"]
     assert turns["kind", "descending"] == ["residual", "dense"]
     assert turns["multiply-adds", "ascending"] == ["5k", "6k"]
