@@ -17,6 +17,7 @@ import re
 import statistics
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterable, Sequence
 
 from matplotlib.figure import Figure
@@ -129,6 +130,12 @@ def patterns() -> str:
     return "\n\n".join(parts)
 
 
+def of_experiments(name: str) -> types.ModuleType:
+    """A module of experiments/, whose modules import each other by their names alone."""
+    sys.path.insert(0, str(ROOT / "experiments"))
+    return importlib.import_module(name)
+
+
 def code_of(text: str) -> str:
     """Text as code."""
     return f"`{text}`"
@@ -141,8 +148,7 @@ def paragraph(thing: object) -> str:
 
 def sweeps() -> str:
     """The sweeps of experiments/sweeps.py, by their docstrings."""
-    sys.path.insert(0, str(ROOT / "experiments"))
-    found = importlib.import_module("sweeps").SWEEPS
+    found = of_experiments("sweeps").SWEEPS
     rows = [(code_of(name), paragraph(sweep)) for name, sweep in found.items()]
     return table(("Sweep", "What it varies"), rows)
 
@@ -402,22 +408,23 @@ def draw_result() -> Figure:
             yield name, parameters, statistics.mean(errors), statistics.stdev(errors)
 
     figure, (axes,) = plots.figure(width=6.4, height=4.0)
+    style_of = of_experiments("figures").style
     by_rate = points(lambda r: r["sweep"] == "growth_rate", lambda r: int(r["growth_rate"]))
     rates, x, means, spread = zip(*sorted(by_rate), strict=True)
     label = "dense, growth rate k as written"
-    axes.errorbar(x, means, spread, label=label, **plots.style(0))
+    axes.errorbar(x, means, spread, label=label, **style_of("dense"))
     for rate, place, mean in zip(rates, x, means, strict=True):
         axes.annotate(
             f"k = {rate}", (place, mean), (-36, -9), textcoords="offset points", fontsize=8
         )
     kinds = {"one_shot": "one-shot", "residual": "residual", "plain": "plain"}
-    for number, (kind, label) in enumerate(kinds.items(), 1):
+    for kind, label in kinds.items():
         found = points(
             lambda r, kind=kind: r["sweep"] == "connectivity" and r["kind"] == kind,
             lambda r: r["equal"],
         )
         _, x, means, spread = zip(*found, strict=True)
-        style = plots.style(number) | {"linestyle": ""}
+        style = style_of(label) | {"linestyle": ""}
         axes.errorbar(x, means, spread, label=label, **style)
     plots.logarithmic(axes.xaxis, formats.si)
     plots.logarithmic(axes.yaxis, "{:g}".format)
