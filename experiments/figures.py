@@ -105,21 +105,20 @@ def mark(
         axes.errorbar([place], [mean], [spread], **look | face | {"linestyle": ""})
 
 
-def annotate(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Texts beside points, (x, y, text) each, that overlap neither points nor each other.
+def annotate(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Texts beside points, (x, y, text, colour) each, that overlap neither points nor each other.
 
     To be called when all else is drawn: places are found in pixels.
     """
     axes.figure.draw_without_rendering()
-    pixels = axes.transData.transform([(x, y) for x, y, _ in points])
+    pixels = axes.transData.transform([point[:2] for point in points])
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in pixels]
     sides = [(1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1)]
     across, up = ({-1: "right", 0: "center", 1: "left"}, {-1: "top", 0: "center", 1: "bottom"})
-    for x, y, text in sorted(points):
-        arrow = {"arrowstyle": "-", "linewidth": 0.5, "color": plots.INK, "shrinkA": 0}
-        label = axes.annotate(
-            text, (x, y), (0, 0), textcoords="offset points", fontsize=9, arrowprops=arrow
-        )
+    for x, y, text, color in sorted(points):
+        arrow = {"arrowstyle": "-", "linewidth": 0.5, "color": color, "shrinkA": 0}
+        look = {"textcoords": "offset points", "fontsize": 9, "color": color, "arrowprops": arrow}
+        label = axes.annotate(text, (x, y), (0, 0), **look)
         label.set_in_layout(False)
         for distance, (right, above) in itertools.product((5, 12, 20, 30, 42), sides):
             label.set(ha=across[right], va=up[above])
@@ -143,19 +142,25 @@ def curve(group: Any) -> tuple[list[float], list[float]]:
     return list(by_epoch), [statistics.fmean(errors) for errors in by_epoch.values()]
 
 
+def legend(axes: Axes) -> None:
+    """A legend below a panel, of one column where a label is long."""
+    longest = max(map(len, axes.get_legend_handles_labels()[1]))
+    plots.legend(axes, 1 if longest > 20 else 2)
+
+
 def curves(groups: Sequence[Any], limits: tuple[float, float]) -> Figure:
     """Error over epochs: lines are training, as it learns; marks at the end are the result."""
     figure, (axes,) = plots.figure(width=4.0)
     for group, look in zip(groups, styles(groups), strict=True):
         line = look | {"marker": "", "linewidth": 1.1}
-        axes.plot(*curve(group), label=group.label(), **line)
+        axes.plot(*curve(group), label=plots.short(group.label(), 36), **line)
         end = group.config["train"]["epochs"]
         mark(axes, [end], [group], "error", **look | {"linestyle": "", "clip_on": False})
     axes.set_ylim(limits)
     plots.logarithmic(axes.yaxis, "{:g}".format)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     axes.set(xlabel="epoch", ylabel="error (%)")
-    plots.legend(axes, 1 if max(len(group.label()) for group in groups) > 20 else 2)
+    legend(axes)
     return figure
 
 
@@ -179,8 +184,8 @@ def against(groups: Sequence[Any], quantity: str, numbers: str = "") -> Figure:
     """
     kinds = sorted({group.kind for group in groups})
     each_once = len(kinds) == len(groups)
-    legend = 0 if each_once else math.ceil(len(kinds) / 3) * 0.2  # inches
-    figure, (axes,) = plots.figure(width=4.0, height=3.4 + legend)
+    below = 0 if each_once else math.ceil(len(kinds) / 3) * 0.2  # inches of the legend
+    figure, (axes,) = plots.figure(width=4.0, height=3.4 + below)
     for kind in kinds:
         mine = [group for group in groups if group.kind == kind]
         x = [group.mean(quantity) for group in mine]
@@ -201,9 +206,12 @@ def against(groups: Sequence[Any], quantity: str, numbers: str = "") -> Figure:
     if len(kinds) > 1 and not each_once:
         figure.legend(loc="outside lower center", ncols=3)
     if each_once or numbers:
-        texts = [group.kind if each_once else say(group.axes[numbers]) for group in groups]
-        places = [(group.mean(quantity), 100 * group.mean("error")) for group in groups]
-        annotate(axes, [(*place, text) for place, text in zip(places, texts, strict=True)])
+        points = []
+        for group in groups:
+            text = group.kind if each_once else say(group.axes[numbers])
+            place = group.mean(quantity), 100 * group.mean("error")
+            points.append((*place, text, style(group.kind)["color"]))
+        annotate(axes, points)
     return figure
 
 
@@ -217,7 +225,7 @@ def along(groups: Sequence[Any], axis: str) -> Figure:
     looks = styles([line[0] for line in lines.values()])
     for line, look in zip(lines.values(), looks, strict=True):
         x = [group.axes[axis] for group in line]
-        label = line[0].label(axis)
+        label = plots.short(line[0].label(axis), 36)
         mark(axes, x, line, "error", label=label, **look | {"linestyle": "-"})
         axes.plot(x, [100 * group.mean("train_error") for group in line], ":", color=look["color"])
     values = sorted({group.axes[axis] for group in groups})
@@ -226,13 +234,13 @@ def along(groups: Sequence[Any], axis: str) -> Figure:
     axes.set_xticks(values, map(formats.si, values))
     axes.set(xlabel=axis.replace("_", " "), ylabel=f"training, {error_of(groups)}")
     if len(lines) > 1:
-        plots.legend(axes)
+        legend(axes)
     return figure
 
 
 def gaps(groups: Sequence[Any]) -> Figure:
     """Training (not augmented) and test error of each group, joined by a line."""
-    labels = [group.label() for group in groups]
+    labels = [plots.short(group.label(), 36) for group in groups]
     size = {"width": 3.0 + 0.08 * max(map(len, labels)), "height": 1.0 + 0.22 * len(groups)}
     figure, (axes,) = plots.figure(**size)
     rows = range(len(groups))

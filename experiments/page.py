@@ -141,7 +141,7 @@ def table(groups: Sequence[Any]) -> Table:
 def table_of_comparisons(sweep: str, groups: Sequence[Any]) -> Table | None:
     """What was written down to be compared; None where nothing was, or nothing can be yet."""
     head = ["difference of", "n", f"accuracy (points) {INTERVAL}", "p (paired t test)"]
-    head += ["p (sign flips, exact)", "p (t test, by Holm)", "the first is"]
+    head += ["p (sign flips, exact)", "p (t test, by Holm)", "first against second"]
     rows = []
 
     def small(p):

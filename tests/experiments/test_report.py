@@ -319,11 +319,9 @@ def test_kinds_look_different():
 
 def test_labels_do_not_overlap():
     figure, (axes,) = figures.plots.figure(width=4.0)
-    points = [(1 + 0.01 * n, 2 - 0.002 * n, f"label {n}") for n in range(9)] + [
-        (0, 0, "o"),
-        (2, 4, "x"),
-    ]
-    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o")
+    points = [(1 + 0.01 * n, 2 - 0.002 * n, f"label {n}", "red") for n in range(9)]
+    points += [(0, 0, "o", "red"), (2, 4, "x", "red")]
+    axes.plot([point[0] for point in points], [point[1] for point in points], "o")
     figures.annotate(axes, points)
     figure.draw_without_rendering()
     boxes = [Text.get_window_extent(text) for text in axes.texts]
