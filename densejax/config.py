@@ -118,190 +118,242 @@ KEYS = {
     "name": Key("", "The card's name; the default run directory is named after it.", _NAME),
     "seed": Key(
         0,
-        "Of the parameters, the order of examples, augmentation and dropout.",
+        "The random seed of the initial parameters, the order of examples, augmentation and "
+        "dropout.",
         _Range(lambda value: 0 <= value < 2**32, "an integer in [0, 2**32)"),
     ),
     "data.name": Key(
         "",
-        "A set in densejax.data.official.SETS, one of densejax.data.add, or any that TFDS has "
-        "prepared.",
+        "The data set: a name in densejax.data.official.SETS, a set of densejax.data.add, or "
+        "any set that TFDS has prepared.",
         _Range(bool, "the name of a data set"),
     ),
     "data.storage": Key(
         "memory",
-        "Where images lie: 'memory', the whole set on every device; 'stream', on disk, and each is "
-        "decoded when it is needed; 'auto', a folder's: in memory where they fit, else on disk.",
+        "Where the images lie. 'memory': the whole set lies on every device. 'stream': images "
+        "lie on disk, and each is decoded when it is needed. 'auto', for a folder: in memory if "
+        "they fit, otherwise on disk.",
         _one_of("memory", "stream", "auto"),
     ),
     "data.memory_gigabytes": Key(
-        1.0, "'auto': what images in memory may take, in 2**30 bytes.", _NOT_NEGATIVE
+        1.0,
+        "With data.storage = 'auto': how much memory the images may take, in units of 2**30 bytes.",
+        _NOT_NEGATIVE,
     ),
     "data.directory": Key(
-        "~/.cache/densejax/data", "Where sets are prepared, once.", _Range(bool, "a folder")
+        "~/.cache/densejax/data",
+        "The folder in which sets are prepared, once.",
+        _Range(bool, "a folder"),
     ),
     "data.manual_dir": Key(
         "",
-        "Folder with the original files; '' downloads them. With data.storage = 'stream' or "
-        "'auto': a folder with class/image.jpg, or with train/class/image.jpg and the same in val "
-        "and test; '' streams what TFDS has prepared.",
+        "A folder with the original files; '' downloads them. With data.storage = 'stream' or "
+        "'auto' it is a folder of images: class/image.jpg, or train/class/image.jpg and the "
+        "same in val and test; '' streams what TFDS has prepared.",
     ),
     "data.test_share": Key(
         0.2,
-        "'stream', 'auto': of a folder without val and test, the share of each class's images "
-        "that is tested on; the same ones whatever the seed.",
+        "For a folder without val and test: the share of each class's images that is held out "
+        "and tested on. They are the same images for every seed.",
         _SHARE,
     ),
     "data.channels": Key(
         3,
-        "'stream', 'auto': what every image is made, 3 for colour, 1 for grey.",
+        "For streams and folders: every image is read with so many channels, 3 for colour or 1 "
+        "for grey.",
         _Range(lambda value: value in (1, 3), "1 or 3"),
     ),
     "data.workers": Key(
-        0, "Streams: processes that decode on each host; 0: the run itself does.", _NOT_NEGATIVE
+        0,
+        "For streams: how many processes decode images on each host. With 0 the run decodes "
+        "them itself.",
+        _NOT_NEGATIVE,
     ),
     "data.corrupt_images": Key(
         "fail",
-        "'stream', 'auto': what an unreadable training image does: 'fail' ends the run, 'skip' "
-        "trains on the next one. An unreadable test image always ends the run.",
+        "For streams and folders: what happens at a training image that cannot be read. 'fail' "
+        "ends the run, 'skip' trains on the next image. A test image that cannot be read always "
+        "ends the run.",
         _one_of("fail", "skip"),
     ),
-    "data.train_split": Key("train", "Splits that train, such as 'train+extra' for SVHN."),
+    "data.train_split": Key("train", "The splits that train, such as 'train+extra' for SVHN."),
     "data.validation_size": Key(
         0,
-        "Training images that are held out; the same ones whatever the seed. With data.storage = "
-        "'auto', of each class in proportion.",
+        "How many training images are held out. They are the same images for every seed; with "
+        "data.storage = 'auto' each class gives its share.",
         _NOT_NEGATIVE,
     ),
     "data.train_size": Key(
         0,
-        "Training images to use, 0 for all: the first of one fixed random order, so that a larger "
-        "set contains every smaller one. Classes are in proportion with data.storage = 'auto'.",
+        "How many training images are used; 0: all. They are the first ones of one fixed random "
+        "order, so a larger number contains every smaller one. With data.storage = 'auto' each "
+        "class gives its share.",
         _NOT_NEGATIVE,
     ),
     "data.normalization": Key(
         "statistics",
-        "'statistics': by the set's mean and standard deviation; 'scale': divide by 255; "
-        "'weights': as the images that train.weights were trained on.",
+        "How pixels become numbers. 'statistics' takes the set's mean and standard deviation, "
+        "'scale' divides by 255, 'weights' takes the mean and standard deviation that "
+        "train.weights were trained with.",
         _one_of("statistics", "scale", "weights"),
     ),
     "data.mean": Key(
-        (), "'statistics': of each channel, from 0 to 255; (): the set's own.", _LEVELS
+        (),
+        "With data.normalization = 'statistics': the mean of each channel, from 0 to 255; (): "
+        "it is computed or known.",
+        _LEVELS,
     ),
-    "data.std": Key((), "'statistics': beside data.mean.", _SPREADS),
+    "data.std": Key(
+        (),
+        "With data.normalization = 'statistics': the standard deviation of each channel, given "
+        "together with data.mean.",
+        _SPREADS,
+    ),
     "data.image_size": Key(
-        0, "Pixels, height and width that images are resized to; 0: as stored.", _NOT_NEGATIVE
+        0,
+        "The height and width in pixels that images are resized to; 0: they stay as they are "
+        "stored.",
+        _NOT_NEGATIVE,
     ),
     "augmentation.shift": Key(
-        4, "In memory: pixels of zero padding before a random crop; 0: no crop.", _NOT_NEGATIVE
+        4,
+        "For images in memory: each side gets so many pixels of zeros, and a random crop of the "
+        "old size is taken; 0: no crop.",
+        _NOT_NEGATIVE,
     ),
-    "augmentation.flip": Key(True, "Mirror half of the images."),
+    "augmentation.flip": Key(True, "Half of the images are mirrored."),
     "augmentation.alternate_flip": Key(
-        False, "Mirror each image in every other epoch, the first drawn; False: drawn each time."
+        False,
+        "Each image is mirrored in every second epoch; whether in the first one is random. "
+        "Without it every epoch draws anew.",
     ),
     "augmentation.crop_area": Key(
-        0.08, "Streams: the smallest share of an image's area that a crop has.", _SHARE
+        0.08, "For streams: a random crop shows at least this share of the image's area.", _SHARE
     ),
     "augmentation.jitter": Key(
-        0.0, "Brightness, contrast and saturation change by up to this factor.", _FRACTION
+        0.0, "Brightness, contrast and saturation change by at most this factor.", _FRACTION
     ),
     "augmentation.lighting": Key(
-        0.0, "Standard deviation along the principal colours of ImageNet.", _NOT_NEGATIVE
+        0.0,
+        "The standard deviation of random changes along the principal colours of ImageNet.",
+        _NOT_NEGATIVE,
     ),
     "augmentation.policy": Key(
         "none",
-        "Operations such as rotations or contrast: 'randaugment', so many of one magnitude; "
-        "'trivialaugment', one of a random magnitude; 'none'.",
+        "Random operations such as rotation or contrast. 'randaugment' applies several, all of "
+        "one magnitude; 'trivialaugment' applies one of a random magnitude.",
         _one_of("none", "randaugment", "trivialaugment"),
     ),
-    "augmentation.operations": Key(2, "'randaugment': operations on each image.", _FEW),
+    "augmentation.operations": Key(
+        2, "With 'randaugment': how many operations each image gets.", _FEW
+    ),
     "augmentation.magnitude": Key(
         9.0,
-        "'randaugment': of operations, 10 for the largest, as in the paper.",
+        "With 'randaugment': how strong the operations are. 10 is the strongest, as in the paper.",
         _Range(lambda value: 0 <= value <= 10, "a number in [0, 10]"),
     ),
     "augmentation.cutout": Key(
-        0, "Pixels; sides of a square that is set to the mean colour; 0: none.", _NOT_NEGATIVE
+        0,
+        "A square with sides of so many pixels is set to the mean colour; 0: none.",
+        _NOT_NEGATIVE,
     ),
     "augmentation.erasing": Key(
-        0.0, "Probability that a rectangle is set to the mean colour.", _PROBABILITY
+        0.0, "The probability that a rectangle of an image is set to the mean colour.", _PROBABILITY
     ),
     "augmentation.erasing_area": Key(
-        (0.02, 0.4), "Its least and greatest share of the image.", _TWO_FRACTIONS
+        (0.02, 0.4),
+        "The smallest and the largest share of the image that such a rectangle takes.",
+        _TWO_FRACTIONS,
     ),
     "augmentation.mixup": Key(
-        0.0, "Alpha, such as 0.2: adds two images and their labels; 0: none.", _NOT_NEGATIVE
+        0.0,
+        "The alpha of mixup, such as 0.2: an image and its label become a weighted mean of two; "
+        "0: off.",
+        _NOT_NEGATIVE,
     ),
     "augmentation.cutmix": Key(
         0.0,
-        "Alpha, such as 1.0: a rectangle shows another image; 0: none. With augmentation.mixup, "
-        "one of the two is drawn for each image.",
+        "The alpha of cutmix, such as 1.0: a rectangle of the image shows another image; 0: "
+        "off. If augmentation.mixup is on as well, one of the two is drawn for each image.",
         _NOT_NEGATIVE,
     ),
-    "train.epochs": Key(300, "Passes over the training images.", _POSITIVE),
+    "train.epochs": Key(300, "How often the network sees every training image.", _POSITIVE),
     "train.batch_size": Key(
-        64, "Images in a step over all devices; a multiple of their number.", _POSITIVE
+        64,
+        "How many images a step takes, over all devices. It is a multiple of the number of "
+        "devices.",
+        _POSITIVE,
     ),
     "train.accumulate_steps": Key(
-        1, "Parts of a device's batch that are computed one after another.", _POSITIVE
+        1,
+        "Each device computes its batch in so many parts, one after another, to save memory.",
+        _POSITIVE,
     ),
     "train.max_skipped_steps": Key(
-        10, "Abort after this many consecutive non-finite steps; fewer are skipped.", _POSITIVE
+        10,
+        "A step whose loss or gradient is not finite is skipped; so many skipped steps in a row "
+        "end the run.",
+        _POSITIVE,
     ),
-    "train.loss": Key("cross_entropy", "A name in densejax.training.losses.LOSSES."),
+    "train.loss": Key("cross_entropy", "The loss: a name in densejax.training.losses.LOSSES."),
     "train.class_weights": Key(
         "none",
-        "'balanced': the loss of an example is multiplied by n / (classes x examples of its class) "
-        "of the n training examples.",
+        "'balanced': rare classes count more. The loss of an example is multiplied by n / "
+        "(classes x examples of its class), where n is the number of training examples.",
         _one_of("none", "balanced"),
     ),
     "train.label_smoothing": Key(
-        0.0, "Probability that is spread evenly over all classes.", _FRACTION
+        0.0, "This much of the label's probability is spread evenly over all classes.", _FRACTION
     ),
     "train.average_decay": Key(
         0.0,
-        "Decay of the moving average of weights and running statistics, which is evaluated in "
-        "their place, such as 0.999; 0: none.",
+        "The decay of a moving average of weights and running statistics, such as 0.999. The "
+        "average is evaluated in place of the weights; 0: none.",
         _FRACTION,
     ),
     "train.weights": Key(
         "",
-        "What to start from: a directory of densejax.pretrained or of a run, or a file that "
-        "densejax.pretrained reads; '': random weights.",
+        "The weights to start from: a directory that densejax.pretrained or a run wrote, or a "
+        "file that densejax.pretrained can read; '': random weights.",
     ),
     "train.new_classifier": Key(
         False,
-        "Where train.weights are for another number of classes, the classifier is drawn; kernels "
-        "for another number of image channels are fitted.",
+        "If train.weights have another number of classes, a new classifier is drawn; if they "
+        "have another number of image channels, the first kernels are fitted.",
     ),
     "train.frozen": Key(
         (),
-        "Parts that keep their parameters and run as in evaluation, such as ('stem', 'block1'); "
-        "'batch_norm': every BatchNorm.",
+        "These parts keep their parameters and run as in evaluation, such as ('stem', "
+        "'block1'); 'batch_norm' means every BatchNorm.",
         _Range(lambda value: all(type(part) is str for part in value), "names of parts"),
     ),
     "train.head_epochs": Key(
-        0, "Epochs in which the classifier alone learns, before all else does.", _NOT_NEGATIVE
+        0,
+        "In the first so many epochs only the classifier learns; then everything learns.",
+        _NOT_NEGATIVE,
     ),
     "train.patience": Key(
         0,
-        "Training ends after so many evaluations on held-out images without a lower error; 0: it "
-        "does not.",
+        "Training ends after so many evaluations in a row without a lower error on held-out "
+        "images; 0: it goes on.",
         _NOT_NEGATIVE,
     ),
     "train.dtype": Key(
         "float32",
-        "Precision of the computation; parameters and statistics are float32 at least. A CPU is "
-        "slower in bfloat16 and computes in float32 instead.",
+        "The precision of the computation. Parameters and statistics are float32 at least. A "
+        "CPU is slower in bfloat16, so it computes in float32 instead.",
         _one_of("float32", "bfloat16", "float64"),
     ),
     "train.matmul_precision": Key(
         "float32",
-        "Of products and convolutions where train.dtype is float32: 'tensorfloat32' and 'bfloat16' "
-        "are faster on a GPU or TPU; 'default' is what JAX takes, TF32 on an H100, bfloat16 on a "
-        "TPU. A CPU computes in float32 with each.",
+        "The precision of products and convolutions when train.dtype is float32. "
+        "'tensorfloat32' and 'bfloat16' are faster on a GPU or TPU; 'default' is JAX's choice, "
+        "TF32 on an H100 and bfloat16 on a TPU. A CPU computes in float32 with each of them.",
         _one_of("float32", "tensorfloat32", "bfloat16", "default"),
     ),
-    "optimizer.name": Key("sgd", "A name in densejax.training.optimizer.OPTIMIZERS."),
+    "optimizer.name": Key(
+        "sgd", "The optimizer: a name in densejax.training.optimizer.OPTIMIZERS."
+    ),
     "optimizer.learning_rate": Key(
         0.1,
         "The highest rate of the schedule.",
@@ -309,80 +361,111 @@ KEYS = {
     ),
     "optimizer.reference_batch_size": Key(
         0,
-        "Above 0: the rate is multiplied by train.batch_size / optimizer.reference_batch_size.",
+        "If it is above 0, the learning rate is multiplied by train.batch_size / "
+        "optimizer.reference_batch_size.",
         _NOT_NEGATIVE,
     ),
-    "optimizer.momentum": Key(0.9, "Of SGD, without dampening; beta 1 of AdamW.", _FRACTION),
-    "optimizer.nesterov": Key(True, "Whether momentum is Nesterov's."),
-    "optimizer.beta2": Key(0.999, "'adamw': decay of the mean squared gradient.", _FRACTION),
-    "optimizer.epsilon": Key(1e-8, "'adamw': added to the root of that mean.", _POSITIVE),
+    "optimizer.momentum": Key(
+        0.9, "The momentum of SGD (without dampening), or beta 1 of AdamW.", _FRACTION
+    ),
+    "optimizer.nesterov": Key(True, "Whether the momentum is Nesterov's."),
+    "optimizer.beta2": Key(
+        0.999, "With 'adamw': the decay of the mean squared gradient.", _FRACTION
+    ),
+    "optimizer.epsilon": Key(
+        1e-8, "With 'adamw': what is added to the root of the mean squared gradient.", _POSITIVE
+    ),
     "optimizer.weight_decay": Key(
         1e-4,
-        "'sgd' adds this share of the weights to the gradient, 'adamw' to the update.",
+        "The weight decay. 'sgd' adds this share of the weights to the gradient, 'adamw' adds "
+        "it to the update.",
         _NOT_NEGATIVE,
     ),
     "optimizer.decay_all": Key(
-        True, "Every parameter decays, as in the paper; False: kernels alone, no bias or norm."
+        True,
+        "Every parameter decays, as in the paper. Without it only kernels decay, and biases and "
+        "norms do not.",
     ),
     "optimizer.clip_norm": Key(
         0.0,
-        "The gradient's largest Euclidean norm, of all parameters together; 0: any.",
+        "The largest Euclidean norm that the gradient of all parameters together may have; 0: any.",
         _NOT_NEGATIVE,
     ),
     "optimizer.rates": Key(
         (),
-        "What multiplies the rate of some parts, such as (('stem', 0.0), ('block1', 0.1)); of 0.0 "
-        "only running statistics move, and train.frozen keeps these, too.",
+        "Factors of the learning rate for parts of the network, such as (('stem', 0.0), "
+        "('block1', 0.1)). A part with 0.0 does not learn, but its running statistics move; "
+        "train.frozen keeps these as well.",
         _RATES,
     ),
-    "optimizer.schedule": Key("step", "A name in densejax.training.optimizer.SCHEDULES."),
+    "optimizer.schedule": Key(
+        "step",
+        "The schedule of the learning rate: a name in densejax.training.optimizer.SCHEDULES.",
+    ),
     "optimizer.drop_at": Key(
         (0.5, 0.75),
-        "'step': fractions of training after which the rate drops.",
+        "With 'step': the learning rate drops after these fractions of the training.",
         _RISING_FRACTIONS,
     ),
-    "optimizer.drop_factor": Key(0.1, "'step': what each drop multiplies the rate by.", _SHARE),
+    "optimizer.drop_factor": Key(
+        0.1, "With 'step': each drop multiplies the learning rate by this factor.", _SHARE
+    ),
     "optimizer.warmup_epochs": Key(
-        0.0, "Epochs in which the rate rises linearly from zero.", _NOT_NEGATIVE
+        0.0,
+        "In the first so many epochs the learning rate rises linearly from zero.",
+        _NOT_NEGATIVE,
     ),
     "evaluate.every_epochs": Key(
-        1, "Epochs between two evaluations; 0: one at the end.", _NOT_NEGATIVE
+        1,
+        "So many epochs lie between two evaluations; 0: there is only one, at the end.",
+        _NOT_NEGATIVE,
     ),
     "evaluate.split": Key(
-        "test", "What is measured during training; 'validation' are images held out.", _SPLIT
+        "test",
+        "What is measured during training: the 'test' images, or the held-out 'validation' images.",
+        _SPLIT,
     ),
     "evaluate.final_split": Key(
-        "test", "What the run's result is measured on; 'validation' to tune.", _SPLIT
+        "test", "What the run's result is measured on. Take 'validation' to tune a setting.", _SPLIT
     ),
     "evaluate.train_images": Key(
-        0, "Training images, not augmented, that are measured at the end, too.", _NOT_NEGATIVE
+        0,
+        "So many training images, without augmentation, are measured at the end as well.",
+        _NOT_NEGATIVE,
     ),
     "evaluate.resize_size": Key(
         0,
-        "'stream', 'auto': pixels of the shorter side before the middle is cropped; 0: 256/224 of "
-        "data.image_size, as is usual.",
+        "For streams and folders: the shorter side in pixels before the middle is cropped; 0: "
+        "256/224 of data.image_size, as is usual.",
         _NOT_NEGATIVE,
     ),
     "evaluate.crop_size": Key(
-        0, "Pixels; above 0: logits are the mean over ten crops of this size.", _NOT_NEGATIVE
+        0,
+        "If it is above 0, the logits are the mean over ten crops with sides of so many pixels.",
+        _NOT_NEGATIVE,
     ),
-    "evaluate.mirror": Key(False, "Logits are the mean over the image and its mirror."),
+    "evaluate.mirror": Key(False, "The logits are the mean over the image and its mirror image."),
     "evaluate.shift": Key(
         0,
-        "Pixels; above 0: logits are the mean over the image and two shifts of it along a "
-        "diagonal, each of them mirrored, too, with evaluate.mirror.",
+        "If it is above 0, the logits are the mean over the image and two copies that are "
+        "shifted by so many pixels along a diagonal; with evaluate.mirror each of them is "
+        "mirrored as well.",
         _Range(lambda value: 0 <= value < 100, "0 to 99"),
     ),
     "evaluate.batch_size": Key(
-        512, "Images in a step over all devices; a multiple of their number.", _POSITIVE
+        512,
+        "How many images an evaluation step takes, over all devices. It is a multiple of the "
+        "number of devices.",
+        _POSITIVE,
     ),
     "evaluate.assess": Key(
         False,
-        "Write at the end, into the run's folder assessment, which classes are confused, the "
-        "calibration and the most confident mistakes; needs matplotlib.",
+        "At the end, the run writes into its folder assessment which classes it confuses, how "
+        "well its probabilities are calibrated, and its most confident mistakes. This needs "
+        "matplotlib.",
     ),
     "checkpoint.every_epochs": Key(
-        1, "Epochs between two checkpoints; the last step has one, too.", _POSITIVE
+        1, "So many epochs lie between two checkpoints. The last step always has one.", _POSITIVE
     ),
     "checkpoint.keep_latest": Key(2, "How many of the newest checkpoints are kept.", _POSITIVE),
     "checkpoint.select": Key(
@@ -395,17 +478,21 @@ KEYS = {
     ),
     "parallel.batch_norm": Key(
         "global",
-        "Whose images BatchNorm's statistics are of: 'global' those of all devices, 'replica' of "
-        "each device, 'groups' of groups of devices.",
+        "Which images the statistics of BatchNorm are taken over: 'global', those of all "
+        "devices; 'replica', those of each device; 'groups', those of a group of devices.",
         _one_of("global", "replica", "groups"),
     ),
-    "parallel.batch_norm_group_size": Key(0, "'groups': devices in a group.", _NOT_NEGATIVE),
-    "log.every_steps": Key(50, "Steps between two records in metrics.jsonl.", _POSITIVE),
+    "parallel.batch_norm_group_size": Key(
+        0, "With 'groups': how many devices form a group.", _NOT_NEGATIVE
+    ),
+    "log.every_steps": Key(
+        50, "So many steps lie between two records in metrics.jsonl.", _POSITIVE
+    ),
     "log.seconds": Key(
-        10.0, "Seconds between two lines where the output is no terminal.", _POSITIVE
+        10.0, "So many seconds lie between two lines when the output is not a terminal.", _POSITIVE
     ),
     "profile.steps": Key(
-        (), "(first, last) step to trace on process 0, such as (10, 15); (): none.", _STEPS
+        (), "The first and the last step that process 0 traces, such as (10, 15); (): none.", _STEPS
     ),
 }
 

@@ -373,13 +373,13 @@ def test_help_beside_a_card_lists_its_keys(command):
             "None",
             "instead of `depth`: the number of dense layers in each",
         ),
-        ("seed", "7", "Of the parameters, the order of examples, augmentation and dropout."),
+        ("seed", "7", "The random seed of the initial parameters, the order of examples,"),
         (
             "optimizer.drop_at",
             "'(0.5, 0.75)'",
-            "'step': fractions of training after which the",
+            "With 'step': the learning rate drops after these",
         ),
-        ("augmentation.flip", "True", "Mirror half of the images. Allowed: True or False."),
+        ("augmentation.flip", "True", "Half of the images are mirrored. Allowed: True or False."),
     ):
         number = shown[f"--config.{key}"]
         assert lines[number] == f"  --config.{key}={value}"
