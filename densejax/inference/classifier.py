@@ -113,7 +113,7 @@ def data_of(experiment: Experiment, path: epath.Path) -> Data:
 def _of_run(path: epath.Path) -> Classifier:
     experiment = experiment_of(path)
     config = experiment.config
-    info, preparation = experiment.info, experiment.task.preparation
+    info, task = experiment.info, experiment.computed_task
     with contextlib.closing(open_checkpoints(config, path)) as checkpoints:
         if checkpoints.latest_step() is None:
             raise UserError(f"--workdir={path}: there is no checkpoint in it yet; train first")
@@ -121,12 +121,12 @@ def _of_run(path: epath.Path) -> Classifier:
     resize, image_shape = 0, info.image_shape
     if config.data.storage != "memory":
         resize = config.evaluate.resize_size
-        if preparation.crop_size:  # the ten crops are taken of the whole square
+        if task.preparation.crop_size:  # the ten crops are taken of the whole square
             image_shape = (resize, resize, image_shape[-1])
     return Classifier(
-        model=experiment.task.model,
+        model=task.model,
         variables=jax.device_get(state.variables),
-        preparation=preparation,
+        preparation=task.preparation,
         image_shape=image_shape,
         class_names=info.class_names,
         resize_size=resize,

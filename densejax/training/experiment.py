@@ -74,10 +74,7 @@ class Experiment:
         """
         if self.config.train.dtype != "bfloat16" or self.mesh.devices.flat[0].platform != "cpu":
             return self.task
-        model, preparation = self.task.model, self.task.preparation
-        preparation = dataclasses.replace(preparation, dtype="float32")
-        model = model.clone(dtype=jnp.float32) if hasattr(model, "dtype") else model
-        return dataclasses.replace(self.task, model=model, preparation=preparation)
+        return _in_float32(self.task)
 
     def map(self, step: Callable, donate: bool = False) -> Callable:
         """A step of one replica, mapped over the devices and compiled at its first call."""
@@ -219,6 +216,13 @@ def build(
     task = finetuning.restrict(task, config, config.train.head_epochs * steps_per_epoch)
     built = Experiment(config, info, task, steps, devices)
     return built
+
+
+def _in_float32(task: Task) -> Task:
+    model, preparation = task.model, dataclasses.replace(task.preparation, dtype="float32")
+    model = model.clone(dtype=jnp.float32) if hasattr(model, "dtype") else model
+    head = task.head and _in_float32(task.head)
+    return dataclasses.replace(task, model=model, preparation=preparation, head=head)
 
 
 def matmul_precision(config: ConfigDict) -> str:

@@ -16,8 +16,9 @@ import densejax
 from densejax import data, models
 from densejax.config import UserError
 from densejax.data import builders
+from densejax.inference import classifier
 from densejax.training import experiment as experiments
-from densejax.training.step import train_step
+from densejax.training.step import head_step, train_step
 from tests import small
 
 
@@ -177,12 +178,16 @@ def test_every_product_has_the_precision_that_is_asked_for(dtype, precision, wri
 
 
 def test_a_cpu_that_is_asked_for_bfloat16_computes_in_float32(tmp_path, capsys):
-    config = small.tiny(train__dtype="bfloat16", train__epochs=1)
-    built = small.build(config, 1)
-    batch = experiments.abstract_batch(built.mesh, (8, 8, 1), 32)
-    text = built.map(train_step).trace(built.abstract_state, batch).lower().as_text()
-    assert "bf16" not in text and built.task.model.dtype == jnp.bfloat16
-    densejax.train(config, str(tmp_path / "run"))
+    config = small.tiny(train__dtype="bfloat16", train__epochs=1, train__head_epochs=1)
+    with jax.numpy_dtype_promotion("standard"):  # the parts are asked for in bfloat16
+        built = small.build(config, 1)
+        batch = experiments.abstract_batch(built.mesh, (8, 8, 1), 32)
+        for step in (train_step, head_step):
+            text = built.map(step).trace(built.abstract_state, batch).lower().as_text()
+            assert "bf16" not in text
+        assert built.task.model.dtype == jnp.bfloat16
+        densejax.train(config, str(tmp_path / "run"))
+        assert classifier.load(tmp_path / "run").model.dtype == jnp.float32
     assert "float32 (a CPU is slower in bfloat16)" in capsys.readouterr().out
 
 
