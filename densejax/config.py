@@ -620,6 +620,8 @@ def _conflicts(
         grouped and parallel.mode == "pmap",
         "has no groups of devices; with parallel.batch_norm = 'groups' set 'shard_map'",
     )
+    idle = config.train.head_epochs > 0 and "head" in config.train.frozen
+    yield "train.head_epochs", idle, "the head is in train.frozen, and would not learn"
     # Whether a folder has images for validation, densejax.data finds out.
     may_validate = data.validation_size > 0 or (are_files and data.manual_dir != "")
     best = config.checkpoint.select == "best"

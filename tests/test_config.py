@@ -405,6 +405,11 @@ CONFLICTS = [  # changes, the line, and a further change that settles it
         {"evaluate__split": "validation"},
     ),
     (
+        {"train__head_epochs": 1, "train__frozen": ("stem", "head")},
+        "train.head_epochs = 1: the head is in train.frozen, and would not learn",
+        {"train__frozen": ("stem",)},
+    ),
+    (
         {"train__new_classifier": True},
         "train.new_classifier = True: only a run with train.weights reads it",
         {"train__weights": "somewhere"},

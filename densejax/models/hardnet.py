@@ -80,7 +80,7 @@ class HarDNet(nn.Module):
       batch_norm_epsilon: added to the variance.
       dtype: precision of the computation.
       batch_norm_axis: mapped axis that BatchNorm's batch statistics are averaged over.
-      frozen: parts that run as in evaluation while the others train, such as "stem"; "batch_norm":
+      frozen: parts that run as in evaluation while the others train, such as "stem1"; "batch_norm":
         every BatchNorm.
     """
 

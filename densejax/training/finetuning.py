@@ -33,15 +33,15 @@ def restrict(task: Task, config: ConfigDict, head_steps: int) -> Task:
         return task
     state = jax.eval_shape(functools.partial(init_state, task), np.uint32(config.seed))
     norms = {path[:-1] for path in traverse_util.flatten_dict(state.batch_stats)}
-    parts = [*state.params, *(["batch_norm"] if norms else [])]
-    parts = parts if hasattr(task.model, "frozen") else []
+    parts = list(state.params) if hasattr(task.model, "frozen") else []
+    known = [*parts, *(["batch_norm"] if parts and norms else [])]
     for key, names in wanted.items():
-        missing = [name for name in names if not any(belongs(part, name) for part in parts)]
-        if missing:
-            raise UserError(
-                f"train.{key} = {train[key]!r}: the network has no part {missing[0]!r} that can be "
-                f"frozen or left to learn; it has {', '.join(parts) or 'none'}"
-            )
+        for name in names:
+            if name not in known and not any(belongs(part, name) for part in parts):
+                raise UserError(
+                    f"train.{key} = {train[key]!r}: the network has no part {name!r} that can be "
+                    f"frozen or left to learn; it has {', '.join(known) or 'none'}"
+                )
 
     def group(path):
         is_norm = "batch_norm" in train.frozen and path[:-1] in norms

@@ -211,6 +211,8 @@ def test_a_part_that_is_not_there_is_named():
         experiment.build(small.tiny(train__frozen=("block",)))
     with pytest.raises(UserError, match=f"no part 'block1/layer1' {parts}$"):
         experiment.build(small.tiny(train__frozen=("stem", "block1/layer1")))
+    with pytest.raises(UserError, match=f"no part 'batch' {parts}$"):
+        experiment.build(small.tiny(train__frozen=("batch",)))
     config = small.tiny(train__frozen=("batch_norm",))
     config.model = models.fields("rdnet_cifar", growth_rates=(8,), downsampling=())
     with pytest.raises(UserError, match="no part 'batch_norm' .* it has head, stage1_layer1, "):
