@@ -49,7 +49,7 @@ def main() -> int:
     network = classifier.load(directory)
     if NAMES.value:
         peer = portable.write(network, epath.Path(directory), NAMES.value, OUTPUT.value)
-        said = peer or "only the names; it has no such network"
+        said = peer or "names; no network of theirs is known to compute the same"
         print(f"{OUTPUT.value}: {NAMES.value} {said}, {len(network.class_names)} classes")
         return 0
     content = export.serialise(network, tuple(PLATFORMS.value))

@@ -74,7 +74,7 @@ model.eval()
 class_names = json.loads(safe_open("model.safetensors", "pt").metadata()["class_names"])
 ```
 """,
-    "": """the arrays have the names of {names}, which has no network that computes this.
+    "": """the arrays have the names of {names}; no network of theirs is known to compute the same.
 """,
 }
 
@@ -192,7 +192,8 @@ def _training(source: epath.Path) -> str:
     if (source / "model.json").exists():
         described = json.loads((source / "model.json").read_text())
         return f"- **Weights**: converted from `{described.get('source')}`"
-    config, summary = json.loads((source / "config.json").read_text()), result.read(source)
+    config = workdir.completed(json.loads((source / "config.json").read_text()))
+    summary = result.read(source)
     data, train, optimizer = (config[name] for name in ("data", "train", "optimizer"))
     known = flatten(json.loads(schema.default().to_json()))
     own = {key: v for key, v in flatten(config).items() if known.get(key, v) != v}
@@ -203,6 +204,6 @@ def _training(source: epath.Path) -> str:
         f"{optimizer['learning_rate']}, from {start}; other than densejax's defaults are\n"
         f"  `{json.dumps(own)}`"
     )
-    if summary and workdir.same_run(summary["config"], ConfigDict(workdir.completed(config))):
+    if summary and workdir.same_run(summary["config"], ConfigDict(config)):
         found += f"\n- **Result**: {result.line(summary, source).partition(';')[0]}"
     return found

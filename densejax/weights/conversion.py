@@ -213,7 +213,7 @@ def _adapt_classifier(found: dict, expected: Mapping, layout: Layout, seed: int)
 
 def _adapt_channels(found: dict, expected: Mapping) -> None:
     for path in STEMS:
-        if path in found and found[path].ndim == 4:
+        if path in found and path in expected and found[path].ndim == 4:
             has, wants = found[path].shape[2], expected[path].shape[2]
             if wants == 1 < has:
                 found[path] = found[path].sum(2, keepdims=True)

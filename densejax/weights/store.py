@@ -20,7 +20,7 @@ from etils import epath
 from densejax import models
 from densejax.config import UserError
 from densejax.data import facts
-from densejax.runs import files
+from densejax.runs import files, workdir
 from densejax.runs.checkpoint import CheckpointError, Checkpoints
 from densejax.weights import conversion
 from densejax.weights.files import from_safetensors, is_file, read
@@ -250,7 +250,7 @@ def _read_json(path: epath.Path) -> Any:
 @contextlib.contextmanager
 def _open_run(path: epath.Path) -> Iterator[tuple[dict[str, Any], Checkpoints, int]]:
     """A run's section `config.model`, its checkpoints and the step that its result is of."""
-    config = _read_json(path / "config.json")
+    config = workdir.completed(_read_json(path / "config.json"))
     checkpoints = Checkpoints(path / "checkpoints", keep_best="validation_error")
     with contextlib.closing(checkpoints):
         is_best = config["checkpoint"]["select"] == "best"

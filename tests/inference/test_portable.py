@@ -31,7 +31,7 @@ def run_export(command):
 def test_what_is_written_gives_the_same_logits(run_export, tmp_path, monkeypatch):
     folder, run = tmp_path / "out", f"--workdir={small.trained()}"
     code, output, error = run_export(run, "--names=torchvision", f"--output={folder}")
-    assert (code, error) == (0, "") and "has no such network, 10 classes" in output
+    assert (code, error) == (0, "") and "is known to compute the same, 10 classes" in output
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "model.safetensors"]
 
     network, facts = classifier.load(small.trained()), builders.SETS["digits"]
@@ -63,7 +63,7 @@ def test_what_is_written_gives_the_same_logits(run_export, tmp_path, monkeypatch
     summary = json.loads((small.trained() / "summary.json").read_text())
     accuracy = f"test accuracy {100 * summary['test_accuracy']:.2f} % on 360 images"
     assert accuracy in card and f"{summary['parameters']:,} parameters" in card
-    assert "torchvision, which has no network" in card and '"train.batch_size": 256' in card
+    assert "names of torchvision; no network" in card and '"train.batch_size": 256' in card
     monkeypatch.chdir(folder)
     (block,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     made = {}

@@ -19,7 +19,7 @@ from densejax import models, pretrained
 from densejax.analysis import gradients, reuse
 from densejax.config import UserError
 from densejax.data import facts
-from densejax.inference import classifier, export
+from densejax.inference import classifier, export, portable
 from densejax.models import counts
 from densejax.runs import files
 from densejax.topology import compiled
@@ -375,6 +375,19 @@ def test_a_run_s_classifier_is_left_out_where_the_classes_differ():
     assert "head" in load(expected, new_classifier=True)["params"]
     with pytest.raises(UserError, match="train.new_classifier = True fits the classifier"):
         load(conversion.unflatten(other))
+    del expected["params"]["stem"]  # as in a network of another family
+    with pytest.raises(UserError, match="unexpected: params/stem/conv/kernel"):
+        load(expected, new_classifier=True)
+
+
+def test_a_run_that_is_older_than_a_key_is_taken_all_the_same(tmp_path):
+    path = shutil.copytree(small.trained(), tmp_path / "run")
+    config = json.loads((path / "config.json").read_text())
+    del config["checkpoint"]["select"], config["train"]["weights"]
+    (path / "config.json").write_text(json.dumps(config))
+    assert pretrained.digest(str(path)) == pretrained.digest(str(small.trained()))
+    portable.write(classifier.load(path), path, "timm", str(tmp_path / "out"))
+    assert "from random weights" in (tmp_path / "out" / "README.md").read_text()
 
 
 # A network without BatchNorm, whose layers have names of their own.
