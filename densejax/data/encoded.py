@@ -264,7 +264,12 @@ def open_splits(
 def info(name: str, *place: str | float, image_shape: tuple[int, int, int]) -> SetInfo:
     """The facts of a set whose images are made so large; `place` goes to `open_splits`.
 
-    A set of `STREAMED` need not be there; of others, DataError as `open_splits`.
+    A set of `STREAMED` need not be there; of others, DataError as `open_splits`, and for one class.
     """
     facts = STREAMED.get(name) or open_splits(name, *place)[0]
+    if len(facts.class_names) == 1:
+        raise DataError(
+            f"data.manual_dir: there are images of one class alone, {facts.class_names[0]!r}; name "
+            f"the folder that has a folder for each class"
+        )
     return dataclasses.replace(facts, image_shape=image_shape)

@@ -149,9 +149,10 @@ def test_mean_and_std_are_given(root):
 
 
 def test_images_of_one_value_have_no_std(tmp_path):
-    (tmp_path / "a").mkdir()
-    for index in range(9):
-        Image.new("RGB", (20, 20), (index, 7, index)).save(tmp_path / f"a/{index}.png")
+    for index in range(18):
+        path = tmp_path / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20), (index, 7, index)).save(path)
     with pytest.raises(UserError, match="channel 1 of these images has one value everywhere"):
         data.info(config(tmp_path))
 

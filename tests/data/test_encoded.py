@@ -254,6 +254,14 @@ def refused(root):
     return str(caught.value)
 
 
+def test_one_class_alone_is_refused(tmp_path):
+    for path in ("photos/cat/1.png", "photos/dog/2.png"):  # the folder above the one that is meant
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    with pytest.raises(DataError, match="images of one class alone, 'photos'; name the folder"):
+        encoded.info("mine", "", str(tmp_path), 0.2, image_shape=(8, 8, 3))
+
+
 def test_a_class_without_an_image_is_named(tmp_path):
     root = small(tmp_path)
     (root / "train/owl/2020").mkdir(parents=True)
