@@ -294,7 +294,9 @@ def create(config: ConfigDict, replicated: NamedSharding, sharded: NamedSharding
     version = _version_of_arrays((images, labels), arrays)
     hosts.require_same({"digest of the data": version})  # before they make one array of it
     size, sample = config.evaluate.batch_size, images[:: -(-len(images) // 1000)].copy()
-    files = _files(config) if config.data.storage == "auto" else {}
+    chosen = _chosen_files(config) if config.data.storage == "auto" else {}
+    chosen.pop("train", None)
+    files = {name: [str(part.file(n)) for n in places] for name, (part, places) in chosen.items()}
     create_set = functools.partial(
         MemorySet, seed=config.seed, replicated=replicated, sharded=sharded
     )
@@ -335,23 +337,22 @@ def _read_arrays(config: ConfigDict) -> tuple[Pair, dict[str, Pair]]:
 
 def _decode_arrays(config):
     """The same of a folder whose images fit into memory."""
-    splits, found = _open_splits(config)[1], {}
-    for name, ((split, indices),) in _choose(config, len(splits["train"]), splits).items():
-        trains, indices = name == "train", np.arange(len(splits[split]))[indices]
+    found = {}
+    for name, (examples, indices) in _chosen_files(config).items():
+        trains = name == "train"
         size = config.data.image_size if trains else _evaluation_size(config)
         skip = trains and config.data.corrupt_images == "skip"
         options = size, config.evaluate.resize_size, config.data.channels, skip
-        found[name] = decoded.read(splits[split], indices, *options)
+        found[name] = decoded.read(examples, indices, *options)
     return found.pop("train"), found
 
 
-def _files(config):
-    """Where its images that are evaluated are stored, by split."""
+def _chosen_files(config):
+    """The split of image files, and which of them, by what it is for: "train", "test", ..."""
     splits = _open_splits(config)[1]
-    return {
-        name: [str(splits[split].file(n)) for n in np.arange(len(splits[split]))[indices]]
+    return {  # what image files are for comes from one split
+        name: (splits[split], np.arange(len(splits[split]))[indices])
         for name, ((split, indices),) in _choose(config, len(splits["train"]), splits).items()
-        if name != "train"
     }
 
 
@@ -374,16 +375,14 @@ def _create_streams(config: ConfigDict, sharded: NamedSharding) -> Data:
     facts, splits = _open_splits(config)
     version = _version_of_splits(splits)
     hosts.require_same({"digest of the data": version})
-    section, chosen = config.data, _choose(config, len(splits["train"]), splits)
+    section, chosen = config.data, _chosen_files(config)
     crop = functools.partial(images.evaluation_crop, resize=config.evaluate.resize_size)
     size = _evaluation_size(config)
 
     def create_set(name, batch_size, *arguments, **options):
-        ((split, indices),) = chosen[name]  # a stream reads one split
-        indices = np.arange(len(splits[split]))[indices]
         rows = stream.rows_of_process(sharded, batch_size)
         options |= {"channels": section.channels}
-        source = stream.ChunkSource(splits[split], indices, batch_size, rows, *arguments, **options)
+        source = stream.ChunkSource(*chosen[name], batch_size, rows, *arguments, **options)
         return StreamSet(source, sharded, section.workers)
 
     train = create_set(
@@ -402,10 +401,10 @@ def _create_streams(config: ConfigDict, sharded: NamedSharding) -> Data:
     }
 
     def sample():
-        found, ((_, indices),) = [], chosen["train"]
+        found, (examples, indices) = [], chosen["train"]
         for index in indices[:: -(-len(indices) // 100)]:
             with contextlib.suppress(Exception):  # the run names what it cannot read
-                image = crop(splits["train"][int(index)][0], size)
+                image = crop(examples[int(index)][0], size)
                 found.append(images.in_channels(image, section.channels))
         return np.array(found, np.uint8).reshape(-1, size, size, section.channels)
 
