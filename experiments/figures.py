@@ -102,7 +102,9 @@ def mark(
     for place, mean, group in zip(x, means, groups, strict=True):
         spread = 100 * group.half_width(quantity) if len(group.runs) > 2 else math.nan
         face = {"markerfacecolor": "none"} if len(group.runs) == 1 else {}
-        axes.errorbar([place], [mean], [spread], **look | face | {"linestyle": ""})
+        _, *bars = axes.errorbar([place], [mean], [spread], **look | face | {"linestyle": ""})
+        for part in itertools.chain(*bars):  # a mark may reach over the edge, its bar may not
+            part.set_clip_on(True)
 
 
 def annotate(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:

@@ -115,7 +115,8 @@ class Run:
         if found:
             images = found["steps"] * self.config["train"]["batch_size"]
             found["training_compute"] = 6 * found["multiply_adds"] * images
-            found["training_seconds"] = images / found["images_per_second"]
+            if found["images_per_second"]:  # none where a run was too short to be timed
+                found["training_seconds"] = images / found["images_per_second"]
             found |= paths(json.dumps(self.config["model"]))
             found |= {name: found[f"{self.split}_{name}"] for name in ("accuracy", "error")}
             for images, seconds in self.sweep["latency"].items():

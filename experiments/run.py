@@ -165,7 +165,7 @@ class Work:
     def state(self) -> str:
         """What a table says of it: its result, how far it is, or that nobody works on it."""
         if self.is_finished():
-            return formats.percent(self.accuracy())
+            return f"{self.config.evaluate.final_split} accuracy {formats.percent(self.accuracy())}"
         try:
             lock.require_free(self.path / "claim", wait=False)
             return "waiting"
@@ -365,7 +365,7 @@ def table_of_results(all_works: list[Work]) -> str:
         if work.is_finished():
             points[work.point].append(work)
     split = all_works[0].config.evaluate.final_split
-    rows = [("run", "seeds", f"{split} accuracy", "deviation")]
+    rows = [("run", "seeds", f"{split} accuracy", "standard deviation")]
     for name, done in points.items():
         values = [work.accuracy() for work in done]
         spread = formats.percent(statistics.stdev(values)) if len(values) > 1 else "-"

@@ -176,8 +176,8 @@ def reliability(bins: Mapping[str, Sequence], error: float) -> Figure:
     axes.vlines(confidence, accuracy, confidence, color=COLORS[1], linewidth=3, label="gap")
     few = (images > 0) & (images < 20)
     for inside, color, label in (
-        (images >= 20, COLORS[0], "a bin's mean"),
-        (few, "white", "the same of fewer than 20 images"),
+        (images >= 20, COLORS[0], "a bin of images"),
+        (few, "white", "a bin of fewer than 20 images"),
     ):
         if inside.any():
             places = confidence[inside], accuracy[inside]
@@ -204,7 +204,7 @@ def mistakes(
     """
     columns = min(max(len(found), 3), 6)
     rows = max(-(-len(found) // columns), 1)
-    figure = Figure(figsize=(1.6 * columns, 2.1 * rows), layout="constrained")
+    figure = Figure(figsize=(1.6 * columns, 2.3 * rows + 0.3), layout="constrained")
     figure.suptitle("the most confident mistakes" if found else "no mistakes")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels:

@@ -218,6 +218,17 @@ def change(file, **facts):
     file.write_text(json.dumps(record | {"sha256": sealed(record)}))
 
 
+def test_runs_that_were_too_short_to_be_timed_enter_the_mean(tmp_path, capsys):
+    for seed in (0, 1):
+        write_run(tmp_path, "variants", {"kind": "bc"}, seed, DENSE[0], 0.9, 0.9)
+        summary = tmp_path / "variants" / f"bc_seed{seed}" / "summary.json"
+        change(summary, images_per_second=None)
+    assert call(tmp_path) == 0
+    assert capsys.readouterr().err == ""
+    head, row = rows_of((tmp_path / "report" / "index.html").read_text(), "variants")
+    assert (row[head.index("n")], row[head.index("images/s")]) == ("2", "–")
+
+
 @pytest.mark.parametrize(
     "key, value, difference",
     [
