@@ -338,6 +338,8 @@ def main() -> None:
     content = page.of(sweeps, groups, "densejax: sweeps", page.Files(folder, options.formats))
     files.write(folder / "index.html", content)
     print(f"{folder}/index.html")
+    if not any(groups.values()):
+        raise UserError(f"--root={options.root}: no run has ended whole, so the report is empty")
 
 
 if __name__ == "__main__":

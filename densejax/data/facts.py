@@ -108,6 +108,8 @@ def of_weights(
         return vars(learned)
     if str(directory).startswith("hf-hub:") or path.is_file():
         return IMAGENET
+    if not path.exists():
+        raise UserError(f"train.weights = {str(directory)!r}: there is no such file or directory")
     try:
         found = json.loads((path / "model.json").read_text())
         classes, channels = found["num_classes"], found["image_channels"]

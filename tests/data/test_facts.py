@@ -149,3 +149,5 @@ def test_weights_without_levels_are_refused(weights, description, says):
 def test_no_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match="no model.json that can be read"):
         levels(str(tmp_path))
+    with pytest.raises(UserError, match="densenet121.pth': there is no such file or directory"):
+        levels(str(tmp_path / "densenet121.pth"))
