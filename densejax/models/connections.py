@@ -63,6 +63,32 @@ class Reader:
     kernel: str
 
 
+def readers(
+    graphs: Mapping[str, Graph],
+    layer: Callable[[str, int], tuple[str, str]],
+    before_classifier: str,
+) -> dict[str, list[Reader]]:
+    """What reads the outputs of blocks with a transition after each, and a classifier at last.
+
+    Args:
+      graphs: of the blocks, by name.
+      layer: gives the `module` and the `kernel` of a block's n-th layer, from (block, n).
+      before_classifier: path of the module that gets what the last block emits; "": no classifier.
+    """
+    found = {}
+    for number, (block, graph) in enumerate(graphs.items(), 1):
+        found[block] = [
+            Reader(f"layer{n}", read, *layer(block, n)) for n, read in enumerate(graph.reads, 1)
+        ]
+        if number < len(graphs):
+            name = f"transition{number}"
+            found[block].append(Reader(name, graph.emits, name, f"{name}/conv"))
+        elif before_classifier:
+            end = Reader("classifier", graph.emits, before_classifier, "head/classifier")
+            found[block].append(end)
+    return found
+
+
 def dense(depth: int, growth_rate: int) -> Graph:
     """A layer reads all outputs before it (Huang et al., arXiv:1608.06993)."""
     return Graph([range(layer) for layer in range(1, depth + 1)])

@@ -150,18 +150,11 @@ class DenseNet(nn.Module):
 
     def readers(self) -> dict[str, list[Reader]]:
         """What reads the outputs of each block, by the block's name."""
-        found, graphs = {}, self.graphs()
-        for number, (block, graph) in enumerate(graphs.items(), 1):
-            found[block] = [
-                Reader(name := f"layer{n}", read, f"{block}/{name}/norm1", f"{block}/{name}/conv1")
-                for n, read in enumerate(graph.reads, 1)
-            ]
-            if number < len(graphs):
-                name = f"transition{number}"
-                found[block].append(Reader(name, graph.emits, name, f"{name}/conv"))
-            elif self.num_classes:
-                found[block].append(Reader("classifier", graph.emits, "norm", "head/classifier"))
-        return found
+        return connections.readers(
+            self.graphs(),
+            lambda block, n: (f"{block}/layer{n}/norm1", f"{block}/layer{n}/conv1"),
+            "norm" if self.num_classes else "",
+        )
 
     def connects(self) -> tuple[Connect, ...]:
         """The field `connect` of each block (raises UserError)."""

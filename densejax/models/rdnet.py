@@ -136,18 +136,11 @@ class RDNet(nn.Module):
 
     def readers(self) -> dict[str, list[Reader]]:
         """What reads the outputs of each stage, by the stage's name."""
-        found, graphs = {}, self.graphs()
-        for number, (stage, graph) in enumerate(graphs.items(), 1):
-            found[stage] = [
-                Reader(f"layer{n}", read, path := f"{stage}_layer{n}", f"{path}/expand")
-                for n, read in enumerate(graph.reads, 1)
-            ]
-            if number < len(graphs):
-                name = f"transition{number}"
-                found[stage].append(Reader(name, graph.emits, name, f"{name}/conv"))
-            elif self.num_classes:
-                found[stage].append(Reader("classifier", graph.emits, "head", "head/classifier"))
-        return found
+        return connections.readers(
+            self.graphs(),
+            lambda stage, n: (f"{stage}_layer{n}", f"{stage}_layer{n}/expand"),
+            "head" if self.num_classes else "",
+        )
 
     def check(self) -> None:
         """Raises UserError for fields that describe no network."""
