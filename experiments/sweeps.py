@@ -8,6 +8,7 @@ search over widths with `densejax.models.counts`, at the same number of convolut
 """
 
 import ast
+import bisect
 import dataclasses
 import functools
 import inspect
@@ -34,8 +35,8 @@ ADDING = {"add": "residual", "chain": "plain"}  # the kinds of these patterns th
 COMPARISONS = dict.fromkeys(
     ("patterns", "patterns_equal_parameters"),
     (
-        *(("dense", other) for other in ("residual", "exponential", "one_shot", "chain")),
-        *(("weighted", "residual"), ("hyper", "residual")),
+        *(("dense", other) for other in ("residual", "exponential", "one_shot")),
+        ("weighted", "residual"),
     ),
 )
 
@@ -238,6 +239,34 @@ def growth_rate(base: Base, values: Sequence[int] = (1, 4, 8, 12, 16, 24, 32)) -
         yield base.dense(growth_rate=k).run(f"k{k}", {"growth_rate": k})
 
 
+def growth_rate_equal_multiply_adds(
+    base: Base, values: Sequence[int] = (6, 12, 18, 24, 32)
+) -> Iterator[Run]:
+    """Few wide layers or many narrow ones: blocks grow or shrink together as k changes.
+
+    Layers are whole, so that few of them come less near to the card's count than widths do.
+    """
+    target = base.of(base.dense())["multiply_adds"]
+    factors = (1.01**power for power in range(-350, 350))  # 1/32 to 32
+    shapes = [tuple(max(1, round(factor * n)) for n in base.layers) for factor in factors]
+    shapes = list(dict.fromkeys(shapes))
+    for k in values:
+        networks = [base.dense(layers, [k] * len(layers)) for layers in shapes]
+        above = bisect.bisect(
+            networks, target, key=lambda network: base.of(network)["multiply_adds"]
+        )
+        near = networks[max(0, above - 1) : above + 1]
+        found = [(base.of(network)["multiply_adds"] / target - 1, network) for network in near]
+        mismatch, network = min(found, key=lambda pair: abs(pair[0]))
+        if abs(mismatch) > 0.2:
+            raise UserError(
+                f"growth rate {k}: no number of layers comes within 20% of the card's {target} "
+                f"multiply-adds; take a larger network, or other --values"
+            )
+        axes = {"growth_rate": k, "depth": base.depth(network)}
+        yield network.run(f"k{k}", axes, mismatch)
+
+
 def depth_width(base: Base) -> Iterator[Run]:
     """Deep and narrow, or shallow and wide, at equal parameters; a ResNet and a VoVNet beside."""
     factors = (1 / 3, 2 / 3, 1, 2, 4)
@@ -428,7 +457,15 @@ def learning_rate(base: Base, values: Sequence[float] = ()) -> Iterator[Run]:
 SWEEPS = {
     sweep.__name__: sweep
     for sweep in (
-        *(growth_rate, depth_width, degradation, connectivity, variants, growth_schedule),
+        *(
+            growth_rate,
+            growth_rate_equal_multiply_adds,
+            depth_width,
+            degradation,
+            connectivity,
+            variants,
+            growth_schedule,
+        ),
         *(patterns, patterns_equal_parameters),
         *(train_size, compression, dropout, recipe, learning_rate),
     )

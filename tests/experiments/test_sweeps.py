@@ -59,7 +59,11 @@ def read(run, card):
 
 @pytest.mark.parametrize(
     "sweep",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sweeps.SWEEPS],
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name in sweeps.SWEEPS
+        if name != "growth_rate_equal_multiply_adds"  # too small a network: tested below
+    ],
 )
 def test_runs_of_a_sweep(sweep, base, card):
     found = list(sweeps.SWEEPS[sweep](base))
@@ -70,6 +74,25 @@ def test_runs_of_a_sweep(sweep, base, card):
         experiment.build(read(run, card))
         allowed = 0.1 if run.name == "hardnet" else 0.02  # its widths are even
         assert run.mismatch is None or abs(run.mismatch) <= allowed
+
+
+def test_layers_make_up_for_the_growth_rate():
+    sweep = sweeps.SWEEPS["growth_rate_equal_multiply_adds"]
+    base = sweeps.Base(small.tiny(**CHANGES | {"model__blocks": (2, 2, 2)}))
+    narrow, same = sweep(base, values=(6, 12))
+    assert same.mismatch == 0 and same.overrides == {}
+    layers = narrow.overrides["model.blocks"]
+    assert narrow.overrides["model.growth_rate"] == 6 and len(set(layers)) == 1
+
+    def multiply_adds(layers, k):
+        changes = CHANGES | {"model__blocks": layers, "model__growth_rate": k}
+        return counts.of_network(experiment.build(small.tiny(**changes)).task.model, (8, 8, 1))[1]
+
+    wanted = multiply_adds((2, 2, 2), 12)
+    off = {n: multiply_adds((n,) * 3, 6) / wanted - 1 for n in range(layers[0] - 1, layers[0] + 2)}
+    assert narrow.mismatch == pytest.approx(off[layers[0]]) == min(off.values(), key=abs)
+    with pytest.raises(UserError, match="growth rate 64: no number of layers comes within 20%"):
+        list(sweep(base, values=(64,)))
 
 
 def test_what_is_compared_is_a_pattern(base):
@@ -112,7 +135,7 @@ def test_a_sweep_at_each_value_of_an_axis_is_equal_to_the_card_with_that_value()
 @pytest.mark.parametrize(
     "sweep, values, words, message",
     [
-        ("variants", "6", [], "--values: for --sweep=growth_rate or compression or dropout"),
+        ("variants", "6", [], "--values: for --sweep=growth_rate or .* or compression or dropout"),
         (None, "6", [], "--values: for --sweep="),
         (None, "", ["model.growht=6"], "--axis=model.growht: unknown key; allowed are model.b"),
         (None, "", ["depth=6"], "--axis=depth: unknown key; allowed are model.depth$"),
