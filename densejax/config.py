@@ -278,6 +278,12 @@ KEYS = {
         _NOT_NEGATIVE,
     ),
     "train.epochs": Key(300, "How often the network sees every training image.", _POSITIVE),
+    "train.max_steps": Key(
+        0,
+        "Training has at most so many steps, even if train.epochs asks for more; the learning rate "
+        "reaches its end there. 0: no limit.",
+        _NOT_NEGATIVE,
+    ),
     "train.batch_size": Key(
         64,
         "How many images a step takes, over all devices. It is a multiple of the number of "

@@ -38,7 +38,7 @@ def draw(workdir: epath.Path, output: epath.Path) -> None:
                 value = summary[f"{split}_{quantity}"] * (100 if quantity == "error" else 1)
                 shown = f"{value:.2f} %" if quantity == "error" else f"{value:.3f}"
                 label = f"{split}, result: {shown}"
-                axis.plot([summary["config"]["train"]["epochs"]], [value], "rD", label=label)
+                axis.plot([records[-1]["epoch"]], [value], "rD", label=label)
         axis.set_xlabel("epoch")
         axis.set_ylabel("cross-entropy (nats)" if quantity == "loss" else "error (%)")
         axis.set_ylim(bottom=0)

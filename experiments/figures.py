@@ -156,7 +156,7 @@ def curves(groups: Sequence[Any], limits: tuple[float, float]) -> Figure:
     for group, look in zip(groups, styles(groups), strict=True):
         line = look | {"marker": "", "linewidth": 1.1}
         axes.plot(*curve(group), label=plots.short(group.label(), 36), **line)
-        end = group.config["train"]["epochs"]
+        end = group.records[-1]["epoch"]
         mark(axes, [end], [group], "error", **look | {"linestyle": "", "clip_on": False})
     axes.set_ylim(limits)
     plots.logarithmic(axes.yaxis, "{:g}".format)

@@ -162,6 +162,8 @@ def facts(groups: Sequence[Any]) -> str:
         size = f" at {data['image_size']}x{data['image_size']}" if data.get("image_size") else ""
         found["data"].add(f"{data['name']}{size}, {run.split} images")
         found["epochs"].add(run.config["train"]["epochs"])
+        if limit := run.config["train"].get("max_steps"):
+            found.setdefault("steps at most", set()).add(limit)
         found["device"].add(run.result.get("device") or run.start["devices"])
         found["date"].add(run.start.get("time", "not recorded").partition("T")[0])
         found["code"].add(run.versions.get("code", "not recorded"))

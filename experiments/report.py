@@ -106,7 +106,9 @@ class Run:
             return f"{self.split} accuracy {formats.percent(self.measures['accuracy'])}"
         if not self.records:
             return "no step logged yet"
-        return f"epoch {self.records[-1]['epoch']:.1f} of {self.config['train']['epochs']}"
+        last, train = self.records[-1], self.config["train"]
+        limit = f", step {last['step']} of {limit}" if (limit := train.get("max_steps")) else ""
+        return f"epoch {last['epoch']:.1f} of {train['epochs']}{limit}"
 
     @functools.cached_property
     def measures(self) -> dict[str, Any]:

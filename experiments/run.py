@@ -173,7 +173,9 @@ class Work:
             done = 0.0
             with contextlib.suppress(ValueError, LookupError, TypeError):  # a line that is torn
                 records = read_json(self.path / "metrics.jsonl", [], lines=True)
-                done = records[-1]["epoch"] / self.config.train.epochs
+                last, train = records[-1], self.config.train
+                done = last["epoch"] / train.epochs
+                done = max(done, last["step"] / train.max_steps if train.max_steps else 0)
             return f"running, {done:.0%}"
 
 

@@ -373,7 +373,7 @@ def train_size(base: Base) -> Iterator[Run]:
         if size:
             per_epoch = size // batch_size
             epochs = round(base.steps / per_epoch)
-            factor = epochs / config.train.epochs
+            factor = epochs / (base.steps / (base.train_images // batch_size))
             changes |= {"data__train_size": size, "train__epochs": epochs}
             for section, key in (("checkpoint", "every_epochs"), ("evaluate", "every_epochs")):
                 if every := config[section][key]:
@@ -440,7 +440,8 @@ def learning_rate(base: Base, values: Sequence[float] = ()) -> Iterator[Run]:
     config, peak = base.config, base.config.optimizer.learning_rate
     changes = {"evaluate__split": "validation", "evaluate__final_split": "validation"}
     if not config.data.validation_size:
-        epoch = base.steps // config.train.epochs * config.train.batch_size
+        batch_size = config.train.batch_size
+        epoch = base.train_images // batch_size * batch_size
         changes["data__validation_size"] = epoch // 12
     values = values or [peak * factor for factor in (0.25, 0.5, 1, 2)]
     for kind, rate in itertools.product(KINDS, values):
@@ -585,7 +586,7 @@ def origin(run: str, summary: Mapping[str, Any]) -> dict[str, str]:
 
 def _matters(key: str) -> bool:
     """Whether a key of the configuration may change a result."""
-    return key.startswith("train.epochs") or not key.startswith(workdir.RESUMABLE)
+    return key.startswith(workdir.LENGTH) or not key.startswith(workdir.RESUMABLE)
 
 
 def differences(origins: Mapping[str, Mapping[str, str]]) -> str:

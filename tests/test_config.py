@@ -51,6 +51,7 @@ OUT_OF_RANGE = {
     "augmentation.mixup": [-0.1, float("nan")],
     "augmentation.cutmix": [-0.1, float("nan")],
     "train.epochs": [0, -1],
+    "train.max_steps": [-1],
     "train.batch_size": [0, -64],
     "train.accumulate_steps": [0, -1],
     "train.average_decay": [-0.1, 1.0],
@@ -206,7 +207,7 @@ def test_an_unknown_key_lists_its_section():
     config = small.tiny()
     config.train.epoch = 3
     assert message(config).startswith(
-        "unknown key train.epoch (did you mean train.epochs?); allowed are train.epochs, train.bat"
+        "unknown key train.epoch (did you mean train.epochs?); allowed are train.epochs, train.max"
     )
     config = small.tiny()
     config.colour = 3

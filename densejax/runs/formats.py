@@ -22,8 +22,8 @@ def clock(seconds):
 
 
 def plural(number, noun):
-    """1, 'epoch' -> '1 epoch'; 30 -> '30 epochs'."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    """1, 'epoch' -> '1 epoch'; 30 -> '30 epochs'; 0.6 -> '0.6 epochs'."""
+    return f"{number:,}".removesuffix(".0") + f" {noun}{'s' * (number != 1)}"
 
 
 def table(rows, right=0):

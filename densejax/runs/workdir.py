@@ -29,11 +29,14 @@ from densejax.config import UserError, flatten
 from densejax.config import default as default_config
 from densejax.runs import files, hosts, lock
 
+# How long a run is: with another value it has another result, but it can go on from where it is.
+LENGTH = ("train.epochs", "train.max_steps")
 # A resume may change these keys and everything below them.
 RESUMABLE = (
+    *LENGTH,
     *("checkpoint.every_epochs", "checkpoint.keep_latest", "data.directory", "data.manual_dir"),
     *("data.workers", "evaluate.assess", "evaluate.batch_size", "log", "parallel.mode", "profile"),
-    *("train.epochs", "train.max_skipped_steps"),
+    "train.max_skipped_steps",
 )
 PACKAGES = ("flax", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
 # --mode=eval may change these as well: how a trained network is measured.
@@ -61,15 +64,13 @@ def default(config_name: str, config: ml_collections.ConfigDict) -> str:
 
 
 def digest(config: ml_collections.ConfigDict) -> str:
-    """SHA-256 of the configuration without the `RESUMABLE` keys but `train.epochs`.
+    """SHA-256 of the configuration without the `RESUMABLE` keys but `LENGTH`.
 
-    With the epochs, a short trial does not silently become the first part of the real run: a
-    directory continues to more epochs only where --workdir names it.
+    With the length, a short trial does not silently become the first part of the real run: a
+    directory continues to more steps only where --workdir names it.
     """
     flat = _flat(config.to_dict())
-    kept = {
-        key: flat[key] for key in flat if not _is_below(RESUMABLE, key) or key == "train.epochs"
-    }
+    kept = {key: flat[key] for key in flat if key in LENGTH or not _is_below(RESUMABLE, key)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -112,8 +113,8 @@ def completed(stored: dict) -> dict:
 def same_run(old: dict, config: ml_collections.ConfigDict) -> bool:
     """Whether a run of the configuration `old` ends with the result that `config` asks for."""
     return not any(
-        line.startswith("train.epochs:") or not _is_below(RESUMABLE, line.partition(":")[0])
-        for line in difference(completed(old), config.to_dict())
+        key in LENGTH or not _is_below(RESUMABLE, key)
+        for key in (line.partition(":")[0] for line in difference(completed(old), config.to_dict()))
     )
 
 

@@ -35,7 +35,7 @@ class Experiment:
       config: checked.
       info: the facts of the data set.
       task: model, optimizer and preparation.
-      steps: length of the whole training.
+      steps: length of the whole training, by `train.epochs` and `train.max_steps`.
       devices: all that are there where it is None.
     """
 
@@ -193,6 +193,7 @@ def build(
     model = models.create(config.model, info.num_classes, dtype, norm_axis)
     steps_per_epoch = data.train_size(config, info) // config.train.batch_size
     steps = config.train.epochs * steps_per_epoch
+    steps = min(steps, config.train.max_steps or steps)
     if steps >= 2**31:
         raise UserError(f"train.epochs = {config.train.epochs}: {steps} steps; at most 2**31 - 1")
     rate = optimizer.schedule(config.optimizer, steps, steps_per_epoch, config.train.batch_size)

@@ -78,9 +78,10 @@ def run(
             return 0
         start = checkpoints.latest_step() or 0
         if start > experiment.steps:
+            name = "max_steps" if experiment.steps == config.train.max_steps else "epochs"
             raise UserError(
-                f"train.epochs = {config.train.epochs}: {path} has {start} steps behind it, more "
-                f"than these {experiment.steps}; give more epochs or another --workdir"
+                f"train.{name} = {config.train[name]}: {path} has {start} steps behind it, more "
+                f"than these {experiment.steps}; give more or another --workdir"
             )
         if start == 0:
             _ = experiment.weights  # refused, if they are, before anything is written

@@ -63,7 +63,8 @@ def schedule(config: ConfigDict, steps: int, steps_per_epoch: int, batch_size: i
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if warmup >= steps:
         raise UserError(
-            f"optimizer.warmup_epochs = {config.warmup_epochs}: must be below train.epochs"
+            f"optimizer.warmup_epochs = {config.warmup_epochs}: must be below the "
+            f"{steps / steps_per_epoch:g} epochs of training (train.epochs, train.max_steps)"
         )
     decay = SCHEDULES[config.schedule](config, steps, warmup)
     reference = config.reference_batch_size

@@ -50,7 +50,7 @@ def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str,
                  + ", ".join(f"{formats.count(n)} {name}" for name, n in sizes.items())),
         ("steps", f"{formats.count(experiment.steps)} of "
                   f"{formats.plural(config.train.batch_size, 'image')}, "
-                  + formats.plural(config.train.epochs, "epoch")
+                  + formats.plural(round(experiment.steps / train.steps_per_epoch, 3), "epoch")
                   + (f", resuming after {start}" if start else "")),
         ("devices", f"{device}, {config.parallel.mode}, {dtype}{products}"),
         *((name, printable(text)) for name, text in experiment.data.notes.items()),

@@ -190,14 +190,14 @@ def test_the_kinds_differ_in_how_they_are_joined(base, card):
 
 
 def test_few_images_are_seen_as_often(base, card, monkeypatch):
-    monkeypatch.setattr(base, "steps", 100)
+    monkeypatch.setattr(base, "steps", 100)  # 20 epochs
     monkeypatch.setattr(base, "train_images", 1437)
     found = {run.axes["train_size"]: read(run, card) for run in sweeps.train_size(base)}
     assert sorted(found) == [500, 1437]
     assert found[500].train.epochs == 100  # one batch of 256 in each
     assert experiment.build(found[500]).steps == 100
     # As many steps of warm-up and between two checkpoints as the card has, whose epoch has five.
-    assert (found[500].optimizer.warmup_epochs, found[500].checkpoint.every_epochs) == (25.0, 50)
+    assert (found[500].optimizer.warmup_epochs, found[500].checkpoint.every_epochs) == (2.5, 5)
     assert found[500].data.train_size == 500 and found[1437].data.train_size == 0
 
 

@@ -12,8 +12,8 @@ def test_numbers():
     assert [clock(seconds) for seconds in (0.04, 59.97, 185, 3725.4, 93600)] == [
         *("0:00:00", "0:01:00", "0:03:05", "1:02:05", "26:00:00")
     ]
-    assert [plural(number, "epoch") for number in (1, 2, 1500)] == [
-        *("1 epoch", "2 epochs", "1,500 epochs")
+    assert [plural(number, "epoch") for number in (1, 2, 1500, 0.6, 2.0)] == [
+        *("1 epoch", "2 epochs", "1,500 epochs", "0.6 epochs", "2 epochs")
     ]
     assert table([("model", "densenet"), ("parameters", "769,162")]) == (
         "model       densenet\nparameters  769,162"

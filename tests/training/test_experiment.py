@@ -125,6 +125,18 @@ def test_steps_and_learning_rate_follow_the_configuration():
     np.testing.assert_allclose(rates, [0.05, *[0.1] * 4, *[0.01] * 3, *[0.001] * 2], rtol=1e-6)
 
 
+def test_max_steps_is_the_length_of_training_and_of_the_schedule():
+    config = small.tiny(train__max_steps=7, optimizer__schedule="linear")
+    config.optimizer.warmup_epochs = 0.0
+    cut = experiments.build(config)
+    assert cut.steps == 7
+    rates = [float(cut.task.learning_rate(step)) for step in range(8)]
+    np.testing.assert_allclose(rates, [0.1 * (7 - step) / 7 for step in range(8)], atol=1e-8)
+    assert experiments.build(small.tiny(train__max_steps=11)).steps == 10  # epochs end before
+    with pytest.raises(UserError, match="warmup_epochs = 0.5: .* 0.4 epochs .*max_steps"):
+        experiments.build(small.tiny(train__max_steps=2))
+
+
 def test_the_computation_takes_the_type_that_is_asked_for():
     built = experiments.build(small.tiny(train__dtype="bfloat16"))
     info, model = built.info, built.task.model

@@ -579,6 +579,24 @@ def test_fewer_epochs_than_done_are_refused_and_leave_the_configuration_alone(co
     assert json.loads((copy / "config.json").read_text())["train"]["epochs"] == 2
 
 
+def test_max_steps_end_a_run_within_an_epoch(tmp_path, monkeypatch, capsys):
+    config = small.tiny(train__max_steps=3)
+    assert interrupted(monkeypatch, tmp_path, signal.SIGTERM, 2, config) == (0, [1, 2])
+    taken = spy_on_steps(monkeypatch)
+    assert run(tmp_path, config) == 0 and taken == [3]
+    assert "3 of 256 images, 0.6 epochs, resuming after 2" in capsys.readouterr().out
+    assert summary(tmp_path)["steps"] == 3 and summary(tmp_path)["test_examples"] == 360
+    last = {key for record in records(tmp_path) for key in record if record["step"] == 3}
+    assert {"train_loss", "test_accuracy"} <= last and records(tmp_path)[-1]["epoch"] == 0.6
+    assert run(tmp_path, config) == 0 and taken == [3]  # it is finished
+    with pytest.raises(UserError, match="train.max_steps = 1: .* 3 steps behind it, more than"):
+        run(tmp_path, small.tiny(train__max_steps=1, optimizer__warmup_epochs=0.0), force=True)
+    # Without the limit it goes on: no result yet, and no other configuration.
+    check(longer := small.tiny())
+    assert result.finished(tmp_path, longer, {}) is None
+    assert workdir.check(tmp_path, longer) == ["train.max_steps: 3 -> 0"]
+
+
 def test_a_refused_start_makes_no_directory(tmp_path):
     with pytest.raises(UserError, match="batch_size"):
         run(tmp_path / "run", small.tiny(train__batch_size=5000))
