@@ -63,9 +63,10 @@ def main() -> int:
         raise UserError(f"--output={folder}: {error.strerror}; give a folder to write") from error
     worst = max(records, key=lambda record: record["loss_increase"])
     print(
-        f"{len(images)} {split} images: accuracy {formats.percent(uncut['accuracy'])}; of "
-        f"{len(records)} connections the most harmful to cut is {worst['block']}'s "
-        f"{worst['source']} to {worst['target']}: {formats.percent(worst['accuracy'])}"
+        f"{formats.plural(len(images), f'{split} image')}: accuracy "
+        f"{formats.percent(uncut['accuracy'])}; of {len(records)} connections the most "
+        f"harmful to cut is {worst['block']}'s {worst['source']} to {worst['target']}: "
+        f"{formats.percent(worst['accuracy'])}"
     )
     if interval := correlation["interval"]:
         print(

@@ -5,18 +5,22 @@ of `PARTS` returns. Everything else on a page is written by hand.
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
+import html
 import importlib
 import inspect
 import itertools
 import json
 import os
 import pathlib
+import pty
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import types
 from collections.abc import Callable, Iterable, Sequence
 
@@ -435,6 +439,38 @@ def draw_result() -> Figure:
     return figure
 
 
+def draw_terminal() -> None:
+    """A run of the digits in a terminal of 80 columns, as SVG; grey is what is overwritten."""
+    command, output = "python -m densejax.main --config=configs/digits.py", b""
+    with tempfile.TemporaryDirectory() as folder:
+        os.symlink(ROOT / "configs", f"{folder}/configs")
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+        terminal, its_end = pty.openpty()
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), its_end)
+        words = [sys.executable, *command.split()[1:]]
+        with subprocess.Popen(words, cwd=folder, env=environment, **streams):
+            os.close(its_end)
+            with contextlib.suppress(OSError):  # which Linux raises when the command has ended
+                while part := os.read(terminal, 4096):
+                    output += part
+        os.close(terminal)
+    rows = [("#e6e6e6", f"$ {command}")]
+    for line in output.decode().replace("\r\n", "\n").rstrip().split("\n"):
+        *before, last = filter(None, re.split(r"[\r\x1b]+(?:\[K)?", line))
+        for word in ("compiling", "step"):
+            shown = [text for text in before if text.startswith(word)]
+            rows += [("#9a9a9a", text) for text in shown[len(shown) // 2 :][:1]]
+        rows.append(("#e6e6e6", last))
+    texts = [
+        f'<text x="12" y="{20 * number + 26}" fill="{color}">{html.escape(text)}</text>'
+        for number, (color, text) in enumerate(rows)
+    ]
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="700" height="{20 * len(rows) + 20}" '
+    head += 'font-family="ui-monospace, Menlo, Consolas, monospace" font-size="14" '
+    head += 'xml:space="preserve"><rect width="100%" height="100%" rx="8" fill="#1e1e1e"/>'
+    (IMAGES / "terminal.svg").write_text("\n".join([head, *texts, "</svg>\n"]))
+
+
 DRAWINGS = {
     "dense_block": draw_dense_block,
     "architecture": draw_architecture,
@@ -445,9 +481,10 @@ DRAWINGS = {
 def main() -> None:
     """Writes what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", choices=[*PARTS, "pictures"], help="default: all")
-    chosen = parser.parse_args().only or [*PARTS, "pictures"]
-    parts = {name: PARTS[name] for name in chosen if name != "pictures"}
+    everything = [*PARTS, "pictures", "terminal"]
+    parser.add_argument("--only", nargs="*", choices=everything, help="default: all")
+    chosen = parser.parse_args().only or everything
+    parts = {name: PARTS[name] for name in chosen if name in PARTS}
     for page in pages():
         page.write_text(filled(page.read_text(), parts))
     if "pictures" in chosen:
@@ -455,6 +492,8 @@ def main() -> None:
         draw_patterns()
         for name, draw in DRAWINGS.items():
             plots.save(draw(), IMAGES / f"{name}.png")
+    if "terminal" in chosen:
+        draw_terminal()
 
 
 if __name__ == "__main__":

@@ -77,12 +77,12 @@ def styles(groups: Sequence[Any]) -> list[dict[str, Any]]:
     return [plots.style(number) for number in range(len(groups))]
 
 
-def numeric(groups: Sequence[Any]) -> list[str]:
-    """The axes along which at least three numbers lie."""
+def numeric(groups: Sequence[Any], least: int = 3) -> list[str]:
+    """The axes along which at least so many numbers lie."""
     found = []
     for axis in groups[0].axes:
         values = {group.axes.get(axis) for group in groups}
-        if len(values) > 2 and {type(value) for value in values} <= {int, float}:
+        if len(values) >= least and {type(value) for value in values} <= {int, float}:
             found.append(axis)
     return found
 
@@ -264,7 +264,7 @@ def gaps(groups: Sequence[Any]) -> Figure:
 def of_costs_and_paths(groups: Sequence[Any], what: str) -> Iterator[tuple[str, str, Figure]]:
     """As `of_sweep`: error against each quantity in which the groups differ by 5 % or more."""
     alike = all(group.axes.keys() == groups[0].axes.keys() for group in groups)
-    numbers = numeric(groups)[:1] if alike else []
+    numbers = numeric(groups, least=2)[:1] if alike else []
     for quantity, name in (COSTS | PATHS).items():
         values = [group.mean(quantity) for group in groups]
         if not any(map(math.isnan, values)) and max(values) >= 1.05 * min(values):

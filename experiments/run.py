@@ -254,6 +254,14 @@ def best_rates(path: epath.Path) -> dict[str, float]:
     return rates
 
 
+def prepare_data(all_works: list[Work]) -> None:
+    """Makes ready what the runs that are left read, once for all (raises UserError)."""
+    left = (work.config for work in all_works if not work.is_finished())
+    for config in {str(config.data): config for config in left}.values():
+        data.prepare(config)
+        data.info(config)
+
+
 class Worker:
     """Takes one run after the other until none is left that nobody works on."""
 
@@ -496,6 +504,7 @@ def main() -> int:
     if LATENCY.value:
         latency(all_works)
         return 0
+    prepare_data(all_works)
     worker = Worker(all_works)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, worker.stop)

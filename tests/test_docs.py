@@ -7,6 +7,7 @@ import re
 import runpy
 import shlex
 import sys
+from unittest import mock
 
 import pytest
 from absl import flags
@@ -203,9 +204,16 @@ def test_the_python_of_a_page_runs(found, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.setattr(parallel, "start", lambda: None)  # it would choose another cache
     monkeypatch.setattr(sys, "argv", ["notebook"])
+    wandb = mock.MagicMock()  # it is not installed, and would need an account
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     page_code = {"__name__": "page"}
     for block in found:
         exec(compile(block, "page", "exec"), page_code)
+    if any("import wandb" in block for block in found):
+        sent = [call.kwargs["step"] for call in wandb.init.return_value.log.call_args_list]
+        names = set().union(*(call.args[0] for call in wandb.init().log.call_args_list))
+        assert sent == sorted(sent) and {"train_loss", "test_accuracy"} <= names
+        assert wandb.init.call_args_list[0].kwargs["config"]["train.epochs"] == 1
 
 
 # --- Tables.

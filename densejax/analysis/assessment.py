@@ -210,7 +210,7 @@ def line(found: dict[str, Any], path: epath.Path) -> str:
     """One line that says what came out and where it is."""
     error = formats.percent(found["calibration_error"])
     return (
-        f"{formats.count(found['images'])} {found['split']} images: accuracy "
+        f"{formats.plural(found['images'], found['split'] + ' image')}: accuracy "
         f"{formats.percent(found['accuracy'])}, calibration error {error}; {path}/assessment has "
         f"the classes, the mistakes and the pictures"
     )

@@ -205,5 +205,5 @@ def _training(source: epath.Path) -> str:
         f"  `{json.dumps(own)}`"
     )
     if summary and workdir.same_run(summary["config"], ConfigDict(config)):
-        found += f"\n- **Result**: {result.line(summary, source).partition(';')[0]}"
+        found += f"\n- **Result**: {result.line(summary, source).splitlines()[0]}"
     return found

@@ -21,7 +21,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from densejax.config import UserError
+from densejax.config import UserError, flatten
 from densejax.runs import files, screen
 from densejax.runs.formats import clock, count, percent
 
@@ -106,6 +106,17 @@ class MetricLog:
         """Median over the intervals after the first, which compiles; None without any."""
         return statistics.median(self.rates[1:]) if self.rates[1:] else None
 
+    def describe(self, config, images):
+        """TensorBoard gets the configuration and images, uint8 [number, height, width, channel]."""
+        from tensorboardX import summary
+
+        flat = flatten(config).items()
+        flat = {key: value if isinstance(value, int | float) else str(value) for key, value in flat}
+        begin = summary.hparams(flat, ["train/loss", f"{config.evaluate.split}/accuracy"])[:2]
+        shown = images[..., : 3 if images.shape[-1] >= 3 else 1]
+        for found in (*begin, summary.image("train/images", shown, dataformats="NHWC")):
+            self._event(step=1, summary=found)
+
     def train(self, step, values):
         """Logs scalars by name (train_loss, learning_rate, ...) after `step` steps."""
         shown = self._record(step, values)  # waits for the device: first, so that its time counts
@@ -113,6 +124,7 @@ class MetricLog:
         self.rates.append((step - self.last_step) * self.batch_size / (now - self.last_time))
         timing = {"seconds": now - self.start, "images_per_second": self.rates[-1]}
         self.timings.add(_line(step, timing))
+        self._scalar(step, "speed/images_per_second", self.rates[-1])
         self.shown = [*shown, f"{count(round(self.rates[-1]))} images/s"]
         self.last_step, self.last_time = step, now
         is_time = now - self.last_shown >= self.seconds or step >= self.total_steps
@@ -213,7 +225,9 @@ class MetricLog:
         values = {name: float(fetched[name]) for name in values}
         self.metrics.add(_line(step, {"epoch": step / self.epoch_steps, **values}))
         for name, value in values.items():
-            self._event(step=step, summary={"value": [{"tag": name, "simple_value": value}]})
+            split, _, rest = name.partition("_")
+            is_split = split in ("train", "validation", "test")
+            self._scalar(step, f"{split}/{rest}" if is_split else f"train/{name}", value)
         shown = []  # on the screen; the files have all
         for name, value in values.items():
             if name.endswith("_loss"):
@@ -221,6 +235,9 @@ class MetricLog:
             elif name.endswith("_accuracy") and "top5" not in name:
                 shown.append(f"accuracy {percent(value)}")
         return shown
+
+    def _scalar(self, step, tag, value):
+        self._event(step=step, summary={"value": [{"tag": tag, "simple_value": value}]})
 
     def _event(self, **fields):
         from tensorboardX import record_writer  # imported here: it takes a quarter of a second

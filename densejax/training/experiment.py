@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from densejax import config as config_schema
 from densejax import data, models
 from densejax.config import UserError
+from densejax.data.augment import example_keys
 from densejax.data.official import SetInfo
 from densejax.data.stream import BatchTimeout
 from densejax.runs import hosts
@@ -137,6 +138,26 @@ class Experiment:
         taken = conversion.unflatten(taken)
         average = jax.tree.map(jnp.copy, taken) if state.average else {}
         return state.replace(**taken, average=state.average | average)
+
+    def augmented(self, key: jax.Array, batch: dict[str, Any], number: int = 32) -> np.ndarray:
+        """The first images of the first batch as the network sees them, for people.
+
+        Args:
+          key: of the state.
+          batch: of which this process shows some of its share.
+          number: at most so many; an image that is mixed has its partner among them.
+
+        Returns:
+          uint8 [number, height, width, channels]; what is brightest is 255.
+        """
+        preparation = self.computed_task.preparation
+        batch = {name: array.addressable_shards[0].data[:number] for name, array in batch.items()}
+        batch, key = jax.device_get((batch, key))
+        key = jax.random.fold_in(jax.random.wrap_key_data(key), 0)
+        keys = example_keys(key, np.arange(len(batch["label"]), dtype=np.int32))
+        images = np.asarray(jax.jit(preparation.training)(batch, keys)[0], np.float32)
+        levels = (images * np.float32(preparation.std) + np.float32(preparation.mean)).clip(0)
+        return (levels * (255 / max(levels.max(), 1))).astype(np.uint8)
 
     @functools.cached_property
     def evaluate(self) -> Callable[..., dict[str, float] | None]:

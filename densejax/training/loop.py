@@ -254,6 +254,8 @@ class Loop:
                 if self.seconds_to_first_step is None:
                     jax.block_until_ready(sums)
                     self.seconds_to_first_step = time.monotonic() - densejax.STARTED
+                    if step == 1 and jax.process_index() == 0:
+                        self.log.describe(config, self.experiment.augmented(self.state.key, batch))
                     clock.switch_to("step")
                 # While the devices are busy with this step, the one before is looked at. No more
                 # than one is queued, so that a signal need not wait long.

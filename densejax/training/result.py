@@ -44,9 +44,10 @@ def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str,
     sizes = {name: split.size for name, split in experiment.data.evaluation.items()}
     rows = [
         ("run", str(path)),
-        ("model", f"{models.described(config.model)}, {formats.count(parameters)} parameters, "
-                  f"{formats.si(multiply_adds)} multiply-adds an image"),
-        ("data", f"{config.data.name}, {formats.count(train.size)} images train, "
+        ("model", models.described(config.model)),
+        ("size", f"{formats.count(parameters)} parameters, "
+                 f"{formats.si(multiply_adds)} multiply-adds an image"),
+        ("data", f"{config.data.name}, {formats.plural(train.size, 'image')} train, "
                  + ", ".join(f"{formats.count(n)} {name}" for name, n in sizes.items())),
         ("steps", f"{formats.count(experiment.steps)} of "
                   f"{formats.plural(config.train.batch_size, 'image')}, "
@@ -157,13 +158,13 @@ def finished(
 
 
 def line(summary: dict[str, Any], path: epath.Path) -> str:
-    """One line that says what came out and where it is."""
+    """One line that says what came out, and one that says where it is."""
     split = summary["config"]["evaluate"]["final_split"]
     accuracy = formats.percent(summary[f"{split}_accuracy"])
-    examples = formats.count(summary[f"{split}_examples"])
+    images = formats.plural(summary[f"{split}_examples"], "image")
     stored = summary.get("test_split", "test") if split == "test" else split
-    text = f"{split} accuracy {accuracy} on {examples} images"
+    text = f"{split} accuracy {accuracy} on {images}"
     text += f" of the split {stored!r}" if stored != split else ""
     if damaged := summary.get("damaged_checkpoints"):
         text += f" at step {summary['steps']}, as the checkpoints of steps {damaged} are damaged"
-    return f"{text}; {path}/summary.json has the rest"
+    return f"{text}\n{path}/summary.json has the rest"

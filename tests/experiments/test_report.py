@@ -5,6 +5,7 @@ import hashlib
 import html
 import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -321,6 +322,22 @@ def test_patterns_are_ranked_compared_and_named_alike(tmp_path):
     columns = {name: [row[n] for row in rows[1:]] for n, name in enumerate(rows[0])}
     assert columns["edges"][0] == str(3 * (21 + 7)) and columns["edges"][2] == str(3 * 7)
     assert columns["longest path"][0] == "18" and columns["mean path"][2] == "18.0"
+
+
+def test_two_numbers_are_written_beside_their_marks():
+    def group(rate, error):
+        means = {"error": error, "parameters": 1000 * rate, "multiply_adds": 1e6 * rate}
+        found = types.SimpleNamespace(
+            axes={"growth_rate": rate}, kind="dense", split="test", runs=[0]
+        )
+        found.mean, found.half_width = lambda name: means.get(name, math.nan), lambda name: math.nan
+        return found
+
+    drawn = list(figures.of_costs_and_paths([group(6, 0.2), group(24, 0.1)], ""))
+    assert [name for name, _, _ in drawn] == ["parameters", "multiply_adds"]
+    for _, caption, figure in drawn:
+        assert "numbers: growth rate" in caption
+        assert {text.get_text() for text in figure.axes[0].texts} == {"6", "24"}
 
 
 def test_kinds_look_different():

@@ -326,6 +326,19 @@ def test_a_result_of_other_code_is_refused_until_it_is_measured_again(sweep, cap
     assert "of different code, data or versions: no mean" in runner.table_of_results(twins)
 
 
+def test_data_that_are_not_there_are_refused_once_before_the_first_run(sweep, monkeypatch):
+    prepared, works = [], sweep[0]
+    monkeypatch.setattr(runner.data, "prepare", lambda config: prepared.append(config.seed))
+    runner.prepare_data(works)
+    assert len(prepared) == 1
+    monkeypatch.undo()
+    words = ("--config.data.name=svhn", f"--config.data.manual_dir={works[0].path}")
+    wrong = [dataclasses.replace(work, arguments=work.arguments + words) for work in works]
+    with pytest.raises(UserError, match="data.name = svhn: .*train_32x32.mat") as caught:
+        runner.prepare_data(wrong)
+    assert "\n" not in str(caught.value)
+
+
 def test_force_is_handed_on():
     work = runner.Work(sweeps.Run("a", {}, {}), pathlib.Path("b"), ("--config=c",), force=True)
     words = ["-m", "densejax.main", "--config=c", "--workdir=b", "--resume=force"]

@@ -14,10 +14,13 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from etils import epath
 from etils.epath import testing as epath_testing
-from tensorboardX.proto import event_pb2
+from ml_collections import ConfigDict
+from PIL import Image
+from tensorboardX.proto import event_pb2, plugin_hparams_pb2
 
 from densejax.config import UserError
 from densejax.runs import files, metric_log, screen
@@ -348,15 +351,46 @@ def test_tensorboard_drops_what_the_resume_writes_again(workdir):
     before = set((workdir / "tensorboard").iterdir())
     run(workdir, 20, 40).close()
     (path,) = set((workdir / "tensorboard").iterdir()) - before
+    events = events_of(path)
+    assert [event.step for event in events if event.HasField("session_log")] == [21]
+    scalars = {(value.tag, event.step) for event in events for value in event.summary.value}
+    assert ("train/loss", 25) in scalars and ("validation/loss", 40) in scalars
+    assert ("speed/images_per_second", 25) in scalars
+    assert min(step for _, step in scalars) == 25
+
+
+def events_of(path):
+    """The events of a TensorBoard file."""
     data, events = path.read_bytes(), []
     while data:  # TFRecord: length, its checksum, payload, its checksum
         size = int.from_bytes(data[:8], "little")
         events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
         data = data[16 + size :]
-    assert [event.step for event in events if event.HasField("session_log")] == [21]
-    scalars = {(value.tag, event.step) for event in events for value in event.summary.value}
-    assert ("train_loss", 25) in scalars and ("validation_loss", 40) in scalars
-    assert min(step for _, step in scalars) == 25
+    return events
+
+
+def test_tensorboard_groups_values_and_shows_the_configuration_and_images(workdir):
+    config = {"train": {"epochs": 3, "frozen": ("stem",)}, "evaluate": {"split": "test"}}
+    images = np.arange(9, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 1), np.uint8)
+    log = create(workdir)
+    log.describe(ConfigDict(config), images)
+    log.train(5, {"train_top5_accuracy": 0.5, "learning_rate": 0.1, "skipped_steps": 0})
+    log.evaluation(20, "test", {"loss": 1.0})
+    log.close()
+    (path,) = (workdir / "tensorboard").iterdir()
+    values = {value.tag: value for event in events_of(path) for value in event.summary.value}
+    assert set(values) == {
+        *("train/top5_accuracy", "train/learning_rate", "train/skipped_steps", "test/loss"),
+        *("speed/images_per_second", "train/images"),
+        *("_hparams_/experiment", "_hparams_/session_start_info"),
+    }
+    shown = np.asarray(Image.open(io.BytesIO(values["train/images"].image.encoded_image_string)))
+    np.testing.assert_array_equal(shown[:2, ::3, 0], [range(8)] * 2)  # a row of eight
+    assert shown.shape == (4, 24, 3) and shown[2, 0, 0] == 8
+    content = values["_hparams_/session_start_info"].metadata.plugin_data.content
+    start = plugin_hparams_pb2.HParamsPluginData.FromString(content).session_start_info
+    assert start.hparams["train.epochs"].number_value == 3
+    assert start.hparams["train.frozen"].string_value == "('stem',)"
 
 
 def test_a_trace_arrives_whatever_its_folders_are_called(workdir, monkeypatch):

@@ -137,6 +137,25 @@ def test_max_steps_is_the_length_of_training_and_of_the_schedule():
         experiments.build(small.tiny(train__max_steps=2))
 
 
+def test_augmented_images_are_those_that_the_first_step_takes():
+    experiment = built(4)
+    key = jax.random.key_data(jax.random.key(np.uint32(0)))
+    shown = experiment.augmented(key, experiment.data.train.batch(0), 5)
+    # Digits have levels of 0 to 16; each is the stored image, moved by at most a pixel.
+    stored = np.asarray(experiment.data.train.batch(0)["image"])[:5]
+    either = np.concatenate([stored, stored[:, :, ::-1]]).astype(float)  # mirrored or not
+    padded = np.pad(either, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=4.8781) * (255 / 16)
+    moves = [
+        [
+            min(np.abs(padded[m, y : y + 8, x : x + 8] - shown[n]).max() for m in (n, n + 5)) <= 1.1
+            for y, x in np.ndindex(3, 3)
+        ]
+        for n in range(5)
+    ]
+    assert shown.shape == (5, 8, 8, 1) and np.any(moves, axis=1).all()
+    assert not np.array(moves)[:, 4].all()  # some did move
+
+
 def test_the_computation_takes_the_type_that_is_asked_for():
     built = experiments.build(small.tiny(train__dtype="bfloat16"))
     info, model = built.info, built.task.model

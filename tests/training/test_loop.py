@@ -161,6 +161,7 @@ def test_learning_rate_of_a_record_is_that_of_its_step(finished):
 
 def test_tensorboard_and_checkpoints_are_there_and_the_lock_is_gone(finished):
     (board,) = (finished / "tensorboard").iterdir()
+    assert all(word in board.read_bytes() for word in (b"train/images", b"optimizer.momentum"))
     assert board.name.startswith("events.out.tfevents") and board.stat().st_size > 500
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["10", "5"]
     assert not (finished / "lock").exists()
