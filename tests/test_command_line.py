@@ -414,7 +414,7 @@ def test_a_good_command_trains_and_writes_into_its_run_alone(command, tmp_path, 
     monkeypatch.setenv("HOME", str(tmp_path))
     before = contents(tmp_path)
     code, output, _ = command(card, f"--workdir={tmp_path}/run", "--config.seed=0")
-    assert code == 0 and "test accuracy" in output.splitlines()[-1]
+    assert code == 0 and "test accuracy" in output.splitlines()[-2]
     assert f"{tmp_path}/run/summary.json" in output
     written = {path for path in contents(tmp_path).keys() - before if path.name != "__pycache__"}
     assert {path.relative_to(tmp_path).parts[0] for path in written} == {"run"}

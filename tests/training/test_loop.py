@@ -734,7 +734,7 @@ def test_a_result_says_that_the_best_is_damaged_and_what_was_measured_instead(
     capsys.readouterr()
     assert run(tmp_path, best()) == 0
     told = "at step 20, as the checkpoints of steps [10] are damaged"
-    assert told in capsys.readouterr().out.splitlines()[-1]
+    assert told in capsys.readouterr().out.splitlines()[-2]
     result = summary(tmp_path)
     assert (result["steps"], result["damaged_checkpoints"]) == (20, [10])
     assert script[-1] == ("test", 20)
