@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from densejax.models.normalization import at_least_float32, per_channel, varying_like
+from densejax.models.normalization import at_least_float32, per_channel, sum_over, varying_like
+from densejax.models.sharding import EXAMPLES, WHOLE, by_device
 
 Params = dict[str, jax.Array]  # "kernel", and "bias" where the convolution has one
 
@@ -253,8 +254,8 @@ def _narrow_conv_backward(stride, padding, saved, dy):
 
     def of_kernel(plan, x, kernel, dy):
         if plan.products and len(x):
-            gradient = _kernel_gradient(plan, x, kernel.shape, dy, stride, padding)
-            return gradient.astype(kernel.dtype)
+            settings = (plan, kernel.shape, stride, padding)
+            return _over_devices(_kernel_gradient, x, dy, *settings).astype(kernel.dtype)
         return jax.vjp(lambda kernel: _conv(x, kernel, stride, padding), kernel)[1](dy)[0]
 
     return dx, per_platform(of_kernel, x, kernel, dy)
@@ -263,7 +264,16 @@ def _narrow_conv_backward(stride, padding, saved, dy):
 _narrow_conv.defvjp(_narrow_conv_forward, _narrow_conv_backward)
 
 
-def _kernel_gradient(plan, x, shape, dy, stride, padding):
+def _over_devices(gradient, x, dy, *settings):
+    """The gradient of a kernel as the sum of what each device makes of its share of x and dy."""
+
+    def on_one(axes, x, dy):
+        return sum_over(gradient(x, dy, *settings), axes)
+
+    return by_device(on_one, (x, dy), (EXAMPLES, EXAMPLES), WHOLE)
+
+
+def _kernel_gradient(x, dy, plan, shape, stride, padding):
     """The gradient, at least float32, of the kernel of a convolution with few input channels.
 
     At first the stride becomes 1: the pixels of each square of stride x stride become channels.
@@ -331,7 +341,8 @@ def _depthwise_backward(stride, padding, saved, dy):
             after = x.shape[axis + 1] + low - stride * (dy.shape[axis + 1] - 1) - 1
             margins.append((before, after, stride - 1))
         dx = _sum_of_shifts(_padded(dy, *margins), kernel[::-1, ::-1], 1)
-        gradient = _depthwise_kernel_gradient(_padded(x, *padding), dy, kernel.shape, stride)
+        x = _padded(x, *padding)
+        gradient = _over_devices(_depthwise_kernel_gradient, x, dy, kernel.shape, stride)
         return dx, gradient.astype(kernel.dtype)
 
     return per_platform(backward, *saved, dy)

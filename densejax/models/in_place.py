@@ -51,6 +51,7 @@ from densejax.models.normalization import (
     Statistics,
     affine,
     at_least_float32,
+    mean_over,
     norm_gradients,
     normalise,
     per_channel,
@@ -60,6 +61,7 @@ from densejax.models.normalization import (
     varying_like,
 )
 from densejax.models.regularization import dropout, stochastic_depth
+from densejax.models.sharding import EXAMPLES, WHOLE, by_device
 
 LayerParams = dict[str, Params]  # "norm1", "conv1" and, with a bottleneck, "norm2", "conv2"
 Ranges = tuple[tuple[int, int], ...]  # (first channel, number of channels) of each
@@ -120,7 +122,10 @@ def evaluate(
             end += width
         return _select(features, emits)
 
-    return per_platform(compute, x, layers, running)
+    def on_one(axes, *arguments):
+        return per_platform(compute, *arguments)
+
+    return by_device(on_one, (x, layers, running), (EXAMPLES, WHOLE, WHOLE), EXAMPLES)
 
 
 def _evaluate_layer(epsilon, plan, features, read, new, params, norms, survival):
@@ -154,7 +159,19 @@ def train(
     Returns:
       The outputs that the block emits; their statistics; those of each layer's norms, by name.
     """
-    return _train(settings, x, varying_like(x, layers), keys)
+
+    def on_one(axes, x, layers, keys):
+        own = dataclasses.replace(settings, axis=axes or settings.axis)
+        features, stats, norms = _train(own, x, varying_like(x, layers), keys)
+        # Outside there is one gradient of them; the mean's is each device's part of it, and the
+        # backward pass adds these parts up.
+        return features, stats._replace(batch=mean_over(stats.batch, axes)), norms
+
+    if settings.axis is not None:
+        return on_one(None, x, layers, keys)  # mapped over devices already
+    return by_device(
+        on_one, (x, layers, keys), (EXAMPLES, WHOLE, EXAMPLES), (EXAMPLES, WHOLE, WHOLE)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
