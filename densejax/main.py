@@ -1,5 +1,10 @@
 """Trains, resumes or evaluates: python -m densejax.main --config=configs/cifar10.py."""
 
+if __name__ == "__main__":
+    from densejax.runs import large_pages
+
+    large_pages.use()  # before the imports below, which take seconds
+
 from absl import flags
 
 from densejax import command_line

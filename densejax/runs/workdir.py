@@ -45,8 +45,8 @@ MEASURED = ("checkpoint.select", "evaluate")
 UNMEASURED = (
     *("analysis", "assess", "command_line", "compile", "cut", "export", "inference", "main"),
     *("predict", "pretrained", "reuse", "summary", "topology", "runs.formats", "runs.goodput"),
-    *("runs.hosts", "runs.interrupt", "runs.lock", "runs.metric_log", "runs.screen"),
-    "__main__",
+    *("runs.hosts", "runs.interrupt", "runs.large_pages", "runs.lock", "runs.metric_log"),
+    *("runs.screen", "__main__"),
 )
 # A directory that has one of these files but no config.json is not taken for an empty one.
 RUN_FILES = ("checkpoints", "goodput.json", "metrics.jsonl", "summary.json", "timings.jsonl")

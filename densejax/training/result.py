@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from densejax import data, models
 from densejax.config import UserError, printable
 from densejax.models import counts
-from densejax.runs import files, formats, workdir
+from densejax.runs import files, formats, large_pages, workdir
 from densejax.training.experiment import Experiment, matmul_precision
 from densejax.training.step import TrainState
 from densejax.weights import store
@@ -40,6 +40,7 @@ def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str,
     if dtype != config.train.dtype:
         dtype += f" (a CPU is slower in {config.train.dtype})"
     products = f", products in {precision}" if dtype == "float32" != precision else ""
+    pages = f", large pages by {large_pages.VARIABLE}" if large_pages.are_used() else ""
     train = experiment.data.train
     sizes = {name: split.size for name, split in experiment.data.evaluation.items()}
     rows = [
@@ -53,7 +54,7 @@ def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str,
                   f"{formats.plural(config.train.batch_size, 'image')}, "
                   + formats.plural(round(experiment.steps / train.steps_per_epoch, 3), "epoch")
                   + (f", resuming after {start}" if start else "")),
-        ("devices", f"{device}, {config.parallel.mode}, {dtype}{products}"),
+        ("devices", f"{device}, {config.parallel.mode}, {dtype}{products}{pages}"),
         *((name, printable(text)) for name, text in experiment.data.notes.items()),
     ]  # fmt: skip
     say(formats.table(rows))

@@ -448,11 +448,17 @@ def test_a_real_process_is_killed_and_goes_on(tmp_path):
     assert_same_run(path, tmp_path / "reference")
 
 
-def test_ctrl_c_before_training_is_one_line(tmp_path):
+def test_ctrl_c_before_training_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     card = tmp_path / "card.py"
-    card.write_text("import time\n\nprint('card', flush=True)\ntime.sleep(600)\n")
+    card.write_text(
+        "import os, time\n\n"
+        "print(os.getpid(), os.environ['GLIBC_TUNABLES'], flush=True)\n"
+        "time.sleep(600)\n"
+    )
     with process("-m", "densejax.main", f"--config={card}") as started:
-        assert started.stdout.readline() == "card\n"
+        said = started.stdout.readline()
+        assert said == f"{started.pid} glibc.malloc.hugetlb=1\n"  # the same process, started again
         started.send_signal(signal.SIGINT)
         assert started.communicate()[0] == "densejax: interrupted\n"
     assert started.returncode == 130
