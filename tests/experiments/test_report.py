@@ -300,28 +300,30 @@ def test_runs_of_one_version_are_selected(pair, capsys):
 
 
 def test_patterns_are_ranked_compared_and_named_alike(tmp_path):
-    for connect, kind, accuracy in (("chain", "chain", 0.8), ("dense", "dense", 0.9)):
+    for kind, accuracy in {"chain": 0.75, "one_shot": 0.8, "dense": 0.9}.items():
         for seed in range(8):
             found = accuracy + 0.001 * (seed % 3)
-            facts = {"connect": connect, "multiply_adds": 5000 + seed // 8}
+            facts = {"connect": kind, "multiply_adds": 5000 + seed // 8}
             write_run(tmp_path, "patterns", {"kind": kind}, seed, DENSE[0], found, 0.95, **facts)
     facts = {"connect": "hyper", "parameters": 9999}
     write_run(tmp_path, "patterns", {"kind": "hyper"}, 0, "preact_resnet164", 0.85, 0.9, **facts)
     assert call(tmp_path) == 0
     text = (tmp_path / "report" / "report.md").read_text()
-    assert [line.split(" ")[1] for line in text.splitlines()[10:13]] == [
+    assert [line.split(" ")[1] for line in text.splitlines()[10:14]] == [
         "**dense**",
         "hyper",
+        "one-shot",
         "chain",
     ]
-    # Of the six that were written down, one has its seeds: +10 points in every pair.
-    assert "| dense − chain | 8 | +10.00 ± 0.00 | 1.0000 | 0.0078 | 1.0000 | no difference" in text
+    # Of the four that were written down, one has its seeds: +10 points in every pair.
+    values = "+10.00 ± 0.00 | 1.0000 | 0.0078 | 1.0000 | no difference"
+    assert f"| dense − one-shot | 8 | {values}" in text
     assert "| dense − residual | 0 | – | – | – | – | open: n = 0 |" in text
     rows = rows_of((tmp_path / "report" / "index.html").read_text(), "patterns")
     # Three blocks of 6, each of whose outputs are read by all after them; a chain has one way.
     columns = {name: [row[n] for row in rows[1:]] for n, name in enumerate(rows[0])}
-    assert columns["edges"][0] == str(3 * (21 + 7)) and columns["edges"][2] == str(3 * 7)
-    assert columns["longest path"][0] == "18" and columns["mean path"][2] == "18.0"
+    assert columns["edges"][0] == str(3 * (21 + 7)) and columns["edges"][3] == str(3 * 7)
+    assert columns["longest path"][0] == "18" and columns["mean path"][3] == "18.0"
 
 
 def test_two_numbers_are_written_beside_their_marks():
