@@ -186,6 +186,22 @@ def measured_patterns() -> str:
     return "\n\n".join(parts).replace("| densejax |", "| adds |")
 
 
+def measured_on_intel() -> str:
+    """Seconds beside PyTorch, from the text that experiments/benchmarks printed."""
+    rows = []
+    for file in sorted((RESULTS / "speed" / "intel").glob("*.txt")):
+        title, versions, _, *lines = file.read_text().splitlines()
+        model, batch, what, *_ = title.split(", ")
+        ours, theirs = (re.split(r"  +", line) for line in lines)
+        times = [f"{cells[1]} ({cells[2]})" for cells in (ours, theirs)]
+        name, devices = f"`{model}`", "2" if "2 x cpu" in versions else "1"
+        what = {"train": "training step"}.get(what, what)
+        memory = ours[-3]  # before the peak RSS and the seconds to compile
+        rows.append((what, name, batch.split()[1], devices, *times, ours[3], memory))
+    head = ("What", "Network", "Batch", "Devices", "Ours, s", "PyTorch, s", "Ours / PyTorch")
+    return table((*head, "XLA's temporary memory, MiB"), rows)
+
+
 def networks() -> str:
     """Every named network with its counts."""
     parts = []
@@ -300,7 +316,7 @@ PARTS = {
     function.__name__: function
     for function in (
         *(cards, patterns, networks, configuration, fields, names, sweeps),
-        *(measured_patterns, shortcuts, commands, scripts),
+        *(measured_patterns, measured_on_intel, shortcuts, commands, scripts),
     )
 }
 SLOW = ("networks", "commands", "scripts")  # seconds to minutes

@@ -36,7 +36,7 @@ def draw(work: Work, directory: pathlib.Path) -> None:
     inputs = networks.preparation("float32").evaluation(examples["image"])
     np.savez(directory / "batch.npz", **examples, input=np.asarray(inputs))
     try:
-        project = "timm" if work.model.startswith("vovnet") else ""
+        project = "timm" if work.model.startswith(("vovnet", "ese_vovnet", "rdnet")) else ""
         np.savez(directory / "torch.npz", **pretrained.to_torch(network, variables, project))
     except UserError:  # a network that PyTorch's projects do not have
         return

@@ -1,7 +1,8 @@
 """The process of an implementation in PyTorch (see turns.py); needs torch alone.
 
 The network is torchvision's own class where it has one that fits, with our CIFAR stem in the place
-of its own, or timm's VoVNet, and otherwise a DenseNet of the same layers and names, written here.
+of its own, or timm's VoVNet or RDNet, and otherwise a DenseNet of the same layers and names,
+written here.
 bfloat16 is autocast, as PyTorch's users write it.
 """
 
@@ -115,10 +116,12 @@ def network_of(spec: Mapping[str, Any]) -> tuple[nn.Module, str]:
             network.features = nn.Sequential()
             for name, module in (stem | rest).items():
                 network.features.add_module(name, module)
-    elif fields["family"] == "vovnet":
+    elif fields["family"] in ("vovnet", "rdnet"):
         import timm
 
-        name = f"{spec['work']['model']}a"  # with our identities it is another of their networks
+        name = spec["work"]["model"]
+        if name.startswith("vovnet"):
+            name += "a"  # with our identities it is another of their networks
         return timm.create_model(name, num_classes=classes), f"timm {timm.__version__}"
     elif torchvision is None:
         raise Unavailable("torchvision is not installed")
