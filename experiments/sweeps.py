@@ -247,7 +247,7 @@ def growth_rate_equal_multiply_adds(
     Layers are whole, so that few of them come less near to the card's count than widths do.
     """
     target = base.of(base.dense())["multiply_adds"]
-    factors = (1.01**power for power in range(-350, 350))  # 1/32 to 32
+    factors = (1.01**power for power in range(-280, 280))  # 1/16 to 16
     shapes = [tuple(max(1, round(factor * n)) for n in base.layers) for factor in factors]
     shapes = list(dict.fromkeys(shapes))
     for k in values:
