@@ -161,6 +161,8 @@ def facts(groups: Sequence[Any]) -> str:
         data = run.config["data"]
         size = f" at {data['image_size']}x{data['image_size']}" if data.get("image_size") else ""
         found["data"].add(f"{data['name']}{size}, {run.split} images")
+        if limit := data.get("train_size"):
+            found.setdefault("training images", set()).add(limit)
         found["epochs"].add(run.config["train"]["epochs"])
         if limit := run.config["train"].get("max_steps"):
             found.setdefault("steps at most", set()).add(limit)

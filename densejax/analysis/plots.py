@@ -51,6 +51,7 @@ matplotlib.rcParams.update(
         "lines.markersize": 5,
         "savefig.bbox": "tight",
         "svg.fonttype": "none",
+        "pdf.fonttype": 42,  # TrueType, as publishers ask for
         "svg.hashsalt": "densejax",  # equal figures are equal files
         "text.color": INK,
         "text.parse_math": False,  # a "$" in a name is no formula

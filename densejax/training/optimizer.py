@@ -64,7 +64,8 @@ def schedule(config: ConfigDict, steps: int, steps_per_epoch: int, batch_size: i
     if warmup >= steps:
         raise UserError(
             f"optimizer.warmup_epochs = {config.warmup_epochs}: must be below the "
-            f"{steps / steps_per_epoch:g} epochs of training (train.epochs, train.max_steps)"
+            f"{steps / steps_per_epoch:g} epochs of training "
+            f"(train.epochs, train.max_steps); 0.0 is no warm-up"
         )
     decay = SCHEDULES[config.schedule](config, steps, warmup)
     reference = config.reference_batch_size
