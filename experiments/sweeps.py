@@ -247,24 +247,24 @@ def growth_rate_equal_multiply_adds(
     Layers are whole, so that few of them come less near to the card's count than widths do.
     """
     target = base.of(base.dense())["multiply_adds"]
+
+    def mismatch(network):
+        return base.of(network)["multiply_adds"] / target - 1
+
     factors = (1.01**power for power in range(-280, 280))  # 1/16 to 16
     shapes = [tuple(max(1, round(factor * n)) for n in base.layers) for factor in factors]
-    shapes = list(dict.fromkeys(shapes))
     for k in values:
-        networks = [base.dense(layers, [k] * len(layers)) for layers in shapes]
-        above = bisect.bisect(
-            networks, target, key=lambda network: base.of(network)["multiply_adds"]
-        )
+        networks = [base.dense(layers, [k] * len(layers)) for layers in dict.fromkeys(shapes)]
+        above = bisect.bisect(networks, 0, key=mismatch)
         near = networks[max(0, above - 1) : above + 1]
-        found = [(base.of(network)["multiply_adds"] / target - 1, network) for network in near]
-        mismatch, network = min(found, key=lambda pair: abs(pair[0]))
-        if abs(mismatch) > 0.2:
+        network = min(near, key=lambda network: abs(mismatch(network)))
+        if abs(mismatch(network)) > 0.2:
             raise UserError(
                 f"growth rate {k}: no number of layers comes within 20% of the card's {target} "
                 f"multiply-adds; take a larger network, or other --values"
             )
         axes = {"growth_rate": k, "depth": base.depth(network)}
-        yield network.run(f"k{k}", axes, mismatch)
+        yield network.run(f"k{k}", axes, mismatch(network))
 
 
 def depth_width(base: Base) -> Iterator[Run]:
@@ -458,16 +458,8 @@ def learning_rate(base: Base, values: Sequence[float] = ()) -> Iterator[Run]:
 SWEEPS = {
     sweep.__name__: sweep
     for sweep in (
-        *(
-            growth_rate,
-            growth_rate_equal_multiply_adds,
-            depth_width,
-            degradation,
-            connectivity,
-            variants,
-            growth_schedule,
-        ),
-        *(patterns, patterns_equal_parameters),
+        *(growth_rate, growth_rate_equal_multiply_adds, depth_width, degradation),
+        *(connectivity, variants, growth_schedule, patterns, patterns_equal_parameters),
         *(train_size, compression, dropout, recipe, learning_rate),
     )
 }

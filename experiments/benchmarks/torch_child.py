@@ -2,8 +2,7 @@
 
 The network is torchvision's own class where it has one that fits, with our CIFAR stem in the place
 of its own, or timm's VoVNet or RDNet, and otherwise a DenseNet of the same layers and names,
-written here.
-bfloat16 is autocast, as PyTorch's users write it.
+written here. bfloat16 is autocast, as PyTorch's users write it.
 """
 
 import json
