@@ -43,7 +43,8 @@ def run(main: Callable[..., int], config: str = "required", arguments: bool = Fa
         try:
             code = main(*argv[1:])
         except UserError as error:
-            code = _say(str(error))
+            _say(str(error))
+            code = error.exit_code
         except KeyboardInterrupt:  # by a second signal
             interrupt.end()
         if any(future.running() for future in interrupt.stuck):

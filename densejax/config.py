@@ -13,6 +13,8 @@ from ml_collections import config_dict
 class UserError(ValueError):
     """Bad input, said in one line: the field, the value, what is allowed and what to do."""
 
+    exit_code = 2  # of a command that it ends
+
     def __init__(self, text: str):
         """Escapes what would break the line or steer a terminal: names come from files, too."""
         super().__init__(printable(text))

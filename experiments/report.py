@@ -104,6 +104,8 @@ class Run:
             return self.damage
         if self.result:
             return f"{self.split} accuracy {formats.percent(self.measures['accuracy'])}"
+        if self.sweep.get("diverged"):
+            return "diverged: its numbers were not finite"
         if not self.records:
             return "no step logged yet"
         last, train = self.records[-1], self.config["train"]

@@ -9,10 +9,12 @@ run by a lock in its directory, ROOT/SWEEP/RUN, and trains it in a process of it
 memory is freed and its failure is its own. What is finished is skipped, unless it is of other code
 or data, which is said; what a dead process left is taken over and resumed.
 --config.section.key=value holds for every run. `taskset -c 0 python ...` and `taskset -c 1 python
-...` beside it give each of two workers a core.
+...` beside it give each of two workers a core; --workers=8 lets eight runs share a GPU. A run whose
+numbers are not finite has diverged: that is its result, and it is not tried again.
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import fnmatch
@@ -50,6 +52,7 @@ from densejax.config import UserError, check
 from densejax.models import counts
 from densejax.runs import files, formats, lock, workdir
 from densejax.training import experiment, parallel, result
+from densejax.training.loop import Diverged
 from densejax.training.step import train_step
 
 SWEEP = flags.DEFINE_enum("sweep", None, list(SWEEPS), "What is varied.")
@@ -60,6 +63,9 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each point, from the card's se
 ONLY = flags.DEFINE_list("only", "*", "Names of runs, or patterns: 'k12_*,k16_seed0'.")
 LEARNING_RATES = flags.DEFINE_string(
     "learning_rates", None, "Folder of a sweep of learning_rate: each kind's peak is its best."
+)
+WORKERS = flags.DEFINE_integer(
+    "workers", 1, "Runs at the same time, such as several on one GPU.", lower_bound=1
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs and the hours they would take.")
 LATENCY = flags.DEFINE_bool("latency", False, "Time classification; let nothing else run beside.")
@@ -151,6 +157,18 @@ class Work:
         found = result.versions(self.config) | {"data": data_version(self.config)}
         return {name: found[name] for name in found if name not in ("matmul_precision", "devices")}
 
+    @property
+    def has_diverged(self) -> bool:
+        """Whether training ended in numbers that were not finite, by today's code."""
+        with contextlib.suppress(UserError):
+            code = read_json(self.path / "sweep.json", {}).get("diverged")
+            return bool(code) and code == self.versions["code"]
+        return False
+
+    def is_over(self) -> bool:
+        """Whether there is nothing left to do: it has a result, or training it diverges."""
+        return self.is_finished() or self.has_diverged
+
     def is_finished(self) -> bool:
         """Whether there is a result, of today's code, data and weights."""
         try:
@@ -166,6 +184,8 @@ class Work:
         """What a table says of it: its result, how far it is, or that nobody works on it."""
         if self.is_finished():
             return f"{self.config.evaluate.final_split} accuracy {formats.percent(self.accuracy())}"
+        if self.has_diverged:
+            return "diverged"
         try:
             lock.require_free(self.path / "claim", wait=False)
             return "waiting"
@@ -238,6 +258,8 @@ def best_rates(path: epath.Path) -> dict[str, float]:
         axes = read_json(sweep).get("axes", {})
         if not {"kind", "learning_rate"} <= axes.keys():
             raise UserError(f"--learning_rates={path}: {run.name} is no run of that sweep")
+        if summary is None and read_json(sweep).get("diverged"):
+            continue  # the worst that a rate can do
         if summary is None:
             raise UserError(f"--learning_rates={path}: {run.name} is not finished")
         if "validation_accuracy" not in summary:
@@ -256,7 +278,7 @@ def best_rates(path: epath.Path) -> dict[str, float]:
 
 def prepare_data(all_works: list[Work]) -> None:
     """Makes ready what the runs that are left read, once for all (raises UserError)."""
-    left = (work.config for work in all_works if not work.is_finished())
+    left = (work.config for work in all_works if not work.is_over())
     for config in {str(config.data): config for config in left}.values():
         data.prepare(config)
         data.info(config)
@@ -265,10 +287,11 @@ def prepare_data(all_works: list[Work]) -> None:
 class Worker:
     """Takes one run after the other until none is left that nobody works on."""
 
-    def __init__(self, all_works: list[Work]):
-        """Nothing is claimed yet."""
-        self.works, self.failed, self.child, self.stopped = all_works, {}, None, None
-        self.said = {}
+    def __init__(self, all_works: list[Work], failed: dict[str, str] | None = None):
+        """Nothing is claimed yet. Workers of one process share `failed`: one of them tells it."""
+        self.works, self.child, self.stopped, self.said = all_works, None, None, {}
+        self.is_first = failed is None
+        self.failed = {} if self.is_first else failed
 
     def stop(self, number, frame) -> None:
         """Hands a signal on: the run saves its step and ends, then the worker does."""
@@ -283,8 +306,10 @@ class Worker:
                 self.show()
                 time.sleep(POLL)
         for work in self.works:  # of whom a worker died after it
-            if work.is_finished() and (work.path / "claim").exists():
+            if work.is_over() and (work.path / "claim").exists():
                 self.attempt(work)
+        if not self.is_first:
+            return 0
         self.show()
         result.say(table_of_results(self.works))
         self.failed = {
@@ -298,7 +323,7 @@ class Worker:
 
     def left(self) -> list[Work]:
         """What is neither finished nor has failed here; others may be working on it."""
-        return [w for w in self.works if w.run.name not in self.failed and not w.is_finished()]
+        return [w for w in self.works if w.run.name not in self.failed and not w.is_over()]
 
     def has_failed(self, work: Work) -> bool:
         """Whether a run failed here and nobody has finished it since."""
@@ -315,9 +340,9 @@ class Worker:
             with lock.locked(claim, wait=False):
                 # Whoever held the claim may be dead and its run alive.
                 lock.require_free(work.path, wait=False)
-                if not work.result():
+                if not (work.result() or work.has_diverged):
                     self.train(work)
-            if work.result():
+            if work.is_over():
                 # Another worker may just have claimed it; etils has an error of its own for that.
                 with contextlib.suppress(OSError, ValueError):
                     claim.rmdir()
@@ -347,16 +372,20 @@ class Worker:
                     break
                 self.show()
         self.child = None
-        if not work.is_finished() and not self.stopped:
+        if code == Diverged.exit_code:
+            files.write_json(work.path / "sweep.json", facts | {"diverged": work.versions["code"]})
+        elif not work.is_finished() and not self.stopped:
             lines = output.read_bytes().decode(errors="replace").splitlines() or ["said nothing"]
             said = lines[-1].replace("--workdir", "--root")  # as it is called here
             self.failed[work.run.name] = f"exit code {code}, {said} ({output})"
 
     def show(self) -> None:
         """The table of all runs on a terminal, elsewhere a line for each that has changed."""
+        if not self.is_first:
+            return
         states = {w.run.name: w.state() for w in self.works}
         states |= dict.fromkeys(self.failed, "failed")
-        done = sum(w.is_finished() for w in self.works)
+        done = sum(w.is_over() for w in self.works)
         title = f"{self.works[0].sweep}: {done} of {len(states)} runs are finished"
         if sys.stdout.isatty():
             result.say(f"\x1b[H\x1b[J{formats.table(list(states.items()))}\n{title}")
@@ -366,6 +395,21 @@ class Worker:
             if self.said.get(name, "waiting") != word:
                 result.say(f"{title}; {name}: {word}")
             self.said[name] = word
+
+
+def work_together(all_works: list[Work], number: int) -> int:
+    """So many workers in this process; a signal stops all. Returns the exit code."""
+    first = Worker(all_works)
+    workers = [first, *(Worker(all_works, first.failed) for _ in range(number - 1))]
+
+    def stop(number, frame):
+        for worker in workers:
+            worker.stop(number, frame)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
+        return max(pool.map(Worker.work, workers))
 
 
 def table_of_results(all_works: list[Work]) -> str:
@@ -478,7 +522,7 @@ def commands(all_works: list[Work], form: str) -> str:
     """The runs that are left as shell lines, or as a SLURM array script."""
     words = [word for word in sys.argv if not word.lstrip("-").startswith(("print=", "only="))]
     command = shlex.join([sys.executable, *words])
-    names = [work.run.name for work in all_works if not work.is_finished()]
+    names = [work.run.name for work in all_works if not work.is_over()]
     if not names:
         raise UserError(f"--print={form}: every run is finished")
     if form == "shell":
@@ -505,10 +549,7 @@ def main() -> int:
         latency(all_works)
         return 0
     prepare_data(all_works)
-    worker = Worker(all_works)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, worker.stop)
-    return worker.work()
+    return work_together(all_works, WORKERS.value)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,14 @@ from densejax.training import metrics, result
 from densejax.training.experiment import Experiment, build, open_checkpoints, select
 from densejax.training.step import TrainState, head_step, train_step
 
+
 Callback = Callable[[int, dict[str, float]], None]  # called with (step, what was logged by name)
+
+
+class Diverged(UserError):
+    """Training whose loss or gradient was not finite for too many steps in a row."""
+
+    exit_code = 3
 
 
 def run(
@@ -288,7 +295,7 @@ class Loop:
         if in_a_row:
             logging.warning("Step %d is skipped: it is not finite (%d in a row).", step, in_a_row)
         if in_a_row >= config.train.max_skipped_steps:
-            raise UserError(
+            raise Diverged(
                 f"train.max_skipped_steps = {in_a_row}: so many steps in a row, up to {step}, were "
                 f"not finite; the newest checkpoint is of step {self.checkpoints.latest_step()}; "
                 f"look at the data or lower optimizer.learning_rate"

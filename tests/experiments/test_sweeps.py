@@ -236,7 +236,11 @@ with log.open("a") as file:
     file.write(path.name + "\\n")
 time.sleep(0.2)
 if path.name in sys.argv[4:]:
-    sys.exit("the network has diverged")
+    sys.exit("the disk is on fire")
+if (path.parent / f"{path.name} diverges").exists():
+    sys.exit(3)
+while (path.parent / "all at once").exists() and len(log.read_text().split()) < 6:
+    time.sleep(0.05)
 summary = {"config": json.loads(sys.argv[3]), "test_accuracy": 0.5, "test_examples": 360}
 summary["versions"] = {"code": pathlib.Path(sys.argv[2] + ".code").read_text(), "data": "d"}
 summary["changes"] = []
@@ -292,6 +296,35 @@ def test_workers_share_a_sweep(sweep, capsys):
     assert len(log.read_text().split()) == 6
     assert {work.path.stat().mode & 0o777 for work in works} == {0o700}
     assert not list(works[0].path.parent.glob("*/claim"))
+
+
+def test_workers_of_one_process_run_at_the_same_time(sweep, capsys, monkeypatch):
+    works, log, failing = sweep
+    failing.append("n4_seed0")
+    works[0].path.parent.mkdir()
+    (works[0].path.parent / "all at once").touch()
+    handlers = {}
+    monkeypatch.setattr(runner.signal, "signal", handlers.__setitem__)
+    assert runner.work_together(works, 6) == 1
+    assert len(handlers) == 2
+    assert sorted(log.read_text().split()) == [f"n{n}_seed0" for n in range(6)]
+    out, err = capsys.readouterr()
+    assert out.count("5 of 6 runs are finished; n4_seed0: failed") == 1
+    assert err.count("failed: n4_seed0: exit code 1, the disk is on fire") == 1
+
+
+def test_a_run_that_diverges_is_not_tried_again(sweep, capsys):
+    works, log, _ = sweep
+    works[2].path.parent.mkdir()
+    (works[2].path.parent / "n2_seed0 diverges").touch()
+    assert runner.Worker(works).work() == 0
+    assert "n2_seed0: diverged" in capsys.readouterr().out
+    assert runner.Worker(works).work() == 0
+    assert len(log.read_text().split()) == 6
+    (log.parent / "log.code").write_text("newer")
+    facts = json.loads((works[2].path / "sweep.json").read_text())
+    (works[2].path / "sweep.json").write_text(json.dumps(facts | {"diverged": "older"}))
+    assert [work.run.name for work in runner.Worker(works).left()] == ["n2_seed0"]
 
 
 def test_a_result_of_other_code_is_refused_until_it_is_measured_again(sweep, capsys):
@@ -378,7 +411,7 @@ def test_a_failure_is_its_own(sweep, capsys):
     assert runner.Worker(works).work() == 1
     assert len(log.read_text().split()) == 6
     said = capsys.readouterr().err.strip()
-    assert said.startswith("failed: n1_seed0: exit code 1, the network has diverged (")
+    assert said.startswith("failed: n1_seed0: exit code 1, the disk is on fire (")
     assert [bool(work.result()) for work in works] == [True, False, *[True] * 4]
     failing.clear()
     assert runner.Worker(works).work() == 0
@@ -472,7 +505,11 @@ def test_the_best_rate_of_each_kind(tmp_path):
     (folder / "summary.json").unlink()
     with pytest.raises(UserError, match="one_shot_rate0.2_seed0 is not finished"):
         runner.best_rates(root)
+    diverged = {"axes": {"kind": "one_shot", "learning_rate": 0.8, "seed": 0}, "diverged": "a"}
+    (tmp_path / "one_shot_rate0.8_seed0").mkdir()
+    (tmp_path / "one_shot_rate0.8_seed0" / "sweep.json").write_text(json.dumps(diverged))
     write(folder)
+    assert runner.best_rates(root) == found
     write(tmp_path / "dense_rate0.1_seed1", code="b")
     message = (
         r"no mean is taken over dense_rate0.1_seed0 \(code a\) against dense_rate0.1_seed1 \(code b"

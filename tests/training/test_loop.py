@@ -300,7 +300,7 @@ def test_a_full_disk_delays_saves_and_the_run_ends_well_only_if_the_last_is_made
 
 def test_divergence_ends_the_run_in_one_line(tmp_path):
     config = small.tiny(optimizer__learning_rate=2e9, train__max_skipped_steps=3)
-    with pytest.raises(UserError, match="train.max_skipped_steps = 3: .* up to 4, ") as caught:
+    with pytest.raises(loop.Diverged, match="train.max_skipped_steps = 3: .* up to 4, ") as caught:
         run(tmp_path / "run", config)
     assert "\n" not in str(caught.value) and "optimizer.learning_rate" in str(caught.value)
     assert not (tmp_path / "run" / "summary.json").exists()
