@@ -64,13 +64,15 @@ def default(config_name: str, config: ml_collections.ConfigDict) -> str:
 
 
 def digest(config: ml_collections.ConfigDict) -> str:
-    """SHA-256 of the configuration without the `RESUMABLE` keys but `LENGTH`.
+    """SHA-256 of the configuration without the `RESUMABLE` keys but `LENGTH` and a set's own folder.
 
-    With the length, a short trial does not silently become the first part of the real run: a
+    A folder of images is the set itself, where other sets are only read from one. With the length, a short trial does not silently become the first part of the real run: a
     directory continues to more steps only where --workdir names it.
     """
     flat = _flat(config.to_dict())
-    kept = {key: flat[key] for key in flat if key in LENGTH or not _is_below(RESUMABLE, key)}
+    is_memory = flat.get("data.storage", '"memory"') == '"memory"'
+    said = LENGTH if is_memory else (*LENGTH, "data.manual_dir")
+    kept = {key: flat[key] for key in flat if key in said or not _is_below(RESUMABLE, key)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

@@ -35,7 +35,10 @@ def test_default_name_ignores_what_a_resume_may_change():
         make_config().lock(),
         ml_collections.FrozenConfigDict(make_config()),
     ]
+    same += [make_config(data__manual_dir="/archives")]  # of a set that is known
     assert {workdir.default("digits", config) for config in same} == {base}
+    folders = [make_config(data__storage="auto", data__manual_dir=name) for name in ("a", "b")]
+    assert len({digest(config) for config in folders}) == 2
     other = [
         make_config(seed=1),
         make_config(train__epochs=1),  # a trial must not become the real run's first part
