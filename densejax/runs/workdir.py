@@ -64,10 +64,11 @@ def default(config_name: str, config: ml_collections.ConfigDict) -> str:
 
 
 def digest(config: ml_collections.ConfigDict) -> str:
-    """SHA-256 of the configuration without the `RESUMABLE` keys but `LENGTH` and a set's own folder.
+    """SHA-256 of the configuration without the `RESUMABLE` keys, but with `LENGTH`.
 
-    A folder of images is the set itself, where other sets are only read from one. With the length, a short trial does not silently become the first part of the real run: a
-    directory continues to more steps only where --workdir names it.
+    With the length, a short trial does not silently become the first part of the real run: a
+    directory continues to more steps only where --workdir names it. Other images are in another
+    folder, so that a folder of images counts, too.
     """
     flat = _flat(config.to_dict())
     is_memory = flat.get("data.storage", '"memory"') == '"memory"'

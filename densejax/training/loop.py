@@ -29,7 +29,6 @@ from densejax.training import metrics, result
 from densejax.training.experiment import Experiment, build, open_checkpoints, select
 from densejax.training.step import TrainState, head_step, train_step
 
-
 Callback = Callable[[int, dict[str, float]], None]  # called with (step, what was logged by name)
 
 
