@@ -10,13 +10,18 @@ FAST := tests/test_imports.py tests/test_config.py tests/test_command_line.py te
   tests/models/test_layers.py tests/training/test_losses.py tests/training/test_optimizer.py
 
 .DEFAULT_GOAL := help
-.PHONY: help train docs test test-all test-newest test-faults lint format clean cuda tpu
+.PHONY: help train results docs test test-all test-newest test-faults lint format clean cuda tpu
 
 help: ## Show this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
 
 train: $(READY) ## Train the digits example; more flags: make train ARGS="--config.seed=1"
 	$(BIN)/python -m densejax.main --config=configs/digits.py $(ARGS)
+
+results: $(READY) ## Write the study's tables and figures from its runs: make results ROOT=FOLDER
+	for part in study growth; do $(BIN)/python experiments/report.py --root=$(ROOT)/$$part \
+	  --output=experiments/results/study_connections/$$part || exit 1; done
+	$(BIN)/python docs/generate.py --only study_patterns study_growth_rates
 
 docs: $(READY) ## Write the tables and pictures of docs/ that the code knows
 	$(BIN)/python docs/generate.py $(ARGS)

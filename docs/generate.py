@@ -202,6 +202,42 @@ def measured_on_intel() -> str:
     return table((*head, "XLA's temporary memory, MiB"), rows)
 
 
+def study(part: str, axes: Sequence[str], titles: Sequence[str]) -> str:
+    """A part of the connection study, from its report: what was varied, and the results."""
+    file = RESULTS / "study_connections" / part / "report.csv"
+    names = {"growth_rate": "depth", "growth_rate_equal_multiply_adds": "multiply-adds"}
+    rows = []
+    for row in csv.DictReader(file.read_text().splitlines()):
+        shares = []
+        for name in ("accuracy", "train_accuracy"):
+            share, width = row[name], row[f"{name}_interval"]  # of one seed there is none
+            width = f" ± {100 * float(width):.2f}" if width else ""
+            shares.append(f"{100 * float(share):.2f}{width}")
+        sizes = (
+            formats.count(int(float(row["parameters"]))),
+            formats.si(float(row["multiply_adds"])),
+        )
+        paths = row["edges"], row["longest_path"]
+        row |= {"equal": names.get(row["sweep"]), "kind": row.get("kind", "").replace("_", "-")}
+        rows.append((*(row[axis] for axis in axes), row["n"], *shares, *sizes, *map(_whole, paths)))
+    head = ("n", "Test accuracy, %", "Training accuracy, %", "Parameters", "Multiply-adds")
+    return table((*titles, *head, "Edges", "Longest path"), rows)
+
+
+def _whole(text: str) -> str:
+    return str(int(float(text))) if text else "–"
+
+
+def study_patterns() -> str:
+    """Results of the connection study."""
+    return study("study", ("kind",), ("Pattern",))
+
+
+def study_growth_rates() -> str:
+    """Results of the growth-rate ablation."""
+    return study("growth", ("equal", "growth_rate"), ("Equal", "k"))
+
+
 def networks() -> str:
     """Every named network with its counts."""
     parts = []
@@ -316,7 +352,8 @@ PARTS = {
     function.__name__: function
     for function in (
         *(cards, patterns, networks, configuration, fields, names, sweeps),
-        *(measured_patterns, measured_on_intel, shortcuts, commands, scripts),
+        *(measured_patterns, measured_on_intel, study_patterns, study_growth_rates),
+        *(shortcuts, commands, scripts),
     )
 }
 SLOW = ("networks", "commands", "scripts")  # seconds to minutes

@@ -39,6 +39,7 @@ PATHS = {
     "edges": "outputs that layers read (edges)",
 }
 MOST = 5  # lines that a panel has room for
+FAR = 4  # times the median error: a network that is worse would squeeze all others into a line
 FAMILIES = {"vovnet": "VoVNet", "rdnet": "RDNet", "hardnet": "HarDNet"}
 # Colour (a number in plots.COLORS) of each kind; those that add have squares and dashes.
 CONCATENATING = {"dense": 0, "one-shot": 2, "exponential": 5, "window": 4, "hardnet": 3}
@@ -274,8 +275,23 @@ def of_costs_and_paths(groups: Sequence[Any], what: str) -> Iterator[tuple[str, 
             yield quantity, f"{text}.", against(groups, quantity, *numbers)
 
 
+def near(groups: Sequence[Any]) -> tuple[list[Any], str]:
+    """(those whose error is at most `FAR` times the median, what a caption says of the others)."""
+    limit = FAR * statistics.median(group.mean("error") for group in groups)
+    far = [group for group in groups if group.mean("error") > limit]
+    names = ", ".join(f"{g.label()} ({100 * g.mean('error'):.0f} %)" for g in far)
+    said = f" Outside the picture: {names}." if far else ""
+    return [group for group in groups if group not in far], said
+
+
 def of_sweep(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:
     """(file name, caption, figure) of all that can be drawn of a sweep's groups."""
+    groups, said = near(groups)
+    for name, text, figure in _of_sweep(groups):
+        yield name, text + said, figure
+
+
+def _of_sweep(groups):
     axes, split = numeric(groups), error_of(groups).removesuffix(" error (%)")
     for axis in axes:
         text = f"Error along {axis.replace('_', ' ')}: {split} images solid, training images, not "
@@ -310,15 +326,18 @@ def of_all(groups: dict[str, list[Any]]) -> Iterator[tuple[str, str, Figure]]:
         recipe[-1].pop("learning_rate")
         networks = recipes.setdefault(json.dumps(recipe), {})
         networks.setdefault((group.kind, *map(group.mean, COUNTS)), group)
-    mine = list(max(recipes.values(), key=len, default={}).values())
+    mine, said = list(max(recipes.values(), key=len, default={}).values()), ""
+    if mine:
+        mine, said = near(mine)
     if len({group.kind for group in mine}) > 1:
         rates = {}
         for group in mine:
             rates.setdefault(group.config["optimizer"]["learning_rate"], set()).add(group.kind)
-        said = "; ".join(f"{rate}: {', '.join(sorted(rates[rate]))}" for rate in sorted(rates))
+        by_rate = "; ".join(f"{rate}: {', '.join(sorted(rates[rate]))}" for rate in sorted(rates))
         what = ", all networks of one recipe"
-        what += f" but for the peak learning rate ({said})" if len(rates) > 1 else ""
-        yield from of_costs_and_paths(mine, what)
+        what += f" but for the peak learning rate ({by_rate})" if len(rates) > 1 else ""
+        for name, text, figure in of_costs_and_paths(mine, what):
+            yield name, text + said, figure
 
 
 def heat_maps(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:

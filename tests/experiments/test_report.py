@@ -367,6 +367,18 @@ def test_the_front_of_pareto():
     assert [group.name for group in figures.front(means, "cost")] == ["a", "c", "e"]
 
 
+def test_what_did_not_learn_squeezes_no_picture():
+    def group(name, error):
+        return types.SimpleNamespace(label=lambda: name, mean={"error": error}.get)
+
+    groups = [group("a", 0.09), group("b", 0.1), group("c", 0.39), group("plain", 0.9)]
+    shown, said = figures.near(groups[:3])
+    assert (shown, said) == (groups[:3], "")
+    shown, said = figures.near([groups[0], *groups])
+    assert shown == [groups[0], *groups[:3]]
+    assert said == " Outside the picture: plain (90 %)."
+
+
 def test_rows_of_other_versions_are_named(pair):
     root, second = pair
     write_run(root, "variants", {"variant": "b"}, 0, DENSE[0], 0.9, 0.95)
