@@ -196,7 +196,10 @@ def against(groups: Sequence[Any], quantity: str, numbers: str = "") -> Figure:
     if quantity in COSTS:
         best = front(groups, quantity)
         steps = [[g.mean(quantity) for g in best], [100 * g.mean("error") for g in best]]
-        axes.step(*steps, where="post", color=plots.INK, linewidth=0.8, alpha=0.5, zorder=0)
+        look = {"color": plots.INK, "alpha": 0.5, "zorder": 0}
+        axes.step(*steps, where="post", linewidth=0.8, **look)
+        corner = {"transform": axes.transAxes, "ha": "right", "va": "top", "fontsize": 8}
+        axes.text(0.99, 0.99, "line: Pareto front", **corner, **look)
     axes.margins(0.12)
     low, high = axes.dataLim.intervalx
     if high >= 3 * low > 0:
@@ -301,6 +304,8 @@ def _of_sweep(groups):
     if not any(math.isnan(group.mean("gap")) for group in groups):
         text = f"Train/test gap: errors on training images, not augmented, and {split} images."
         yield "gap", text, gaps(groups)
+    if all(len(curve(group)[0]) < 2 for group in groups):
+        return  # one epoch is no curve
     seen = [error for g in groups for error in (*curve(g)[1], 100 * g.mean("error"))]
     limits = (max(0.9 * min(seen), 0.01), 1.1 * max(seen))
     panels = [groups[start : start + MOST] for start in range(0, len(groups), MOST)]
