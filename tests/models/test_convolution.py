@@ -111,9 +111,12 @@ def test_bfloat16_has_parameter_gradients_in_float32(size, forward, backward):
         (7, 2, (12, 9), 3),
         (7, 2, (9, 8), 1),
         (5, 3, (7, 11), 2),
+        (3, 1, (16, 16), 5),
+        (3, 2, (17, 16), 5),
+        (1, 2, (16, 17), 5),
     ],
 )
-def test_convolutions_of_images_have_xlas_gradients(
+def test_convolutions_of_few_channels_or_many_pixels_have_xlas_gradients(
     monkeypatch, platform, piece_bytes, size, stride, shape, channels
 ):
     plan = dataclasses.replace(PLANS["cpu"], piece_bytes=piece_bytes)
