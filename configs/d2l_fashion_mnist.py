@@ -4,9 +4,9 @@ Network:   7x7 stem of 64 channels, 4 blocks of 4 plain BN-ReLU-3x3 layers, k = 
            that halve the channels (192 -> 96, 224 -> 112, 240 -> 120), convolutions with biases.
 Data:      Fashion-MNIST resized to 96x96, pixels / 255; 60,000 training and 10,000 test images.
 Command:   python -m densejax.main --config=configs/d2l_fashion_mnist.py
-Hardware:  one accelerator, or patience: 10 epochs of batch 256 at learning rate 0.1.
-Differs:   parameters are drawn as for all our networks (He, fan-out), the book's by Xavier's rule;
-           later editions of the book train with batch 128 at learning rate 0.01.
+Hardware:  one accelerator; a CPU is slow. 10 epochs of batch 256 at learning rate 0.1.
+Differs:   parameters are drawn as for all our networks (He, fan-out); the book draws them by
+           Xavier's rule. Its later editions train with batch 128 at learning rate 0.01.
 Expected:  the book prints a curve and no figure.
 """
 

@@ -1,6 +1,6 @@
 """DenseNet-BC on scikit-learn's digits: a whole run within a minute, to see that all works.
 
-Data:      1,797 grey images of 8x8; a fixed permutation, 360 test and 1,437 train.
+Data:      1,797 grey images of 8x8, permuted in a fixed way: 360 for the test, 1,437 for training.
 Command:   python -m densejax.main --config=configs/digits.py
 Hardware:  2 CPU cores.
 Expected:  test accuracy above 0.98.

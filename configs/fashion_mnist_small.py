@@ -1,8 +1,8 @@
 """DenseNet-BC on Fashion-MNIST at 14x14: the base of sweeps, about a minute for a run.
 
 Network:   blocks of 1, 3 and 4 layers, k = 12: 60,352 parameters, 2.7M multiply-adds an image.
-Data:      60,000 training images and 10,000 test images, read once, after the last epoch; resized
-           from 28x28 to 14x14, bilinear and antialiased, inside the step.
+Data:      60,000 training images and 10,000 test images, read once, after the last epoch. The step
+           resizes them from 28x28 to 14x14 (bilinear and antialiased).
 Command:   python -m densejax.main --config=configs/fashion_mnist_small.py \
                --config.data.manual_dir=/usr/share/datasets/fashion-mnist
 Sweeps:    python experiments/run.py --sweep=connectivity \

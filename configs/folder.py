@@ -1,9 +1,10 @@
 """Your own images, from a folder of folders; DenseNet-121 without arguments.
 
-Data:      FOLDER/class/image.jpg: a fifth of each class is held out and tested on, always the same
-           images. Or FOLDER/train/class/image.jpg and the same in test, val or both; with both, val
-           is for --config.evaluate.split=validation. Any sizes; JPEG, PNG, TIFF, WebP, BMP, GIF.
-           Up to --config.data.memory_gigabytes=1 they lie on the device, more are streamed.
+Data:      FOLDER/class/image.jpg: a fifth of each class is held out for the test, always the same
+           images. Or FOLDER/train/class/image.jpg and the same in test, val or both; if there are
+           both, val is for --config.evaluate.split=validation. Images may have any size; JPEG, PNG,
+           TIFF, WebP, BMP, GIF. If they need at most --config.data.memory_gigabytes=1, they lie on
+           the device; otherwise they are streamed.
 Command:   python -m densejax.main --config=configs/folder.py --config.data.manual_dir=FOLDER
            ... --config=configs/folder.py:model=densenet_bc_40_12,image_size=32  (small images)
            ... --config.train.weights=DIR --config.data.normalization=weights

@@ -2,7 +2,7 @@
 
 Paper:     Huang et al. 2017, "Densely Connected Convolutional Networks", section 4.1 and Table 3;
            crops, jitter and lighting as its code (facebook's fb.resnet.torch) has them.
-Data:      1,281,167 images train, the 50,000 of the validation set are what a run calls test;
+Data:      1,281,167 training images; the 50,000 of the validation set are what a run calls test;
            prepared by TFDS as ArrayRecord, or --config.data.manual_dir=FOLDER with
            train/class/image.JPEG and val/class/image.JPEG.
 Command:   python -m densejax.main --config=configs/imagenet.py
@@ -11,9 +11,9 @@ Command:   python -m densejax.main --config=configs/imagenet.py
            ... --config.evaluate.crop_size=224 --mode=eval     (ten crops)
 Hardware:  one accelerator or many; recipe=modern scales the rate with --config.train.batch_size.
            --config.data.workers is per host: as many as it has cores.
-Differs:   BatchNorm's statistics are over the whole batch, the paper's over 64 images; the shorter
-           side is resized to 256 by a bilinear antialiased filter, the paper's by a bicubic one.
-           recipe=rdnet erases to the mean colour, its authors to noise.
+Differs:   BatchNorm's statistics are over the whole batch, the paper's over 64 images. The shorter
+           side is resized to 256 by a bilinear antialiased filter; the paper uses a bicubic one.
+           recipe=rdnet fills erased rectangles with the mean colour; its authors use noise.
 Expected:  top-1 error, one crop / ten (paper): 121 25.02 / 23.61 %, 169 23.80 / 22.08 %,
            201 22.58 / 21.46 %, 264 22.15 / 20.80 %; RDNet-T, S, B, L 17.2, 16.3, 15.6, 15.2 %.
            Not yet run here.
