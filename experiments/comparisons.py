@@ -1,4 +1,4 @@
-"""How sure a mean is, and a difference of two: intervals, paired tests, and Holm's correction."""
+"""How certain a mean and a difference of two are: intervals, paired tests, Holm's correction."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from figures import say
 from scipy import stats
 from sweeps import COMPARISONS, differences, origin
 
-LEVEL, FEWEST = 0.01, 8  # "better" is written below this p, and from so many seeds on
+LEVEL, FEWEST = 0.01, 8  # "better" needs a p below this, and at least so many seeds
 # What two kinds of networks may differ in: the network, and its own best learning rate.
 OWN = ("config.model.", "config.optimizer.learning_rate")
 
@@ -25,13 +25,13 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def t_test(first: Sequence[float], second: Sequence[float]) -> float:
-    """Two-sided p of the paired t test; 1 where all differences are equal: it has no variance."""
+    """Two-sided p of the paired t test; 1 if all differences are equal and have no variance."""
     equal = np.ptp(np.subtract(first, second)) < 1e-12
     return 1.0 if equal else float(stats.ttest_rel(first, second).pvalue)
 
 
 def sign_flips(first: Sequence[float], second: Sequence[float]) -> float:
-    """Exact two-sided p: the share of the signs of paired differences that give as much or more.
+    """Exact two-sided p: the share of sign flips of the pairs whose mean is at least as far from 0.
 
     Fisher, The Design of Experiments, 1935, section 21.
     """
@@ -61,8 +61,8 @@ class Comparison:
     Attributes:
       name: the two kinds, and the place on the other axes of the sweep.
       n: seeds that both have.
-      difference: of the accuracies, first less second, in points: the mean over pairs.
-      interval: half of its 95 % interval.
+      difference: accuracy of the first minus that of the second, in points: the mean over pairs.
+      interval: half the width of its 95 % interval.
       t: p of the paired t test, which decides.
       flips: p of the exact sign-flip test.
       corrected: `t` corrected for the number of comparisons that were written down.
@@ -80,9 +80,9 @@ class Comparison:
 
 
 def compare(sweep: str, groups: Sequence[Any]) -> list[Comparison]:
-    """The comparisons that were written down for a sweep; [] without any, or any second seed.
+    """The comparisons that were written down for a sweep; [] if there are none with two seeds.
 
-    Pairs are runs of the same seed. What has not been run counts in the correction.
+    Pairs are runs of the same seed. Comparisons that have not been run count in the correction.
     """
     places = {}
     for group in groups:

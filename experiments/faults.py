@@ -68,7 +68,7 @@ class Run:
     """A run in one process or in several; `victim` is the one that is hurt."""
 
     def __init__(self, path, *flags, processes=1, victim=0, patch="", each=None):
-        """Starts it, after the code `patch`; `each`: flags of each process alone."""
+        """Starts it, after the code `patch`; `each` has flags for each single process."""
         self.path, self.clock, self.last = path, 0.0, time.monotonic()
         self.before, output = len(self.records()), FOLDER / "output"
         output.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ class Run:
         return []
 
     def until(self, condition):
-        """Waits; whether the victim is still there when the condition is met."""
+        """Waits for a condition; returns whether the victim is still alive when it is met."""
         while self.victim.is_alive():
             if condition():
                 return True
@@ -121,12 +121,12 @@ class Run:
         return False
 
     def until_records(self, count):
-        """Waits for so many more records."""
+        """Waits for `count` more records."""
         here = self.until(lambda: len(self.records()) >= self.before + count)
         require(here, f"it ended too early: {self.said()[-500:]}")
 
     def wait(self, seconds):
-        """Its exit code; None where it has not ended after so many seconds, and is killed."""
+        """Its exit code; None if it has not ended after so many seconds: then it is killed."""
         begin = self.clock
         self.until(lambda: self.clock - begin > seconds)
         if self.victim.is_alive():
@@ -140,7 +140,7 @@ class Run:
         return self.output.read_text() if self.output.exists() else ""
 
     def end(self, *codes, says="", silent=False):
-        """Waits for the end, which must be with these exit codes, and with these words."""
+        """Waits for the end; requires these exit codes, and these words in the output."""
         for self.victim in self.processes:  # noqa: B020
             self.until(lambda: False)
         found = tuple(process.exitcode for process in self.processes)
@@ -164,7 +164,7 @@ def reference(processes=1):
 
 
 def finish(path, *flags, says="", processes=1, patch=""):
-    """Runs to the end, which must be that of a run that was left alone."""
+    """Runs to the end, which must be equal to that of a run that was left alone."""
     Run(path, *flags, processes=processes, patch=patch).end(*[0] * processes, says=says)
     return same_end(path, processes)
 
@@ -179,7 +179,7 @@ def same_end(path, processes=1):
 
 
 def same_result(path, processes=1):
-    """Its result must be that of one that was left alone."""
+    """A run's result must be that of a run that was left alone."""
     paths = [folder / "summary.json" for folder in (path, reference(processes))]
     found = [json.loads(path.read_text()) for path in paths]
     for key in ("test_loss", "test_accuracy", "steps"):
@@ -240,14 +240,14 @@ def stopped(path, draw, number, *codes):
 
 
 def flip(file, draw):
-    """One bit is another."""
+    """Flips one bit of a file."""
     content = bytearray(file.read_bytes())
     content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
     file.write_bytes(content)
 
 
 def cut(file, draw):
-    """The end of a file is missing, or all of its content, or the file."""
+    """Removes the end of a file, all of its content, or the file itself."""
     size = file.stat().st_size
     os.truncate(file, draw.choice((0, draw.randrange(size))))
     if draw.random() < 0.34:
@@ -255,14 +255,14 @@ def cut(file, draw):
 
 
 def choose(folder, draw):
-    """A file: every file alike, or every byte."""
+    """Draws a file; either every file or every byte is equally likely."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.stat().st_size]
     sizes = [file.stat().st_size for file in files]
     return draw.choice(files) if draw.random() < 0.5 else draw.choices(files, sizes)[0]
 
 
 def damaged(path, draw, harm):
-    """A run goes on from a damaged newest checkpoint."""
+    """A run goes on although its newest checkpoint is damaged."""
     run = Run(path)
     run.until_records(draw.randint(25, 70))
     os.kill(run.victim.pid, signal.SIGTERM)
@@ -273,7 +273,7 @@ def damaged(path, draw, harm):
 
 
 def restored(path, draw, harm, tries):
-    """The newest of two checkpoints is restored, damaged another way each time."""
+    """The newer of two checkpoints is damaged, in another way each time; then one is restored."""
     from configs import digits
     from densejax.runs import checkpoint
     from densejax.training import experiment
@@ -299,7 +299,7 @@ def restored(path, draw, harm, tries):
 
 
 def prepared(path, draw):
-    """A prepared data set with another bit is refused."""
+    """A prepared data set with a flipped bit is refused."""
     (whole,) = (FOLDER / "data/digits").iterdir()
     for number in range(5):
         data = path.parent / f"data{number}"
@@ -310,7 +310,7 @@ def prepared(path, draw):
 
 
 def refused(path, draw, disk, ends=False):
-    """A disk refuses for a while, or until the run has ended, which then says so."""
+    """A disk refuses writes for a while, or until the run has ended; then the run says so."""
     run = Run(path / "run")
     run.until_records(draw.randint(1, 45))
     with disk(run):
@@ -336,7 +336,7 @@ def full(run):
 
 @contextlib.contextmanager
 def read_only(run):
-    """A disk that is mounted again, read-only; until nobody writes, that is refused."""
+    """A disk that is mounted again as read-only; the mount is refused while somebody writes."""
     mount = ["mount", run.path.parent, "-o"]
     require(run.until(lambda: not subprocess.run([*mount, "remount,ro"]).returncode), "busy")
     yield
@@ -355,7 +355,7 @@ def quota(run):
 
 
 def on_own_disk(path, draw, disk, ends=False):
-    """The same on a file system of 8 MiB."""
+    """As `refused`, on a file system of 8 MiB."""
     path.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", path], check=True)
     try:
@@ -365,7 +365,7 @@ def on_own_disk(path, draw, disk, ends=False):
 
 
 def not_finite(path, draw):
-    """A batch of NaN changes nothing of what is trained, bit for bit, and is named."""
+    """A batch of NaN leaves all that is trained the same, bit for bit, and is reported."""
     step, states = draw.randint(2, 60), []
     for stop, bad in ((step - 1, ()), (step, (step,))):
         run = Run(path / str(stop), patch=NAN.format(stop=stop, bad=bad))
@@ -382,7 +382,7 @@ def slow(path, draw):
 
 
 def never_finite(path, draw):
-    """Ten such batches in a row end the run, which goes on from its last checkpoint."""
+    """Ten batches of NaN in a row end the run; a new start goes on from its last checkpoint."""
     step = EPOCH * draw.randint(1, 2) + draw.randint(1, 10)
     run = Run(path, patch=NAN.format(stop=0, bad=tuple(range(step, step + 10))))
     run.end(2, says=f"in a row, up to {step + 9}, were not finite", silent=True)
@@ -391,7 +391,7 @@ def never_finite(path, draw):
 
 
 def two_runs(path, draw):
-    """The second in a directory is refused and harms nothing."""
+    """A second run in a directory is refused and does no harm."""
     run = Run(path)
     run.until_records(draw.randint(1, 20))
     says = f"is in use on {socket.gethostname()} by process {run.victim.pid}"
@@ -400,7 +400,7 @@ def two_runs(path, draw):
     return finish(path)
 
 
-# Another machine, whose patience is a twentieth, so that a try takes seconds.
+# Another machine; its lock waits for a twentieth of the time, so that a try takes seconds.
 QUICK = """
 from densejax.runs import lock
 lock.HEARTBEAT, lock.STALE, lock.POLL = 1.0, 3.0, 0.2
@@ -410,7 +410,7 @@ AHEAD = ELSEWHERE + "import time\nplain = time.time\ntime.time = lambda: plain()
 
 
 def frozen(path, draw):
-    """A run that stood still is taken over; awake again, it writes nothing and says so."""
+    """A suspended run is taken over; when it goes on, it writes nothing and says so."""
     run = Run(path, patch=QUICK)
     run.until_records(draw.randint(5, 70))
     os.kill(run.victim.pid, signal.SIGSTOP)
@@ -442,7 +442,7 @@ DIFFERENT = {  # what one of two processes is told, and what is said of it
 
 
 def disagreeing(path, draw):
-    """Two processes that were told different things end before the first step and say in what."""
+    """Two processes with different flags end before the first step and name the difference."""
     for flag, says in DIFFERENT.items():
         each = [(), (flag,)]
         draw.shuffle(each)
@@ -543,12 +543,12 @@ def fuzzed(path, draw, tries):
         if measures:
             found = json.loads(said[said.index("{\n") :])
             is_newest = found["steps"] == newest(whole)[0]
-            # A checkpoint that is gone is as one that was never saved; the steps are in the result.
+            # A missing checkpoint counts as one that was never saved; the result says the steps.
             loud = "is damaged" in said or harm == "missing"
             require(is_newest or loud, f"{what}: of step {found['steps']} without a word", True)
             continue
-        # The result of a finished run is given without a look at the rest; records that are gone
-        # are said to be lost.
+        # A finished run prints its result without reading the rest. A run whose records are gone
+        # says that they are lost.
         is_partial = whole == reference() or "are lost" in said
         try:
             same_result(path) if is_partial else same_end(path)
@@ -562,7 +562,7 @@ NOBODY = 65534
 
 def another_users(path, draw):
     """A run directory, or its checkpoints, that belong to another user and are closed."""
-    # A finished run needs its result alone, an evaluation all but that.
+    # A finished run needs only its result; an evaluation needs everything but the result.
     for whole, place, modes in (
         (stopped_run(), path, ((), ("--mode=eval",))),
         (stopped_run(), path / "checkpoints", ((), ("--mode=eval",))),

@@ -1,7 +1,7 @@
-"""The figures of a sweep for experiments/report.py: of groups of runs that differ in seed alone.
+"""The figures of a sweep for experiments/report.py: of groups of runs that differ only in the seed.
 
-Errors are in percent. Marks are means over seeds, hollow where there is one seed alone; bars are
-95 % intervals, from three seeds on. A kind of network has one name, colour and marker everywhere.
+Errors are in percent. Marks are means over seeds; a mark of a single seed is hollow. Bars are 95 %
+intervals, from three seeds on. A kind of network has one name, colour and marker everywhere.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from densejax.inference import classifier
 from densejax.runs import formats
 
 COUNTS = ("parameters", "multiply_adds")
-# What an error is drawn against: what a network costs, with the front of the best, and its paths.
+# What an error is drawn against: a network's costs, with the Pareto front, and its paths.
 COSTS = {
     "parameters": "parameters",
     "multiply_adds": "multiply-adds of an image",
@@ -41,7 +41,7 @@ PATHS = {
 MOST = 5  # lines that a panel has room for
 FAR = 4  # times the median error: a network that is worse would squeeze all others into a line
 FAMILIES = {"vovnet": "VoVNet", "rdnet": "RDNet", "hardnet": "HarDNet"}
-# Colour (a number in plots.COLORS) of each kind; those that add have squares and dashes.
+# The colour (a number in plots.COLORS) of each kind; kinds that add have squares and dashes.
 CONCATENATING = {"dense": 0, "one-shot": 2, "exponential": 5, "window": 4, "hardnet": 3}
 CONCATENATING |= {"random": 7, "chain": 6}
 SUMMING = {"residual": 1, "plain": 6, "weighted": 4, "laurel": 3, "dsnet": 2, "hyper": 5}
@@ -79,7 +79,7 @@ def styles(groups: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def numeric(groups: Sequence[Any], least: int = 3) -> list[str]:
-    """The axes along which at least so many numbers lie."""
+    """The axes whose values are numbers, at least `least` different ones."""
     found = []
     for axis in groups[0].axes:
         values = {group.axes.get(axis) for group in groups}
@@ -89,7 +89,7 @@ def numeric(groups: Sequence[Any], least: int = 3) -> list[str]:
 
 
 def error_of(groups: Sequence[Any]) -> str:
-    """The name of the groups' error: of what images it is."""
+    """The name of the groups' error, which says on what images it was measured."""
     return f"{' or '.join(sorted({group.split for group in groups}))} error (%)"
 
 
@@ -111,7 +111,7 @@ def mark(
 def annotate(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
     """Texts beside points, (x, y, text, colour) each, that overlap neither points nor each other.
 
-    To be called when all else is drawn: places are found in pixels.
+    Call it when everything else is drawn: it finds the places in pixels.
     """
     axes.figure.draw_without_rendering()
     pixels = axes.transData.transform([point[:2] for point in points])
@@ -168,7 +168,7 @@ def curves(groups: Sequence[Any], limits: tuple[float, float]) -> Figure:
 
 
 def front(groups: Sequence[Any], quantity: str) -> list[Any]:
-    """The groups to which no other has less of a quantity and at most the error: by Pareto."""
+    """The Pareto front: no other group has both less of the quantity and no larger error."""
     best, found = math.inf, []
     for group in sorted(groups, key=lambda g: (g.mean(quantity), g.mean("error"))):
         if group.mean("error") < best:
@@ -178,7 +178,7 @@ def front(groups: Sequence[Any], quantity: str) -> list[Any]:
 
 
 def against(groups: Sequence[Any], quantity: str, numbers: str = "") -> Figure:
-    """Error over a quantity of COSTS or PATHS, a mark for each group; of costs with the front.
+    """Error over a quantity of COSTS or PATHS, a mark for each group; costs also have the front.
 
     Args:
       groups: each of another network.
@@ -317,13 +317,13 @@ def _of_sweep(groups):
 
 
 def of_all(groups: dict[str, list[Any]]) -> Iterator[tuple[str, str, Figure]]:
-    """As `of_sweep`, of all sweeps whose points are networks under the one most common recipe.
+    """As `of_sweep`, for the networks of all sweeps that have the most common recipe.
 
-    The learning rate is not part of it: each kind of network has its own best.
+    The learning rate is no part of the recipe: each kind of network has its own best rate.
     """
     recipes, defaults = {}, schema.default().to_dict()
     for group in itertools.chain.from_iterable(groups.values()):
-        # A key that is newer than a run is at its default.
+        # A key that is newer than a run gets its default value.
         recipe = [
             defaults[section] | group.config[section]
             for section in ("data", "augmentation", "train", "evaluate", "optimizer")
@@ -346,7 +346,7 @@ def of_all(groups: dict[str, list[Any]]) -> Iterator[tuple[str, str, Figure]]:
 
 
 def heat_maps(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:
-    """As `of_sweep`: what the layers of each group's first network read, if it is here."""
+    """As `of_sweep`: what the layers of each group's first network read, if its weights exist."""
     for group in groups:
         run = group.runs[0]
         if group.config["model"]["family"] != "resnet" and (run.path / "checkpoints").exists():

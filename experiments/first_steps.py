@@ -28,8 +28,8 @@ def main() -> None:
     network = models.fields("densenet_bc_40_12", depth=None, blocks=(4, 4, 4), growth_rate=8)
     model = models.create(network, num_classes=10)
 
-    # 2. Look. Each block ends with its input and 4 x 8 feature maps more; a transition halves them.
-    # Nothing is computed here but shapes.
+    # 2. Look. Each block ends with its input and 4 x 8 more feature maps; a transition halves them.
+    # Only shapes are computed here.
     rows = [("layer", "output", "parameters", "multiply-adds")]
     for layer in counts.layers(model, image_shape=(8, 8, 1), depth=1):
         shape = "x".join(map(str, layer.output_shape))
@@ -52,9 +52,10 @@ def main() -> None:
     run = options.output / f"run-{workdir.digest(settings)[:8]}"
     loop.run(settings, str(run), mode="train")
 
-    # 4. Use. The directory has all that is needed to classify images (see densejax.predict), and
-    # the weights say which sources each layer reads: the mean |weight| of its first convolution
-    # for each. The classifier's column is the last of block 3: does it read the newest most?
+    # 4. Use. The directory has all that is needed to classify images (see densejax.predict). The
+    # weights say how much each layer reads from each source: the mean |weight| of its first
+    # convolution for that source. The classifier's column is the last of block 3: does it read
+    # the newest maps most?
     trained = classifier.load(run)
     maps = reuse.heat_maps(trained.model, trained.variables["params"])
     plots.save(plots.heat_maps(maps), options.output / "reuse.png")

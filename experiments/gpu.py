@@ -69,7 +69,7 @@ TINY = {"tiny_4": Work("densenet_bc_40_12", 4, dtype="bfloat16", fields={"depth"
 
 
 def seconds(function, *arguments, tries: int = 7, calls: int = 5) -> list[float]:
-    """Seconds of a call, of several tries, after two that are not timed."""
+    """Seconds of a call, in several tries, after two calls that are not timed."""
     result = function(*arguments), function(*arguments)
     found = []
     for _ in range(tries):
@@ -190,7 +190,7 @@ def parity(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def speed(work: Work, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of steps of training and inference of a network, all that are there side by side."""
+    """Seconds of a network's steps, training and inference, in all implementations in turn."""
     names, rows = ["densejax", *PEERS[: 1 if options.rehearse else None]], {}
     turns = (2, 1) if options.rehearse else (7, 10)  # and steps of each
 
@@ -249,7 +249,7 @@ def parts(rehearse: bool) -> dict[str, Any]:
 
 
 def surroundings() -> dict[str, Any]:
-    """What figures depend on."""
+    """What the measured numbers depend on: card, versions, code and date."""
     asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         card = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
@@ -288,7 +288,7 @@ def run_part(name: str, options: argparse.Namespace) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """What is there, for people."""
+    """The results that are there, as text for people."""
     first = next(iter(results.values()), None)
     if first is None:
         return "nothing was measured"

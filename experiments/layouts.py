@@ -104,7 +104,7 @@ def compare(runs: pathlib.Path) -> list[dict]:
         run = runs / name
         for tries_left in (2, 1, 0):  # a machine that is suspended for seconds ends a job
             try:
-                finish(run, start(run, *layout))  # a finished one says its result again
+                finish(run, start(run, *layout))  # a finished run prints its result again
                 return run
             except UserError:
                 if not tries_left:
@@ -160,7 +160,7 @@ def kill(runs: pathlib.Path, victim: int) -> dict:
 
 
 def rounding(draws: int = 8) -> list[dict]:
-    """What one device makes of initial parameters that differ by one unit in the last place."""
+    """How far one device's losses move if its parameters start one unit in the last place apart."""
     import jax
     import numpy as np
 

@@ -139,7 +139,7 @@ def table(groups: Sequence[Any]) -> Table:
 
 
 def table_of_comparisons(sweep: str, groups: Sequence[Any]) -> Table | None:
-    """What was written down to be compared; None where nothing was, or nothing can be yet."""
+    """The comparisons that were written down; None if there are none, or none is possible yet."""
     head = ["difference of", "n", f"accuracy (points) {INTERVAL}", "p (paired t test)"]
     head += ["p (sign flips, exact)", "p (t test, by Holm)", "first against second"]
     rows = []
@@ -155,7 +155,7 @@ def table_of_comparisons(sweep: str, groups: Sequence[Any]) -> Table | None:
 
 
 def facts(groups: Sequence[Any]) -> str:
-    """Of what data, epochs, devices, dates and code the runs of some groups are, in one line."""
+    """The data, epochs, devices, dates and code of the runs of some groups, in one line."""
     found = {"data": set(), "epochs": set(), "device": set(), "date": set(), "code": set()}
     for run in (run for group in groups for run in group.runs):
         data = run.config["data"]
@@ -181,7 +181,7 @@ def question(name: str) -> str:
 
 
 def markdown(sweeps: dict[str, list[Any]], groups: dict[str, list[Any]]) -> str:
-    """The tables of all sweeps as Markdown; names come from folders, and are text."""
+    """The tables of all sweeps as Markdown; names come from folders, so they are escaped."""
     parts = ["# Sweeps\n"]
     for name in sweeps:
         parts.append(f"## {html.escape(say(name))}\n\n{question(name)}\n")
@@ -235,7 +235,7 @@ def listed(values: dict[str, Any]) -> str:
 
 
 def provenance(runs: Sequence[Any]) -> str:
-    """Each run's command, what of its configuration is its own, and its versions."""
+    """Each run's command, the part of its configuration that is its own, and its versions."""
     known = flatten(json.loads(default().to_json()))  # a tuple is a list in config.json too
     flat = [flatten(run.config) for run in runs]
     keys, whole = set().union(*flat), [values for values in flat if values]
@@ -258,9 +258,9 @@ def provenance(runs: Sequence[Any]) -> str:
 
 
 def one_version(groups: dict[str, Any]) -> str:
-    """A paragraph that says which of some named groups are of which code; "" where all are of one.
+    """A paragraph that says which named groups have which versions; "" if all have the same.
 
-    Data and weights are left out: few images, or another network, have their own.
+    Data and weights are left out: a run with fewer images, or another network, has its own.
     """
     known = {
         name: {key: group.versions[key] for key in group.versions.keys() - {"data", "weights"}}
@@ -306,7 +306,7 @@ def of(sweeps: dict[str, list[Any]], groups: dict[str, list[Any]], title: str, f
 
     Args:
       sweeps: runs by sweep.
-      groups: those that have ended, together where they differ in their seed alone.
+      groups: the runs that have ended, in groups that differ only in their seed.
       title: of the page.
       files: where the figures are written.
     """

@@ -143,7 +143,7 @@ def compare(name, size, batch, dtype, hardnet):
 
 
 def project(name):
-    """Whose names are written."""
+    """The project whose parameter names are written."""
     return "timm" if "vovnet" in name else ""
 
 

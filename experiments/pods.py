@@ -55,7 +55,7 @@ COLUMNS = {  # title: (key, unit); all but the global batch are of one device
 
 
 def compile_cell(name: str, place: str, python: str, path: pathlib.Path) -> None:
-    """Writes what densejax.compile says of one cell, unless today's code has or it fails."""
+    """Writes what densejax.compile says of one cell, unless it fails or today's code wrote it."""
     if (cell := script.read_json(path)) and cell.get("code") == workdir.code_digest():
         return
     images, flags = NETWORKS[name]

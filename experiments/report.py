@@ -37,7 +37,7 @@ from densejax.models import counts
 from densejax.runs import files, formats, workdir
 from densejax.training import parallel, result
 
-# What report.csv has the mean of, and of a share of the images also the spread.
+# report.csv has the means of these; for shares of the images it also has the spread.
 SHARES = ("accuracy", "error", "train_accuracy", "train_error", "gap")
 QUANTITIES = ("parameters", "multiply_adds", "training_compute", "training_seconds", "edges")
 QUANTITIES += ("longest_path", "mean_path", "images_per_second", "latency_1", "latency_64")
@@ -58,8 +58,8 @@ def paths(model: str) -> dict[str, float]:
 class Run:
     """One run directory: its sweep.json, config.json, metrics.jsonl, last start and summary.json.
 
-    `result`, the summary, is {} where the run has not ended, and `assessment` where its result has
-    none; `damage` says why it is left out.
+    `result`, the summary, is {} if the run has not ended. `assessment` is {} if the result has
+    none. `damage` says why the run is left out.
     """
 
     path: epath.Path
@@ -73,7 +73,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Its directory's."""
+        """The name of its directory."""
         return self.path.name
 
     @functools.cached_property
@@ -89,12 +89,12 @@ class Run:
 
     @property
     def split(self) -> str:
-        """The images that its result was measured on, of which its error is."""
+        """The images that its result, and so its error, was measured on."""
         return self.config["evaluate"]["final_split"]
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of its result, or else of its last start."""
+        """The versions of its result, or else of its last start."""
         return self.result.get("versions", self.start["versions"])
 
     @property
@@ -209,13 +209,13 @@ def read_run(path: epath.Path) -> Run:
     config, summary = script.read_json(path / "config.json", {}), result.read(path) or {}
     now = ConfigDict(workdir.completed(config)) if summary else None
     if summary and not workdir.same_run(summary["config"], now):
-        summary = {}  # it goes on to more epochs than its result is of
+        summary = {}  # the run goes on to more epochs than its result has
     found = assessment.read(path) if summary else {}
     return Run(path, sweep, config, records, starts[-1], summary, found)
 
 
 def selected(runs: Sequence[Run], words: Sequence[str]) -> list[Run]:
-    """The runs, of which those of other versions than `words` say, "code=0123", are left out."""
+    """The runs; results of other versions than `words`, such as "code=0123", are left out."""
     found = []
     for run in runs:
         for word in words:
@@ -228,9 +228,9 @@ def selected(runs: Sequence[Run], words: Sequence[str]) -> list[Run]:
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """The ended runs, those of one place in the sweep together.
+    """The ended runs, grouped by their place in the sweep.
 
-    They are ranked by their error, but in the order of the axes if one of these is of numbers.
+    Groups are ranked by their error; if an axis has numbers, they are in the order of the axes.
     """
     found = {}
     for run in runs:
@@ -267,13 +267,13 @@ def require_comparable(root: epath.Path, groups: dict[str, list[Group]]) -> None
 
 
 def plain(value: Any) -> Any:
-    """A value for a CSV that no spreadsheet takes for a formula."""
+    """A value for a CSV, changed so that no spreadsheet takes it for a formula."""
     is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
     return f"'{value}" if is_formula else value
 
 
 def csv_of(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as CSV; what a row has not is empty."""
+    """Rows as CSV; a value that a row does not have is empty."""
     rows = [{plain(key): plain(value) for key, value in row.items()} for row in rows]
     file = io.StringIO()
     names = dict.fromkeys(itertools.chain.from_iterable(rows))

@@ -135,7 +135,7 @@ class Work:
         return holder.value
 
     def result(self) -> dict[str, Any] | None:
-        """The summary of the finished run; None where it is not finished, or is another's.
+        """The summary of the finished run; None if it is not finished, or of another run.
 
         Raises:
           UserError: it is damaged, or of other code, data or weights.
@@ -153,7 +153,7 @@ class Work:
 
     @functools.cached_property
     def versions(self) -> dict[str, str]:
-        """Today's, but for those of the devices: the run's, which compares them itself."""
+        """Today's versions, without those of the devices: the run itself compares these."""
         found = result.versions(self.config) | {"data": data_version(self.config)}
         return {name: found[name] for name in found if name not in ("matmul_precision", "devices")}
 
@@ -203,7 +203,7 @@ DATA_VERSIONS: dict[str, str] = {}  # what `data_version` remembers
 
 
 def data_version(config: ConfigDict) -> str:
-    """As `densejax.data.version`, which reads all of the data, but only once."""
+    """As `densejax.data.version`; it reads all of the data, so its answers are remembered."""
     key = f"{config.data}{config.evaluate}"
     DATA_VERSIONS[key] = DATA_VERSIONS.get(key) or data.version(config)
     return DATA_VERSIONS[key]
@@ -233,14 +233,14 @@ def works() -> list[Work]:
                 raise UserError(f"--learning_rates={LEARNING_RATES.value}: no result of {kind!r}")
             own.setdefault("optimizer.learning_rate", rates[kind])
         kept = [word for word in overrides if _key(word) not in own]
-        if run.model:  # what was said of the card's network does not fit another
+        if run.model:  # overrides of the card's network do not fit another network
             kept = [word for word in kept if not _key(word).startswith("model.")]
         model = f"{',' if ':' in card else ':'}model={run.model}" if run.model else ""
         arguments = [f"--config={card}{model}", *kept]
         arguments += [f"--config.{key}={value}" for key, value in own.items()]
         path = root / folder / run.name
         found.append(Work(run, path, tuple(arguments), RESUME.value == "force"))
-        _ = found[-1].config  # a card that takes no `model` is told before anything is trained
+        _ = found[-1].config  # a card without `model` is reported before anything is trained
     if not found:
         raise UserError(f"--only={','.join(ONLY.value)}: no run of {folder} has such a name")
     return found
@@ -251,7 +251,7 @@ def _key(word: str) -> str:
 
 
 def best_rates(path: epath.Path) -> dict[str, float]:
-    """Of each kind of network the rate with the best mean over seeds on held-out images."""
+    """For each kind of network, the rate with the best mean over seeds on held-out images."""
     found, origins = collections.defaultdict(list), collections.defaultdict(dict)
     for sweep in sorted(epath.Path(glob.escape(str(path))).glob("*/sweep.json")):
         run, summary = sweep.parent, result.read(sweep.parent)
@@ -277,7 +277,7 @@ def best_rates(path: epath.Path) -> dict[str, float]:
 
 
 def prepare_data(all_works: list[Work]) -> None:
-    """Makes ready what the runs that are left read, once for all (raises UserError)."""
+    """Prepares the data of all runs that are left, once for all (raises UserError)."""
     left = (work.config for work in all_works if not work.is_over())
     for config in {str(config.data): config for config in left}.values():
         data.prepare(config)
@@ -285,16 +285,16 @@ def prepare_data(all_works: list[Work]) -> None:
 
 
 class Worker:
-    """Takes one run after the other until none is left that nobody works on."""
+    """Takes one free run after the other until no run is left."""
 
     def __init__(self, all_works: list[Work], failed: dict[str, str] | None = None):
-        """Nothing is claimed yet. Workers of one process share `failed`: one of them tells it."""
+        """Claims nothing yet. Workers of one process share `failed`; the first one reports it."""
         self.works, self.child, self.stopped, self.said = all_works, None, None, {}
         self.is_first = failed is None
         self.failed = {} if self.is_first else failed
 
     def stop(self, number, frame) -> None:
-        """Hands a signal on: the run saves its step and ends, then the worker does."""
+        """Passes a signal on: the run saves its step and ends, and then the worker ends."""
         self.stopped = signal.Signals(number)
         if self.child:
             self.child.send_signal(number)
@@ -305,7 +305,7 @@ class Worker:
             if not any(self.attempt(work) for work in left):
                 self.show()
                 time.sleep(POLL)
-        for work in self.works:  # of whom a worker died after it
+        for work in self.works:  # a worker may have died after its run, before it removed the claim
             if work.is_over() and (work.path / "claim").exists():
                 self.attempt(work)
         if not self.is_first:
@@ -330,7 +330,7 @@ class Worker:
         return work.run.name in self.failed and not work.is_finished()
 
     def attempt(self, work: Work) -> bool:
-        """Trains a run unless somebody else does; whether it did."""
+        """Trains a run; returns False if somebody else does that."""
         if self.stopped:
             return True
         claim = work.path / "claim"
@@ -338,7 +338,7 @@ class Worker:
             work.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             claim.mkdir(exist_ok=True)
             with lock.locked(claim, wait=False):
-                # Whoever held the claim may be dead and its run alive.
+                # The worker that held the claim may be dead while its run is alive.
                 lock.require_free(work.path, wait=False)
                 if not (work.result() or work.has_diverged):
                     self.train(work)
@@ -398,7 +398,7 @@ class Worker:
 
 
 def work_together(all_works: list[Work], number: int) -> int:
-    """So many workers in this process; a signal stops all. Returns the exit code."""
+    """Runs `number` workers in this process; a signal stops all. Returns the exit code."""
     first = Worker(all_works)
     workers = [first, *(Worker(all_works, first.failed) for _ in range(number - 1))]
 
@@ -431,11 +431,11 @@ def table_of_results(all_works: list[Work]) -> str:
 
 
 def dry_run(all_works: list[Work]) -> None:
-    """Prints every run with its counts, how far equal ones differ, and the hours that are left.
+    """Prints every run with its counts, its mismatch, and the hours that are left.
 
-    Seconds come from a few steps on this machine's devices, once for each network that is left.
+    The times come from a few steps on this machine's devices, for each network that is left.
     """
-    parallel.start()  # what it compiles is kept for the runs
+    parallel.start()  # the compiled programs are kept for the runs
     measured, rows, total = {}, [], 0.0
     for number, work in enumerate(all_works, 1):
         config, summary = work.config, work.result()

@@ -1,4 +1,4 @@
-"""What the scripts beside this one share: their flags, and bad input said in one line."""
+"""What the scripts in this folder share: their flags, and one-line reports of bad input."""
 
 import argparse
 import sys
@@ -23,9 +23,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
-# Types of flags. What they refuse is told by their name, as "invalid positive value: '0'".
+# Types of flags. Their names stand in error messages, as in "invalid positive value: '0'".
 def path(text: str) -> epath.Path:
-    """A path; "" is none, and would mean the current folder."""
+    """A path; "" is refused, since it would mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("name a file or a folder, such as runs/here")
     return files.path_of("path", text)
@@ -44,9 +44,9 @@ def fields(text: str) -> dict[str, Any]:
 
 
 def read_json(file: epath.Path, missing: Any = None, lines: bool = False) -> Any:
-    """What a file of JSON holds, or of JSON lines, of which the last may still be written.
+    """The content of a JSON file; with `lines`, of JSON lines, whose last may be incomplete.
 
-    Raises UserError where it is damaged; returns `missing` where there is none.
+    Raises UserError if the file is damaged; returns `missing` if there is no file.
     """
     if (text := files.read_text(file)) is None:
         return missing

@@ -1,10 +1,10 @@
-"""Sweeps as data: each makes of a card's DenseNet the runs that answer one question.
+"""Sweeps as data: each turns a card's DenseNet into the runs that answer one question.
 
-A run is a name, its place on the sweep's axes and the overrides of the card that make it. The
-card's own network is the dense one of every comparison; what must be equal to it is found by a
-search over widths with `densejax.models.counts`, at the same number of convolutions: two basic
-3x3 in a residual block for the 1x1 and the 3x3 of a bottleneck layer. `seed` is an axis of all, and
-`parse_axes` makes axes of other keys of the card.
+A run has a name, a place on the sweep's axes, and the overrides of the card that make it. The
+card's own network is the dense one in every comparison. Networks that must be equal to it are found
+by a search over widths with `densejax.models.counts`. They have the same number of convolutions: a
+residual block has two basic 3x3 where a bottleneck layer has a 1x1 and a 3x3. `seed` is an axis of
+every sweep, and `parse_axes` makes axes of other keys of the card.
 """
 
 import ast
@@ -28,7 +28,7 @@ from densejax.models import connections, counts
 from densejax.runs import workdir
 from densejax.training import experiment
 
-TOLERANCE = 0.02  # share by which what is called equal may differ
+TOLERANCE = 0.02  # the largest relative difference of counts that are called equal
 KINDS = ("plain", "residual", "dense", "one_shot")
 ADDING = {"add": "residual", "chain": "plain"}  # the kinds of these patterns that add
 # Pairs of kinds, written down before the runs: a report tests whether the first is better.
@@ -46,12 +46,12 @@ class Run:
     """One training of a sweep.
 
     Attributes:
-      name: unique in the sweep; of its directory.
+      name: unique in the sweep; also the name of its directory.
       axes: what the sweep varies, by name.
       overrides: of the card, by dotted key.
       model: what the card takes as its argument `model`; "": its own network.
-      mismatch: share by which what should be equal differs from the card's network; None: nothing
-        should be.
+      mismatch: relative difference, from the card's network, of the count that should be equal;
+        None: no count should be.
     """
 
     name: str
@@ -74,13 +74,13 @@ class Network:
         return {f"model.{field}": value for field, value in self.fields.items()}
 
     def run(self, name: str, axes: dict[str, Any], mismatch: float | None = None, **more) -> Run:
-        """The run of this network; `more` overrides by dotted key, `__` for the dot."""
+        """The run of this network; `more` has overrides by key, with `__` for each dot."""
         more = {key.replace("__", "."): value for key, value in more.items()}
         return Run(name, axes, self.overrides | more, self.model, mismatch)
 
 
 def image_shape(config: ConfigDict, stored: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(height, width, channels) that a card's network reads of images that are `stored` so."""
+    """(height, width, channels) that a card's network reads; `stored` is as images are stored."""
     size = config.data.image_size
     return (size, size, stored[-1]) if size else stored
 
@@ -104,7 +104,7 @@ class Base:
         self.image_shape = image_shape(config, info.image_shape)
         self.train_images = data.train_size(config, info)
         self.layers, self.growth_rates = model.block_depths(), model.growth_rates()
-        # Convolutions of each block: what all kinds of networks have the same number of.
+        # Convolutions of each block: all kinds of networks have the same number of them.
         self.convolutions = tuple(n * (2 if model.bottleneck else 1) for n in self.layers)
         self.blocks = tuple(math.ceil(n / 2) for n in self.convolutions)
         self.equal = functools.cache(self._equal)
@@ -122,7 +122,7 @@ class Base:
         return Network("", fields)
 
     def network(self, kind: str, widths: Sequence[int], blocks: Sequence[int]) -> Network:
-        """A network of a kind, of so many residual blocks or bottleneck layers, and its widths."""
+        """A network of a kind, with these widths and numbers of blocks or bottleneck layers."""
         blocks = tuple(blocks)
         if kind == "dense":
             bottleneck = self.config.model.bottleneck
@@ -165,7 +165,7 @@ class Base:
     def _equal(
         self, kind: str, what: str = "parameters", blocks: tuple[int, ...] | None = None
     ) -> tuple[Network, float]:
-        """The network of a kind whose count comes near the card's, and by which share it differs.
+        """(network of a kind whose count comes near the card's, its relative difference).
 
         Args:
           kind: "vovnet" or one of KINDS.
@@ -189,9 +189,9 @@ class Base:
         what: str,
         tolerance: float = TOLERANCE,
     ) -> tuple[Network, float]:
-        """As `equal`, of what `make` builds from widths: whole numbers of about these ratios.
+        """As `equal`, for what `make` builds from widths: whole numbers in about these ratios.
 
-        All grow together until the count is met; then each may change by one.
+        All widths grow together until the count is met; then each width may change by one.
         """
         target = self.of(Network("", {}))[what]
 
@@ -214,7 +214,7 @@ class Base:
         units = [tuple(int(i == j) for j in range(len(ratios))) for i in range(len(ratios))]
         slopes = [mismatch(moved(unit)) - mismatch(widths) for unit in units]
 
-        def promise(step):  # few changes that should do, then those that come nearest
+        def promise(step):  # first the fewest changes that should be enough, then the nearest
             left = abs(mismatch(widths) + sum(map(operator.mul, slopes, step)))
             return (0, sum(map(abs, step))) if left < TOLERANCE / 4 else (1, left)
 
@@ -230,7 +230,7 @@ class Base:
         return make(best), mismatch(best)
 
 
-_counts = functools.cache(counts.of_network)  # many points of a sweep are of one network
+_counts = functools.cache(counts.of_network)  # many points of a sweep have the same network
 
 
 def growth_rate(base: Base, values: Sequence[int] = (1, 4, 8, 12, 16, 24, 32)) -> Iterator[Run]:
@@ -271,7 +271,7 @@ def depth_width(base: Base) -> Iterator[Run]:
     """Deep and narrow, or shallow and wide, at equal parameters; a ResNet and a VoVNet beside."""
     factors = (1 / 3, 2 / 3, 1, 2, 4)
     depths = [tuple(max(1, round(factor * n)) for n in base.blocks) for factor in factors]
-    for blocks in dict.fromkeys(depths):  # few layers: two factors may mean the same
+    for blocks in dict.fromkeys(depths):  # with few layers, two factors may give the same depth
         network, mismatch = base.equal("dense", blocks=blocks)
         depth = base.depth(network)
         yield network.run(f"dense{depth}", {"kind": "dense", "depth": depth}, mismatch)
@@ -316,7 +316,7 @@ def patterns(base: Base, what: str = "multiply_adds") -> Iterator[Run]:
     convolutions a block: "residual" is their pattern `add`, and "plain" their `chain`.
     """
     for connect in connections.CONCATENATING:
-        # Widths of HarDNet are even, so that its growth rates go by twos and come less near.
+        # HarDNet's widths are even. So its growth rates go in steps of two and come less near.
         unit, tolerance = (2, 0.1) if connect == "hardnet" else (1, TOLERANCE)
         make = functools.partial(_connected, base, connect, unit)
         network, mismatch = base.search(make, base.growth_rates, what, tolerance)
@@ -466,7 +466,7 @@ SWEEPS = {
 
 
 def parse_values(text: str) -> list[Any]:
-    """Literals with commas between them, as "6,12"; what is none is text: "dense,window:size=2"."""
+    """Values with commas between them: literals ("6,12"), or else text ("dense,window:size=2")."""
     try:
         values = ast.literal_eval(f"[{text}]")
     except (ValueError, SyntaxError):
@@ -490,7 +490,7 @@ def parse_axes(words: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def axis_names(keys: Sequence[str]) -> list[str]:
-    """What keys of the card are called as axes: without their section, where that is enough."""
+    """The names of keys of the card as axes: without their section, if that is unique."""
     short = [key.rpartition(".")[2] for key in keys]
     return [name if short.count(name) == 1 else key for key, name in zip(keys, short, strict=True)]
 
@@ -502,7 +502,7 @@ def runs(
     values: Sequence[Any] = (),
     axes: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Run]:
-    """All runs of a sweep of a card: first the first seed of every one.
+    """All runs of a sweep of a card: first every point with the first seed, then with the next.
 
     Args:
       sweep: a name in `SWEEPS`; None: the card's own network alone.
@@ -544,7 +544,7 @@ def runs(
 
 
 def _placed(run: Run, changes: Mapping[str, Any]) -> Run:
-    """The run of a sweep of a card with changes, which are axes of it."""
+    """The run of a sweep of a changed card; the changes become axes of the run."""
     names = axis_names(list(changes))
     if twice := run.axes.keys() & set(names):
         raise UserError(f"--axis: the sweep varies {twice.pop()} itself; --values sets its values")
@@ -553,7 +553,7 @@ def _placed(run: Run, changes: Mapping[str, Any]) -> Run:
         for name, value in zip(names, changes.values(), strict=True)
     }
     words = [f"{name}={re.sub(r'[^a-zA-Z0-9.+-]+', '-', str(place[name]))}" for name in names]
-    # What is said of the card's network does not fit another.
+    # Changes of the card's network do not fit another network.
     kept = {k: v for k, v in changes.items() if not (run.model and k.startswith("model."))}
     return dataclasses.replace(
         run,
@@ -564,10 +564,10 @@ def _placed(run: Run, changes: Mapping[str, Any]) -> Run:
 
 
 def origin(run: str, summary: Mapping[str, Any]) -> dict[str, str]:
-    """All that the result of a run is of, but for its seed: runs of one mean have it in common.
+    """All that a run's result depends on, except its seed; the runs of one mean have it in common.
 
     Args:
-      run: its name. Code that an old run did not record is its own alone.
+      run: its name. If an old run did not record its code, no other run has the same code.
       summary: its result.
     """
     changes = "; ".join(filter(_matters, summary.get("changes", []))) or "none"

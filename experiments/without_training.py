@@ -59,8 +59,9 @@ def feature_maps(model):
     """(kept, read, connections) of a DenseNet's blocks.
 
     Returns:
-      Feature maps that its blocks hold, each once; what its layers read, where each of L layers
-      has a concatenation of its own; and pairs of layers (or input) and layer that reads it.
+      The feature maps that its blocks hold, each counted once; the feature maps that its L layers
+      read, if each has a concatenation of its own; and the number of pairs of a layer (or the
+      input) and a layer that reads it.
     """
     kept = read = connections = 0
     for width, depth, rate in zip(

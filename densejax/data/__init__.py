@@ -1,9 +1,9 @@
 """From `config.data` to batches: which images train, which are held out, which test.
 
-Kept in memory, all images of a split are read by `builders` (from the archives of `official`, from
-what TFDS has prepared, or from arrays of `added`) and put on the devices by `memory`. Streamed,
-image files are listed by `encoded` and decoded by `stream` while the run trains; where all fit into
-memory, `decoded` makes arrays of them instead.
+In memory: `builders` reads all images of a split (from the archives of `official`, from what TFDS
+has prepared, or from arrays of `added`), and `memory` puts them on the devices. Streamed: `encoded`
+lists image files, and `stream` decodes them while the run trains. If all of them fit into memory,
+`decoded` makes arrays of them instead.
 """
 
 import collections
@@ -40,14 +40,14 @@ class Data:
 
     Attributes:
       train: training batches.
-      evaluation: "test" where it is measured, "validation" where images are held out and "train"
-        where training images are measured as well.
-      version: digest of what is read: of all images and labels in memory; of a stream, which is
-        too large, of what TFDS records of its files, or of the names of a folder's images.
+      evaluation: "test" if it is measured, "validation" if images are held out, and "train" if
+        training images are measured as well.
+      version: digest of what is read. In memory: of all images and labels. A stream is too large
+        for that: of what TFDS records of its files, or of the names of a folder's images.
       test_split: what the set itself calls the split that is "test" here.
       sample: reads some training images, spread over all of them, uint8 [n, height, width,
         channels], as they are evaluated.
-      notes: how image files were understood, by the name of what is said; {} of other sets.
+      notes: what was found about image files, by title; {} for other sets.
     """
 
     train: MemorySet | StreamSet
@@ -58,7 +58,7 @@ class Data:
     notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def stop_waiting_when(self, is_stopping: Callable[[], bool]) -> None:
-        """Once `is_stopping()`, a stream that has no batch soon raises `stream.BatchTimeout`."""
+        """Once `is_stopping()` is true, a stream without a batch soon raises BatchTimeout."""
         for split in (self.train, *self.evaluation.values()):
             split.is_stopping = is_stopping
 
@@ -69,7 +69,7 @@ class Data:
 
 
 def info(config: ConfigDict) -> SetInfo:
-    """The facts of a set, its images as they come in a batch, its mean and std as they normalise.
+    """The facts of a set: the image shape is that in a batch; mean and std are those in use.
 
     Raises:
       UserError: a set that is not there, or that `data.storage` or `data.normalization` do not fit.
@@ -210,7 +210,7 @@ def train_size(config: ConfigDict, info: SetInfo) -> int:
 
 
 def _check_validation(config, info):
-    """What `densejax.config.check` cannot: it does not know whether a folder has validation."""
+    """Checks what `densejax.config.check` cannot: it does not know if a folder has validation."""
     evaluate, held_out = config.evaluate, config.data.validation_size
     if "validation" in info.splits and held_out:
         raise UserError(
@@ -227,10 +227,10 @@ def _check_validation(config, info):
 def hold_out(
     size: int, validation_size: int, train_size: int = 0, labels: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(indices that train, indices held out) of `size` examples, the same whatever the seed.
+    """(indices that train, indices held out) of `size` examples, the same for every seed.
 
-    All that are not held out train, or the first `train_size` of them in the order drawn. With
-    `labels`, int [size], each class is there in proportion.
+    All that are not held out train, or only the first `train_size` of them in the order drawn. With
+    `labels`, int [size], each class has its share of both.
     """
     order = permutation(seed=0, epoch=0, size=size)
     if labels is not None:
@@ -292,7 +292,7 @@ def create(config: ConfigDict, replicated: NamedSharding, sharded: NamedSharding
         return _create_streams(config, sharded)
     (images, labels), arrays = _read_arrays(config)
     version = _version_of_arrays((images, labels), arrays)
-    hosts.require_same({"digest of the data": version})  # before they make one array of it
+    hosts.require_same({"digest of the data": version})  # before all make one array of it
     size, sample = config.evaluate.batch_size, images[:: -(-len(images) // 1000)].copy()
     chosen = _chosen_files(config) if config.data.storage == "auto" else {}
     chosen.pop("train", None)
@@ -314,7 +314,7 @@ def create(config: ConfigDict, replicated: NamedSharding, sharded: NamedSharding
 
 
 def _read_arrays(config: ConfigDict) -> tuple[Pair, dict[str, Pair]]:
-    """What trains, and by name what is evaluated."""
+    """(images and labels that train, those that are evaluated by name)."""
     section = config.data
     if section.storage == "auto":
         return _decode_arrays(config)
@@ -348,16 +348,16 @@ def _decode_arrays(config):
 
 
 def _chosen_files(config):
-    """The split of image files, and which of them, by what it is for: "train", "test", ..."""
+    """(split of image files, indices into it) for each purpose: "train", "test", ..."""
     splits = _open_splits(config)[1]
-    return {  # what image files are for comes from one split
+    return {  # with image files, each purpose has one split
         name: (splits[split], np.arange(len(splits[split]))[indices])
         for name, ((split, indices),) in _choose(config, len(splits["train"]), splits).items()
     }
 
 
 def _evaluation_size(config):
-    """Pixels; ten crops are of the whole square (Krizhevsky et al. 2012, section 4.1)."""
+    """In pixels; ten crops are cut from the whole square (Krizhevsky et al. 2012, section 4.1)."""
     evaluate = config.evaluate
     return evaluate.resize_size if evaluate.crop_size else config.data.image_size
 

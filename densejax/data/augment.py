@@ -26,7 +26,7 @@ COLOURS, ERASING, MIXING, OPERATIONS = slice(3, 10), slice(10, 17), slice(17, 21
 
 
 def reverse(array: jax.Array) -> jax.Array:
-    """The partners of a batch that is whole: its first example's is its last."""
+    """Each example's partner in a whole batch: the first has the last as its partner, and so on."""
     return array[::-1]
 
 
@@ -43,12 +43,12 @@ class Preparation:
       lighting: standard deviation of the shift along the principal colours, `LIGHTING`.
       image_size: height and width after a bilinear resize, antialiased where it shrinks; 0: as
         stored.
-      operations: of RandAugment or TrivialAugment, on the images as they are stored.
+      operations: those of RandAugment or TrivialAugment, on the images as they are stored.
       erasing: of rectangles, after the shift.
-      mixing: with a partner, last.
+      mixing: of each image with a partner; it comes last.
       crop_size: height and width of the ten crops that are evaluated; 0: the whole image.
-      view_shift: pixels of the two shifts that are evaluated beside the whole image; 0: none.
-      view_mirror: evaluate mirrored views, too, as ten crops always do.
+      view_shift: two images shifted by so many pixels are evaluated beside the image; 0: none.
+      view_mirror: evaluate mirrored views, too; ten crops always have them.
       dtype: of the result.
     """
 
@@ -72,11 +72,12 @@ class Preparation:
         return self._resize(self._normalise(images))
 
     def views(self, images: jax.Array) -> jax.Array:
-        """What is evaluated of images uint8 [batch, ...]: [views, batch, height, width, channels].
+        """Views of images uint8 [batch, ...] to evaluate: [views, batch, height, width, channels].
 
-        Ten crops are corners, centre and the mirrors of all five (Krizhevsky et al. 2012).
-        Otherwise it is the image and, as in airbench (Jordan, arXiv:2404.00498), the image shifted
-        to both ends of a diagonal, each mirrored or not; what is shifted in has the mean colour.
+        Ten crops are the corners, the centre and the mirrors of all five (Krizhevsky et al. 2012).
+        Otherwise the views are the image and, as in airbench (Jordan, arXiv:2404.00498), the image
+        shifted to both ends of a diagonal. Each may also be mirrored. Pixels that come in from
+        outside the image have the mean colour.
         """
         images, size, shift = self.evaluation(images), self.crop_size, self.view_shift
         height, width = images.shape[1:3]
@@ -96,16 +97,16 @@ class Preparation:
         keys: jax.Array,
         partners: Callable[[jax.Array], jax.Array] = reverse,
     ) -> tuple[jax.Array, jax.Array]:
-        """The same of a training batch, augmented by draws from one key per example, and labels.
+        """Augments and normalises a training batch, with draws from one key per example.
 
-        The order is the authors', with what is newer added: operations, colours, normalise, mirror,
-        pad with zeros (the mean colour), crop, erase, resize, mix.
+        The order is that of the authors, with newer parts added: operations, colours, normalise,
+        mirror, pad with zeros (the mean colour), crop, erase, resize, mix.
 
         Args:
-          batch: image uint8 [batch, height, width, channels], label int32 [batch] and, where the
-            data decide that, mirrored bool [batch].
+          batch: image uint8 [batch, height, width, channels], label int32 [batch] and, if the data
+            decide which examples are mirrored, mirrored bool [batch].
           keys: one for each example.
-          partners: gives of an array [batch, ...] that of the examples to mix with.
+          partners: maps an array [batch, ...] to that of the examples to mix with.
 
         Returns:
           Images, and labels: int32 [batch], or their probabilities [batch, classes] where images
@@ -114,7 +115,7 @@ class Preparation:
         # One draw for everything: each threefry call costs seconds of compilation on a CPU.
         number = OPERATIONS.start + self.operations.draws
         bits = jax.vmap(lambda key: jax.random.bits(key, (number,)))(keys)
-        # In 64-bit mode a draw has 64 bits; 32 are what is scaled below.
+        # In 64-bit mode a draw has 64 bits; only 32 of them are scaled below.
         words, images = bits.astype(jnp.uint32), batch["image"]
         uniforms = (words >> 8).astype(jnp.float32) * 2.0**-24
         if self.operations.draws:
@@ -135,8 +136,8 @@ class Preparation:
     def _recolour(self, images, bits):
         """Colour jitter, then PCA lighting (Krizhevsky et al. 2012, section 4.1), unclipped.
 
-        Each is affine in an image's colours, and contrast needs the mean colour alone, so all of
-        them are one matrix and one offset per image: pixels are read once more, not four times.
+        Each change is affine in an image's colours, and contrast needs only the mean colour. So all
+        changes are one matrix and one offset per image: pixels are read once more, not four times.
         """
         dtype = jnp.promote_types(self.dtype, jnp.float32)
         images = images.astype(dtype)

@@ -1,7 +1,7 @@
 """Data sets as arrays: prepared once from the official archives, or by TFDS, or added by the user.
 
-A set of `official` is written as TFDS writes its own, as ArrayRecord and without TensorFlow, with
-digests beside it. Any other set that TFDS has prepared is read as it is.
+A set of `official` is written in the format of TFDS (ArrayRecord, without TensorFlow), with digests
+beside it. Any other set that TFDS has prepared is read as it is.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ def _prepare_official(name, directory, manual_dir):
 
 
 def open_folder(folder: str) -> Any:
-    """The TFDS builder of a prepared set's own folder, `.../name/1.0.0`; DataError as `prepare`."""
+    """The TFDS builder of a prepared set's folder, `.../name/1.0.0`; DataError as in `prepare`."""
     with _quiet():
         return load_tfds().core.read_only_builder.builder_from_directory(folder)
 
@@ -91,10 +91,10 @@ def test_split(builder: Any) -> str:
 
 
 def info(name: str, directory: str) -> SetInfo:
-    """The facts of a set; of one that TFDS has prepared in `directory` without mean and std.
+    """The facts of a set; a set that TFDS has prepared in `directory` has no mean and std.
 
     Raises:
-      DataError: as `prepare`, and for a set that has no images of one size or no classes.
+      DataError: as in `prepare`, and for a set without images of one size or without classes.
     """
     if name in ADDED:
         return ADDED[name][0]
@@ -128,7 +128,7 @@ def read(
     A set that is not prepared yet is prepared first.
 
     Raises:
-      DataError: as `prepare`, and for an unknown split or labels that are no class.
+      DataError: as in `prepare`, and for an unknown split or labels that are no class.
     """
     facts = info(name, directory)
     if split not in facts.splits:
@@ -141,7 +141,7 @@ def read(
         stored = facts.test_split if split == "test" else split
         decode, decoders = lambda image: image, None
         if isinstance(feature := builder.info.features["image"], tfds.features.Image):
-            # Pillow, which TFDS may decode by, knows formats that run programs of the machine.
+            # TFDS may decode with Pillow, which knows formats that start programs on the machine.
             decode, decoders = feature.decode_example_np, {"image": tfds.decode.SkipDecoding()}
         source = builder.as_data_source(stored, decoders=decoders)
         images = np.empty((len(source), *facts.image_shape), np.uint8)
@@ -169,9 +169,9 @@ def _reading(builder: Any) -> Iterator[None]:
 
 @functools.cache
 def load_tfds() -> Any:
-    """TFDS, changed such that it imports nothing that the files of a prepared set name.
+    """TFDS, changed so that it imports no module that the files of a prepared set name.
 
-    They name the classes of their features; TFDS would import any module for that.
+    These files name the classes of their features, and TFDS would import any module to find them.
     """
     import tensorflow_datasets as tfds
 
@@ -186,7 +186,8 @@ def load_tfds() -> Any:
         return known[name]
 
     base.cls_from_name = classmethod(named)
-    # It makes a folder in /tmp for facts from a server, which it does not ask, and leaves it there.
+    # TFDS would make a folder in /tmp for facts from a server, never ask the server, and leave the
+    # folder there.
     tfds.core.DatasetInfo.initialize_from_bucket = lambda _: None
     return tfds
 
@@ -222,7 +223,7 @@ def _builder_class(name: str, manual_dir: str) -> type:
     return Builder
 
 
-@functools.cache  # once in a process; what raises is not kept
+@functools.cache  # once in a process; errors are not kept
 def _verify(name: str, folder: epath.Path) -> None:
     try:
         expected, found = (folder / DIGESTS).read_text().splitlines(), _digests(folder)
@@ -246,5 +247,5 @@ def _digests(folder: epath.Path) -> list[str]:
 
 
 def _quiet() -> contextlib.AbstractContextManager:
-    """TFDS prints what it does."""
+    """Hides what TFDS prints."""
     return contextlib.redirect_stdout(io.StringIO())

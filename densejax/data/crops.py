@@ -17,14 +17,15 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """(top, left, height, width) of the random crop of Szegedy et al. 2015, section 6.
 
-    Its share of the area is uniform in [min_area, 1] and its aspect ratio log-uniform in `ASPECT`;
-    the first of ten attempts that lies within the image is taken, after that the largest middle.
+    Its share of the area is uniform in [min_area, 1] and its aspect ratio log-uniform in `ASPECT`.
+    The first of ten attempts that fits into the image is taken. If none fits, it is the largest
+    crop around the middle of the image.
 
     Args:
       height: of the image, pixels.
       width: of the image, pixels.
       min_area: least share of the image's area.
-      bits: where the draws come from; its raw output is what NumPy keeps fixed for good.
+      bits: where the draws come from; NumPy never changes the raw output of such a generator.
     """
     draws = (bits.random_raw((ATTEMPTS, 4)) >> np.uint64(11)) * 2.0**-53  # uniform in [0, 1)
     for area, aspect, down, right in draws.tolist():
@@ -44,7 +45,7 @@ def training_crop(
     """A random crop of an image, uint8 [size, size, 3].
 
     The resize is bilinear between the four nearest pixels (OpenCV's), without antialiasing: after
-    `Picture.decode` it shrinks by less than two in one direction at least.
+    `Picture.decode`, at least one direction shrinks by a factor of less than two.
     """
     picture = Picture(encoded)
     height, width = picture.height, picture.width

@@ -1,4 +1,4 @@
-"""Encoded images decoded once, as evaluation takes them: into arrays, and for mean and std."""
+"""Decodes encoded images once, as evaluation takes them: into arrays, and for mean and std."""
 
 import concurrent.futures
 import functools
@@ -11,7 +11,7 @@ from densejax.data import encoded, images
 from densejax.data.official import DataError
 from densejax.data.stream import CHUNK, ChunkSource
 
-MOST_MEASURED = 1000  # images that mean and std are of
+MOST_MEASURED = 1000  # the most images that mean and std are computed from
 
 
 def read(
@@ -24,8 +24,8 @@ def read(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [n, size, size, channels] and labels int32 [n] of the examples at `indices`.
 
-    `images.evaluation_crop` takes `size` and `resize`; with `skip`, the next image stands in for
-    one that cannot be read. Without, DataError names it.
+    `images.evaluation_crop` takes `size` and `resize`. With `skip`, the next image replaces one
+    that cannot be read; without it, DataError names the image.
     """
     crop, rows = functools.partial(images.evaluation_crop, resize=resize), np.arange(CHUNK)
     source = ChunkSource(examples, indices, CHUNK, rows, crop, size, skip=skip, channels=channels)
@@ -48,8 +48,9 @@ def statistics(
 ) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
     """(number, mean, std) of images spread evenly over a split, in uint8 units of each channel.
 
-    They are the same on every machine: sums of integers. `options` are `read`'s from `size` on.
-    DataError for an image that cannot be read, or a channel that has one value everywhere.
+    They are the same on every machine, since they come from sums of integers. `options` are the
+    arguments of `read` from `size` on. DataError for an image that cannot be read, or a channel
+    that has one value everywhere.
     """
     indices = np.arange(len(examples))[:: -(-len(examples) // MOST_MEASURED)]
     found, _ = read(examples, indices, *options)

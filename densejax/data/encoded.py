@@ -1,6 +1,6 @@
 """Sets of encoded images of many sizes: plain folders, and what TFDS has prepared.
 
-A split is a sequence whose entry is read from the disk when it is asked for.
+A split is a sequence; an entry is read from the disk only when it is needed.
 """
 
 import collections
@@ -22,12 +22,12 @@ from densejax.runs import files
 
 # The same as torchvision's ImageFolder reads, and GIF.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-SPLITS = {  # and what their folders may be called, in small or capital letters
+SPLITS = {  # each with the names that its folder may have, in small or capital letters
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-HELD_OUT = "held out"  # the `SetInfo.test_split` of a folder that has none
+HELD_OUT = "held out"  # the `SetInfo.test_split` of a folder without test images of its own
 Example = tuple[bytes, int, str]  # an encoded image, its label, and where it is stored
 # File systems spell a letter and its accent as one character or as two.
 _composed = functools.partial(unicodedata.normalize, "NFC")
@@ -40,8 +40,8 @@ class ImageError(DataError):
 class Folder(Sequence[Example]):
     """The images anywhere below `path/class`, in the order of torchvision's ImageFolder.
 
-    Files and folders whose name begins with a dot are no part of it. A class's label is its rank.
-    `left_out` counts, by suffix, the other files that are no images by their name.
+    Files and folders whose names begin with a dot are ignored. A class's label is its rank.
+    `left_out` counts, by suffix, the other files whose names are not names of images.
     """
 
     def __init__(self, path: epath.Path, class_names: tuple[str, ...] = ()):
@@ -76,15 +76,15 @@ class Folder(Sequence[Example]):
         return self.names, self.labels
 
     def only(self, indices: np.ndarray) -> "Folder":
-        """The same folder with these of its images alone."""
+        """The same folder with only these of its images."""
         part = copy.copy(self)
         part.names, part.labels = self.names[indices], self.labels[indices]
         return part
 
     def divided(self, share: float) -> tuple["Folder", "Folder"]:
-        """The folder without a share of each class's images, at least one in all, and that share.
+        """(the rest of the folder, a share of each class's images, at least one image in all).
 
-        Which images they are follows from their names alone: another one added moves few of them.
+        Only the names decide which images are in the share: a new image moves few of the others.
         """
         digests = [hashlib.sha256(name).digest() for name in self.names.tolist()]
         order = np.array(sorted(range(len(self)), key=digests.__getitem__))
@@ -107,14 +107,14 @@ class Folder(Sequence[Example]):
 
 
 def in_proportion(order: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """`order` changed such that its first n entries are of each class in proportion, for any n.
+    """Reorders `order` so that, for any n, its first n entries have each class in proportion.
 
-    Of a class with c examples, the one with the rank r among them stands at (r + 1/2) / c: the
-    method of Sainte-Lague, which also fills parliaments.
+    In a class with c examples, the example with rank r is placed at (r + 1/2) / c. This is the
+    method of Sainte-Lague, which also distributes the seats of parliaments.
 
     Args:
-      order: int [examples], a permutation.
-      labels: int [examples], which it permutes.
+      order: int [examples], a permutation of the examples.
+      labels: int [examples], the class of each example.
     """
     counts = np.bincount(labels)
     by_class = order[np.argsort(labels[order], kind="stable")]
@@ -130,14 +130,14 @@ def _refuse(error: OSError) -> None:
 
 
 def _image_files(path: epath.Path) -> tuple[dict[str, list[str]], collections.Counter[str]]:
-    """The image files of each class by name, ordered, as paths below `path`, and other suffixes."""
+    """(sorted image files below `path` by class, counts of other files by suffix)."""
     found, others = {}, collections.Counter()
     if "://" in os.fspath(path):
         walk = path.walk(on_error=_refuse)
     else:
         walk = os.walk(path, onerror=_refuse, followlinks=True)
     for folder, folders, names in walk:
-        folders[:] = [name for name in folders if not name.startswith(".")]  # goes into these
+        folders[:] = [name for name in folders if not name.startswith(".")]  # walk enters these
         inside = str(folder).removeprefix(str(path)).strip("/")
         if not inside:
             found = {name: [] for name in sorted(folders)}
@@ -191,12 +191,12 @@ class Records(Sequence[Example]):
         return example["image"], label, place
 
     def __reduce__(self):
-        """A worker opens the files anew: what TFDS pickles would import whatever they name."""
+        """A worker opens the files anew: TFDS's pickle would import any module that they name."""
         return Records, (self.folder, self.split)
 
 
 def _open_folder(path: epath.Path, share: float, labelled_test: bool) -> tuple[str, dict[str, Any]]:
-    """What "test" is called there, and the splits."""
+    """(what the folder calls the split "test", the splits)."""
     try:
         children = {child.name.lower(): child for child in path.iterdir()}
     except OSError as error:
@@ -226,14 +226,15 @@ def open_splits(
 ) -> tuple[SetInfo, dict[str, Any]]:
     """The facts and the splits, "train", "test" and perhaps "validation", of a set.
 
-    With `manual_dir` the set is a folder with train/class/image.jpg and the same in `SPLITS`. Where
-    there is validation or test alone, it is "test"; where there is neither, a share of the
-    training images is. A folder without train has class/image.jpg.
-    Without, it is the set `name` that TFDS has prepared in `directory`; where its "test" is not
-    there or has no labels, as ImageNet's, "test" is its "validation".
+    With `manual_dir`, the set is a folder with train/class/image.jpg, and the same for the other
+    names in `SPLITS`. If it has only one of validation and test, that one is "test". If it has
+    neither, a share of the training images is "test". A folder without train has class/image.jpg.
+
+    Without `manual_dir`, it is the set `name` that TFDS has prepared in `directory`. If its "test"
+    is missing or has no labels, as in ImageNet, its "validation" is "test".
 
     Raises:
-      DataError: something is not there, or a set of `STREAMED` has not its number of images.
+      DataError: something is missing, or a set of `STREAMED` has another number of images.
     """
     if manual_dir:
         path = epath.Path(manual_dir).expanduser()
@@ -262,9 +263,10 @@ def open_splits(
 
 
 def info(name: str, *place: str | float, image_shape: tuple[int, int, int]) -> SetInfo:
-    """The facts of a set whose images are made so large; `place` goes to `open_splits`.
+    """The facts of a set whose images get the shape `image_shape`; `place` is for `open_splits`.
 
-    A set of `STREAMED` need not be there; of others, DataError as `open_splits`, and for one class.
+    A set of `STREAMED` need not be there. For others, DataError as in `open_splits`, and if there
+    is only one class.
     """
     facts = STREAMED.get(name) or open_splits(name, *place)[0]
     if len(facts.class_names) == 1:

@@ -16,7 +16,7 @@ KEYS = {  # of the file, and the field of SetInfo that each holds
     **{"white": "white_level", "usual": "usual_brightness"},
 }
 MEASURES = ("mean value", "border")  # of an image's brightness
-# What weights of 1,000 classes are for where their model.json says nothing else; in uint8 units.
+# The images of weights of 1,000 classes whose model.json says nothing else; in uint8 units.
 IMAGENET = {key: getattr(STREAMED["imagenet2012"], key) for key in ("image_shape", "mean", "std")}
 
 
@@ -95,10 +95,10 @@ def require_same(path: epath.Path, info: SetInfo) -> None:
 def of_weights(
     directory: epath.PathLike, keys: tuple[str, ...] = tuple(IMAGENET)
 ) -> dict[str, Any]:
-    """What a directory of weights, or the run that `train.weights` names, says of its images.
+    """What a directory of weights, or the run that `train.weights` names, says about its images.
 
-    Of another project's file this is what ImageNet's images are; `densejax.weights.store.load_for`
-    refuses a file where that is wrong.
+    For another project's file these are the facts of ImageNet's images;
+    `densejax.weights.store.load_for` refuses a file that does not fit them.
 
     Raises:
       UserError: it is neither, or one of `keys` is missing or does not fit its network.
@@ -133,7 +133,7 @@ def check(
     classes: int,
     keys: tuple[str, ...] = (*IMAGENET, "class_names"),
 ) -> None:
-    """Raises UserError where what a file says of its images does not fit its network."""
+    """Raises UserError if a file's facts about images do not fit its network."""
     numbers, positive = f"{channels} numbers from 0 to 255", f"{channels} above 0"
     for key, is_one, length, allowed in (
         ("image_shape", lambda n: type(n) is int and n > 0, 3, "[height, width, channels]"),
@@ -148,7 +148,7 @@ def check(
 
 
 def without_lists(value: Any) -> Any:
-    """JSON has lists where a configuration and facts have tuples."""
+    """Makes tuples of lists: JSON has lists where a configuration and facts have tuples."""
     if isinstance(value, dict):
         return {key: without_lists(item) for key, item in value.items()}
     return tuple(map(without_lists, value)) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Image files to upright uint8 arrays on the host, and the one crop of them that is evaluated."""
+"""Makes upright uint8 arrays of image files, on the host, and the one crop for evaluation."""
 
 import io
 
@@ -10,20 +10,20 @@ try:
 except ImportError:  # streams need it; without it Pillow decodes to the same bits, more slowly
     simplejpeg = None
 
-# Pillow knows more formats, of which some run programs of the machine.
+# Pillow knows more formats; some of them start programs on the machine.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # about 89 million: files of more were made to fill the memory
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # about 89 million; a file with more may fill the memory
 JPEG = b"\xff\xd8"  # how the file begins
 
 
 class Picture:
-    """An image file of which the head alone is read: `height` and `width`, pixels, upright.
+    """An image file. At first only its head is read: `height` and `width`, pixels, upright.
 
-    Upright is what its EXIF orientation says; where that cannot be read, as it is stored.
+    Its EXIF orientation says what is upright; if that cannot be read, it is taken as it is stored.
     """
 
     def __init__(self, encoded: bytes):
-        """Raises whatever Pillow does for what it cannot read, or will not."""
+        """Reads the head; raises whatever Pillow raises for a file that it does not read."""
         self._encoded, self._image = encoded, _open(encoded)
         width, height = self._image.size
         if width * height > MOST_PIXELS:
@@ -32,7 +32,7 @@ class Picture:
         if self._image.format != "TIFF":  # which Pillow turns itself
             try:
                 orientation = self._image.getexif().get(ExifTags.Base.Orientation)
-            except Exception:  # of a PNG half is read by now, and would pass for the whole
+            except Exception:  # half of a PNG is read by now, and would be taken for the whole
                 self._image = _open(encoded)
         self._swapped = orientation in (5, 6, 7, 8)
         self._rows = slice(None, None, -1 if orientation in (3, 4, 7, 8) else 1)
@@ -42,15 +42,15 @@ class Picture:
     def decode(self, min_height: int = 0, min_width: int = 0) -> np.ndarray:
         """The pixels, RGB uint8 [height, width, 3].
 
-        A JPEG of at least twice the least size that is asked for is decoded at a half, 3/8, a
-        quarter or an eighth of its size: the cosine transform then does the antialiasing.
+        A JPEG that has at least twice the minimum size is decoded at a half, 3/8, a quarter or an
+        eighth of its size: the cosine transform then does the antialiasing.
 
-        Of an animation it is the first image; what is transparent has the colour below it. A grey
-        PNG of 16 bits, where 65,535 is white, is divided by 257.
+        Of an animation, the first image is taken. A transparent pixel gets the colour that is
+        stored for it. A grey PNG of 16 bits, where 65,535 is white, is divided by 257.
 
         Raises:
           Exception: whatever Pillow or simplejpeg raises for an image that is not whole; ValueError
-            for other pixels of more than 8 bits, whose white no file says.
+            for other pixels of more than 8 bits, since no file says which value is white.
         """
         least = (min_width, min_height) if self._swapped else (min_height, min_width)
         pixels = self._decode_jpeg(*least)
@@ -65,7 +65,7 @@ class Picture:
         return (pixels.swapaxes(0, 1) if self._swapped else pixels)[self._rows, self._columns]
 
     def _decode_jpeg(self, min_height, min_width):
-        """By simplejpeg, which unlike Pillow refuses damaged files; None: Pillow has to decode."""
+        """Decodes by simplejpeg, which, unlike Pillow, refuses damaged files; None: use Pillow."""
         encoded = self._encoded
         if simplejpeg is None or not encoded.startswith(JPEG):
             return None
@@ -91,7 +91,7 @@ def _open(encoded):
 
 
 def in_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """Makes uint8 [height, width, 1] of RGB pixels where there is one channel (ITU-R 601-2)."""
+    """RGB pixels; if `channels` is 1, grey ones, uint8 [height, width, 1] (ITU-R 601-2)."""
     return pixels if channels == 3 else np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
 
 
@@ -99,7 +99,8 @@ def evaluation_crop(encoded: bytes, size: int, *, resize: int) -> np.ndarray:
     """The middle of an image whose shorter side was resized, uint8 [size, size, 3].
 
     The definition is that of torchvision's `Resize` and `CenterCrop` on Pillow images: an
-    antialiased bilinear filter, the longer side rounded down, the crop's corner to even.
+    antialiased bilinear filter, the longer side rounded down, the crop's corner rounded half to
+    even.
 
     Args:
       encoded: the image.

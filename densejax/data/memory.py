@@ -14,8 +14,8 @@ Batch = dict[str, jax.Array]
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     """The order of `size` examples in an epoch, int32 [size].
 
-    Sorts Philox's raw output (Salmon et al. 2011), whose stream NumPy keeps fixed for good; the
-    streams of its generators may change between versions.
+    It sorts Philox's raw output (Salmon et al. 2011), which NumPy promises never to change; the
+    output of NumPy's generators may change between versions.
     """
     bits = np.random.Philox(key=[seed, epoch]).random_raw(size)
     return np.argsort(bits, kind="stable").astype(np.int32)
@@ -24,7 +24,8 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 def mirrored(seed: int, epoch: int, size: int) -> np.ndarray:
     """Which of `size` examples are mirrored in an epoch, bool [size].
 
-    Each is in every other epoch, and the first is drawn (airbench; Jordan, arXiv:2404.00498).
+    Each example is mirrored in every second epoch; a draw decides if it is so in the first epoch
+    (airbench; Jordan, arXiv:2404.00498).
     """
     bits = np.random.Philox(key=[seed, 0], counter=[0, 0, 2, 0]).random_raw(size)
     return (bits + np.uint64(epoch)) % np.uint64(2) == 1
@@ -81,7 +82,7 @@ class MemorySet:
 
     @property
     def labels(self) -> np.ndarray:
-        """Of all examples, int32."""
+        """The labels of all examples, int32."""
         return np.asarray(self._arrays["label"])
 
     def _place(self, array):
@@ -92,8 +93,8 @@ class MemorySet:
         """The training batch of a step: image uint8 [batch, h, w, c], label int32 [batch], perhaps
         mirrored bool [batch].
 
-        Every epoch is a permutation of its own, of which the remainder is dropped; the position
-        of the input is the step alone.
+        Every epoch has a permutation of its own, and its last examples are dropped if they do not
+        fill a batch. The step alone is the position in the data.
         """
         epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:

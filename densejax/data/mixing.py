@@ -1,6 +1,6 @@
-"""What hides a part of an image or mixes two images: cutout, random erasing, mixup and cutmix.
+"""Hides a part of an image or mixes two images: cutout, random erasing, mixup and cutmix.
 
-Every draw is given: `uniforms`, float32 [batch, n] in [0, 1), of each example its own.
+All random numbers are arguments: `uniforms`, float32 [batch, n] in [0, 1), with n for each example.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ class Erasing:
 
     Attributes:
       cutout: height and width of a square around a random pixel, cut off at the image's edge
-        (DeVries and Taylor, arXiv:1708.04552); of an odd size one less, as in their code; 0: none.
+        (DeVries and Taylor, arXiv:1708.04552); an odd size becomes one less, as in their code; 0:
+        none.
       probability: of a rectangle within the image (Zhong et al., arXiv:1708.04896).
       area: its least and greatest share of the image, uniform between. Its aspect ratio is
         log-uniform between `ASPECT` and its inverse, as far as the rectangle fits.
@@ -58,15 +59,15 @@ class Erasing:
 class Mixing:
     """Mixes each image and its label with those of a partner.
 
-    An image keeps the share lambda of itself, which is drawn from Beta(alpha, alpha) for each image
-    (the authors draw one for a batch: the mean loss is the same, and varies more). Where both
-    alphas are above 0, one of the two is chosen at random for each image, as timm does.
+    An image keeps the share lambda of itself. Lambda is drawn from Beta(alpha, alpha) for each
+    image (the authors draw one for a batch: the mean loss is the same, but varies more). If both
+    alphas are above 0, one of the two methods is chosen at random for each image, as in timm.
 
     Attributes:
       mixup: alpha of Zhang et al., arXiv:1710.09412: both images are added with weights; 0: none.
       cutmix: alpha of Yun et al., arXiv:1905.04899: the partner fills a rectangle around a random
         pixel, cut off at the image's edge; lambda is then the share that is left; 0: none.
-      classes: how many the labels are of.
+      classes: the number of classes of the labels.
     """
 
     mixup: float = 0.0
@@ -85,7 +86,7 @@ class Mixing:
         Args:
           images: float [batch, height, width, channels].
           labels: int32 [batch].
-          partners: gives of an array [batch, ...] that of the partners.
+          partners: maps an array [batch, ...] to that of the partners.
           uniforms: four for each image.
         """
         if not (self.mixup or self.cutmix):

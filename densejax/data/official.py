@@ -42,8 +42,8 @@ class SetInfo:
     """The facts of a set; `mean` and `std` are per channel, in units of the stored uint8 values.
 
     `files` has one entry per file needed: its alternatives, of which the first is downloaded.
-    `white_level` is the stored value of what is 255 in an image file. `usual_brightness` has the
-    least and the most that each measure of `densejax.data.facts.brightness` has of most images.
+    `white_level` is the stored value that stands for 255 in an image file. `usual_brightness` has,
+    for each measure of `densejax.data.facts.brightness`, the range in which most images lie.
     """
 
     image_shape: tuple[int, int, int]
@@ -53,7 +53,7 @@ class SetInfo:
     std: tuple[float, ...]
     files: tuple[tuple[File, ...], ...] = ()
     parse: Callable[[dict[str, epath.Path], int], Arrays] | None = None  # gets `most_bytes`, too
-    hint: str = ""  # where else the files are to be had
+    hint: str = ""  # where else to get the files
     test_split: str = "test"  # what the set itself calls the split that is called "test" here
     white_level: int = 255
     usual_brightness: dict[str, tuple[float, float]] = field(default_factory=dict)  # {}: not known
@@ -65,7 +65,7 @@ class SetInfo:
 
     @property
     def most_bytes(self) -> int:
-        """More than any of the files holds; what holds more was made to fill the memory."""
+        """More than any of the files holds; a file that holds more was made to fill the memory."""
         return 2 * sum(self.splits.values()) * math.prod(self.image_shape)
 
 
@@ -89,7 +89,7 @@ def check_arrays(
 
 
 def load(name: str, facts: SetInfo, manual_dir: str, download: Callable[[str], str]) -> Arrays:
-    """Reads the archives of a set into memory, after their digests were checked.
+    """Checks the digests of a set's archives, then reads the archives into memory.
 
     Args:
       name: of the set.

@@ -10,13 +10,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-LEVELS = 30  # TrivialAugment draws one of so many steps above zero
+LEVELS = 30  # TrivialAugment draws zero or one of so many levels above it
 
 
 def _move(image, which, strength, fill):
     """Moves the nearest pixel to each place; what comes from outside of the image is `fill`.
 
-    What comes to (x, y) was at (ax + by + c, dx + ey + f), in pixels from the upper left corner.
+    The pixel that comes to (x, y) was at (ax + by + c, dx + ey + f), in pixels from the upper left
+    corner.
     """
     height, width, _ = image.shape
     x, y, angle, pixels = width / 2, height / 2, jnp.deg2rad(strength), jnp.trunc(strength)
@@ -74,7 +75,8 @@ def _solarize(image, strength):
 
 def _autocontrast(image, strength):
     low, high = image.min((0, 1)), image.max((0, 1))
-    # Whole results may come out as a little less; others are at least 1/255 away from whole ones.
+    # A result that should be a whole number may come out a little smaller. All other results are
+    # at least 1/255 away from a whole number.
     wide = jnp.floor((image - low) * 255 / jnp.maximum(high - low, 1) + 2.0**-10)
     return jnp.where(high > low, wide, image)
 
@@ -97,12 +99,12 @@ def _keep(image, strength):
 
 
 def _blend(other, image, strength):
-    """Pillow's enhancements: 1 + strength times what differs from the other image."""
+    """Pillow's enhancements: multiplies the difference from the other image by 1 + strength."""
     return jnp.clip(jnp.floor(other + (1 + strength) * (image - other)), 0, 255)
 
 
 def _grey(image):
-    """Pillow's luminance of RGB; the mean of other numbers of channels."""
+    """Pillow's luminance of RGB; with another number of channels, their mean."""
     if image.shape[-1] != 3:
         return jnp.floor(image.mean(-1, keepdims=True) + 0.5)
     red, green, blue = (image[..., i : i + 1] for i in range(3))
@@ -112,16 +114,16 @@ def _grey(image):
 MOVES = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 COLOURS = (_brightness, _colour, _contrast, _sharpness)
 COLOURS += (_posterize, _solarize, _autocontrast, _equalize, _keep)
-SIGNED = 9  # of so many, in this order, the sign is random
-# The largest strength of each, in this order; of RandAugment's translations it is a share.
+SIGNED = 9  # the first so many, in this order, have a random sign
+# The largest strength of each, in this order; for RandAugment's translations a share of the side.
 NARROW = (0.3, 0.3, 150 / 331, 150 / 331, 30.0, 0.9, 0.9, 0.9, 0.9, 4.0, 255.0, 0.0, 0.0, 0.0)
 WIDE = (0.99, 0.99, 32.0, 32.0, 135.0, 0.99, 0.99, 0.99, 0.99, 6.0, 255.0, 0.0, 0.0, 0.0)
 
 
 def change(image: jax.Array, which: jax.Array, strength: jax.Array, fill: jax.Array) -> jax.Array:
-    """One operation on one image: number `which` of `MOVES` and `COLOURS`, traced; a switch.
+    """Applies one operation to one image: number `which`, traced, of `MOVES` and `COLOURS`.
 
-    For a batch, each branch is computed for all images. So all moves share one gather.
+    A switch over a batch computes each branch for all images. So all moves share one gather.
     """
     image = _move(image, jnp.minimum(which, len(MOVES)), strength, fill)
     colour = jnp.where(which < len(MOVES), len(COLOURS) - 1, which - len(MOVES))
@@ -130,11 +132,11 @@ def change(image: jax.Array, which: jax.Array, strength: jax.Array, fill: jax.Ar
 
 @dataclasses.dataclass(frozen=True)
 class Operations:
-    """Operations on each image, each drawn from all of them.
+    """Operations on each image; each is drawn from `MOVES` and `COLOURS`.
 
     Attributes:
       policy: "randaugment", "trivialaugment" (one operation, its level drawn as well) or "none".
-      number: of RandAugment's operations on an image, one after the other.
+      number: how many operations RandAugment applies to an image, one after the other.
       magnitude: of RandAugment's strengths, from 0 to 10 for the largest, as in its paper;
         torchvision counts to 30.
       white_level: the stored value that stands for 255.
@@ -147,7 +149,7 @@ class Operations:
 
     @property
     def draws(self) -> int:
-        """Random numbers that an image takes."""
+        """How many random numbers an image needs."""
         return {"none": 0, "randaugment": 3 * self.number, "trivialaugment": 3}[self.policy]
 
     def __call__(
@@ -158,7 +160,7 @@ class Operations:
         Args:
           images: uint8.
           uniforms: float32 [batch, draws] in [0, 1).
-          mean: of each channel, what is seen where an image was moved away.
+          mean: of each channel; it fills the places that a moved image leaves empty.
         """
         _, height, width, channels = images.shape
         scale, wide = 255 / self.white_level, self.policy == "trivialaugment"

@@ -1,4 +1,4 @@
-"""Sets that outgrow memory: encoded images that worker processes decode while the run trains.
+"""Sets that are too large for memory: worker processes decode images while the run trains.
 
 A batch follows from its step alone: which image stands in which row, and how it is cropped, is
 drawn from the seed, the epoch and the image's position in the epoch. The number of workers,
@@ -33,11 +33,11 @@ from densejax.runs import interrupt
 
 CHUNK = 16  # images that a worker sends at once: few messages, little shared memory
 AHEAD = 2  # batches that lie on the devices before the run asks for them
-GRACE = 5.0  # seconds that a run which is to end still waits for a batch or a worker
+GRACE = 5.0  # seconds that a run which has to stop still waits for a batch or a worker
 
 
 class BatchTimeout(DataError):
-    """The run is to end, and the batch that it waits for has not come."""
+    """The run has to stop, and the batch that it waits for has not come."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ChunkSource:
       indices: int32, the examples of it that are used.
       batch_size: of the global batch.
       rows: int32, rising, the rows of a global batch that this process fills.
-      crop: makes uint8 [image_size, image_size, 3] of an encoded image and the size. A shuffled
+      crop: makes uint8 [image_size, image_size, 3] from an encoded image and the size. A shuffled
         source also gives it the bit generator of this example in this epoch.
       image_size: pixels.
       seed: of order and crops; None: the order of `indices`, once, then padding without end.
@@ -80,13 +80,13 @@ class ChunkSource:
         return len(self.rows) // self.chunk_size
 
     def __len__(self):
-        """As good as endless: Grain leaves shared memory behind where it reads to the end."""
+        """Practically endless: if Grain read to the end, it would leave shared memory behind."""
         return sys.maxsize // 2
 
     def __getitem__(self, number):
         """The chunk of a number: image uint8, label int32, mask bool, each [chunk_size, ...].
 
-        Where it `alternates`, also mirrored bool.
+        With `alternates`, also mirrored bool.
         """
         step, part = divmod(number, self.chunks_per_batch)
         epoch = 0
@@ -115,8 +115,8 @@ class ChunkSource:
             rank = (position + following) % count
             if self.seed is not None:
                 rank = _order(self.seed, epoch, count)[rank]
-                # Another counter than the permutation's, whose third word is zero. The failed crop
-                # of an image may have drawn from the generator before.
+                # The counter differs from the permutation's, whose third word is zero. Each image
+                # gets a new generator: the failed crop of another may have drawn from the old one.
                 bits = (np.random.Philox(key=[self.seed, epoch], counter=[0, position, 1, 0]),)
             index = int(self.indices[rank])
             try:
@@ -184,9 +184,9 @@ def batches(
             for key, array in batch.items()
         }
 
-    # A thread of its own reads ahead. Workers inherit from the thread that starts them that a
-    # signal does not end them: the run decides when it stops.
-    multiprocessing.resource_tracker.ensure_running()  # first: to start it unblocks signals
+    # A separate thread reads ahead. It blocks signals, and the workers that it starts inherit this.
+    # So no signal ends them: the run decides when it stops.
+    multiprocessing.resource_tracker.ensure_running()  # first, since its start unblocks signals
     signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     block = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, signals)
     thread = concurrent.futures.ThreadPoolExecutor(1, initializer=block)
@@ -223,7 +223,7 @@ def _chunks(source, workers, first):
 
 
 def _start_worker(index, count):
-    """Lets a worker end as soon as the run that started it has ended, however that came."""
+    """Makes a worker end as soon as the run that started it has ended, for whatever reason."""
     parent = multiprocessing.parent_process().sentinel
 
     def watch():
@@ -239,7 +239,7 @@ class StreamSet:
     Args:
       source: what this process reads.
       sharded: sharding that divides the leading axis of a batch over the devices.
-      workers: processes that decode; 0: none, this one does.
+      workers: processes that decode; 0: none, this process decodes.
     """
 
     def __init__(self, source: ChunkSource, sharded: Sharding, workers: int):
@@ -252,7 +252,7 @@ class StreamSet:
 
     @property
     def labels(self) -> np.ndarray:
-        """Of all examples of a folder, int32."""
+        """The labels of all examples of a folder, int32."""
         return self._source.examples.labels[self._source.indices]
 
     def _batches(self, start=0):

@@ -1,4 +1,4 @@
-"""The networks: a family and its fields describe a network, and a name stands for such fields.
+"""The networks. A family and the values of its fields describe one; `MODELS` has names for many.
 
 A family is a linen module with a field `num_classes` (0: without a classifier). It may have the
 fields `dtype`, `batch_norm_axis` and `frozen`; every other field is a key of `config.model`. It has
@@ -6,9 +6,9 @@ fields `dtype`, `batch_norm_axis` and `frozen`; every other field is a key of `c
 - `check()`, which raises UserError for fields that describe no network, and
 - `__call__(image, train=False, keys=None)`, which returns (logits, features): float32 [batch,
   num_classes] or None, and a dict of arrays in the order in which they are computed. `image` is
-  float [batch, height, width, channels], normalised. `train` takes batch statistics, updates the
-  collection "batch_stats" and draws at random, if the network does, from `keys`: one for each
-  example, typed [batch] or uint32 [batch, 2].
+  float [batch, height, width, channels], normalised. With `train`, BatchNorm uses batch statistics
+  and updates the collection "batch_stats". A network that draws at random then draws from `keys`,
+  one key for each example: typed [batch] or uint32 [batch, 2].
 
 `DenseBlock` is a module for networks of your own.
 """
@@ -38,7 +38,7 @@ from densejax.models.vovnet import VoVNet
 
 FAMILIES = {"densenet": DenseNet, "resnet": ResNet, "vovnet": VoVNet}
 FAMILIES |= {"rdnet": RDNet, "hardnet": HarDNet}
-# Fields that the run decides and not the network's description.
+# The run sets these fields; they are no part of a network's description.
 RUN_FIELDS = ("num_classes", "dtype", "batch_norm_axis", "frozen", "parent", "name")
 
 # The four forms of the paper: bottleneck (B) and compression (C) each on or off.
@@ -84,9 +84,9 @@ MODELS = {
     "densenet_d2l": _IMAGENET
     | VARIANTS["c"]
     | {"blocks": (4, 4, 4, 4), "growth_rate": 32, "stem_width": 64, "convolution_bias": True},
-    # One-shot aggregation in place of DenseNet-40's dense blocks. The widths of the published
-    # experiment are not verified: it is said to have 12 layers of 20 or 5 of 43; 12 of 27 come
-    # nearest to the parameters of densenet_40_12.
+    # One-shot aggregation in place of DenseNet-40's dense blocks. The widths in the published
+    # experiment are not verified: it is said to use 12 layers of width 20, or 5 of width 43. With
+    # 12 layers, width 27 comes nearest to the parameters of densenet_40_12.
     "densenet_one_shot_40_20": _ONE_SHOT | {"depth": 40, "growth_rate": 20},
     "densenet_one_shot_40_27": _ONE_SHOT | {"depth": 40, "growth_rate": 27},
     "densenet_one_shot_19_43": _ONE_SHOT | {"depth": 19, "growth_rate": 43},
@@ -141,8 +141,8 @@ MODELS = {
         "growth_rates": (128, 192, *(256,) * 8, 360, 360),
         "downsampling": (2, 3, 11),
     },
-    # Ours, as no paper has one for small images: 16x16, 8x8 and 4x4 pixels, and about the
-    # parameters of densenet_bc_100_12.
+    # This one is ours, since no paper has an RDNet for small images. Its stages have 16x16, 8x8 and
+    # 4x4 pixels, and it has about as many parameters as densenet_bc_100_12.
     "rdnet_cifar": _RDNET
     | {
         "stem_width": 32,
@@ -189,7 +189,7 @@ def _description(family: str) -> dict[str, dataclasses.Field]:
 
 
 def meanings(family: str) -> dict[str, str]:
-    """What each field of a family means, as the docstring of its class says, and its type."""
+    """The meaning of each field of a family, from its class's docstring, and the field's type."""
     text = inspect.getdoc(FAMILIES[family]) or ""
     said = dict(re.findall(r"^  (\w+): ((?:.|\n    )+)", text, re.MULTILINE))
     found = {"family": f"Allowed: {' or '.join(FAMILIES)}."}
@@ -237,7 +237,7 @@ def fields(name: str, **changes) -> config_dict.ConfigDict:
 
 
 def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored section `config.model` by today's names, with defaults for newer fields."""
+    """Updates a stored section `config.model`: today's names, and defaults for newer fields."""
     values = dict(stored)
     if "join" in values:  # the name of `connect` in earlier versions
         join = values.pop("join")
@@ -252,7 +252,7 @@ def create(
     dtype: Any = jnp.float32,
     batch_norm_axis: str | None = None,
 ) -> nn.Module:
-    """Builds a network from the section `config.model`; without a classifier for 0 classes.
+    """Builds a network from the section `config.model`; with 0 classes it has no classifier.
 
     Raises:
       UserError: a field that its family does not have, or a value that describes no network.
@@ -277,15 +277,15 @@ def create(
     of_run = {"num_classes": num_classes, "dtype": dtype, "batch_norm_axis": batch_norm_axis}
     values |= {name: value for name, value in of_run.items() if name in known}
     network = FAMILIES[family](**values)
-    if hasattr(network, "check"):  # a family of a user's own may do without
+    if hasattr(network, "check"):  # a user's own family need not have it
         network.check()
     return network
 
 
 def reference(model: nn.Module) -> nn.Module:
-    """The same network as its paper writes it: the one whose multiply-adds are counted.
+    """The same network in the form of its paper, whose multiply-adds are counted.
 
-    An implementation may need fewer.
+    Another implementation of it may need fewer.
     """
     return model.clone(block="concat", recompute="none") if isinstance(model, DenseNet) else model
 
@@ -293,10 +293,10 @@ def reference(model: nn.Module) -> nn.Module:
 def feature_info(
     model: nn.Module, image_shape: tuple[int, int, int]
 ) -> dict[str, tuple[int, int | None]]:
-    """(channels, reduction) of each of a network's features, by name; nothing is computed.
+    """(channels, reduction) of each feature of a network, by name; only shapes are computed.
 
-    The reduction is the power of two that the height of images [height, width, channels] is divided
-    by; None for features without a height ("pooled").
+    The reduction is the height of the image divided by that of the feature, as a power of two. It
+    is None for features without a height ("pooled"). `image_shape` is (height, width, channels).
     """
     info = {}
 
@@ -311,7 +311,7 @@ def feature_info(
 
 
 def depth(model: nn.Module) -> int:
-    """The layers with weights on a network's longest path: all but a shortcut's projections."""
+    """The number of layers with weights on the longest path: all but projections in shortcuts."""
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)["params"]
     paths = flatten_dict(params)

@@ -1,7 +1,7 @@
 """How the layers of a block are joined: every connection pattern is one function.
 
-A block has an input, which is its output 0, and layers 1, 2, ..., n, whose outputs have their
-numbers. There are two tables of patterns:
+A block has an input, which counts as output 0, and layers 1, 2, ..., n. The output of a layer has
+the number of the layer. There are two tables of patterns:
 
 - `CONCATENATING`, for DenseNet: a function says which outputs each layer reads. A layer reads their
   concatenation.
@@ -33,10 +33,10 @@ Connect = str | tuple  # a pattern's name and options, or a graph: see `explicit
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """What the layers of a block read, by the numbers of outputs.
+    """Which outputs, by their numbers, the layers of a block read.
 
     Attributes:
-      reads: of each layer: the outputs that it reads, in the order of its concatenation.
+      reads: for each layer, the outputs that it reads, in the order of its concatenation.
       emits: the outputs that the block gives to what follows it; None: all.
       widths: the feature maps that each layer makes; None: the growth rate.
     """
@@ -48,13 +48,13 @@ class Graph:
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Where a network reads outputs of a block as one concatenation.
+    """A place where a network reads outputs of a block as one concatenation.
 
     Attributes:
-      name: "layer1", "layer2", ..., or that of what follows the block.
+      name: "layer1", "layer2", ..., or the name of what follows the block.
       reads: the outputs, in the order of the concatenation.
       module: path of the module that gets the concatenation.
-      kernel: path of the layer whose kernel is the first to mix its channels.
+      kernel: path of the first layer whose kernel mixes the channels of the concatenation.
     """
 
     name: str
@@ -68,11 +68,13 @@ def readers(
     layer: Callable[[str, int], tuple[str, str]],
     before_classifier: str,
 ) -> dict[str, list[Reader]]:
-    """What reads the outputs of blocks with a transition after each, and a classifier at last.
+    """The readers of each block's outputs: its layers, then a transition or the classifier.
+
+    A transition follows each block but the last, and a classifier follows the last.
 
     Args:
       graphs: of the blocks, by name.
-      layer: gives the `module` and the `kernel` of a block's n-th layer, from (block, n).
+      layer: a function of (block, n) that gives `module` and `kernel` of the block's n-th layer.
       before_classifier: path of the module that gets what the last block emits; "": no classifier.
     """
     found = {}
@@ -164,8 +166,8 @@ CONCATENATING: dict[str, Callable[..., Graph]] = {
 def explicit(connect: Sequence[Sequence[int]], depth: int, growth_rate: int) -> Graph:
     """A graph written in the configuration: what each layer reads, then what the block gives.
 
-    ((0,), (0, 1), (1, 2)) is a block of two layers, of which the second reads all before it; what
-    follows the block reads the outputs 1 and 2.
+    ((0,), (0, 1), (1, 2)) is a block of two layers. Layer 1 reads output 0, layer 2 reads the
+    outputs 0 and 1, and what follows the block reads the outputs 1 and 2.
     """
     if len(connect) != depth + 1:
         raise UserError(
@@ -231,7 +233,7 @@ def pattern(connect: str, table: Mapping[str, Callable[..., Any]]) -> Callable[.
     return functools.partial(table[name], **values)
 
 
-Layer = Callable[[jax.Array], jax.Array]  # features to as many features of the same size
+Layer = Callable[[jax.Array], jax.Array]  # maps features to features of the same shape
 
 
 class Stage(nn.Module):
@@ -247,7 +249,7 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, layers: Sequence[Layer]) -> jax.Array:
-        """Maps x [batch, height, width, channels] to as many features."""
+        """Maps x [batch, height, width, channels] to features of the same shape."""
         return pattern(self.connect, ADDING)(self, x, layers)
 
     def weights(self, name: str, initial: Any) -> jax.Array:
@@ -256,16 +258,16 @@ class Stage(nn.Module):
 
 
 def _combine(weights: Iterable[Any], features: Sequence[jax.Array]) -> jax.Array:
-    """The weighted sum of features, added up in float32, in the precision of the features."""
+    """The weighted sum of features: added up in float32, returned in the features' precision."""
     terms = (w * at_least_float32(x) for w, x in zip(weights, features, strict=True))
     return functools.reduce(jnp.add, terms).astype(features[0].dtype)
 
 
 def coefficients(stage: Stage, variables: Any, depth: int, channels: int) -> jax.Array:
-    """How much of each output is in what each layer of a stage reads, and in what the stage gives.
+    """The weight of each output in what each layer of a stage reads, and in what the stage gives.
 
-    Of a layer the output is H alone, without what is added to it. These are the derivatives where
-    all features are 0: there the dynamic part of hyper-connections is 0.
+    The output of a layer is H alone, without what the pattern adds to it. The weights are the
+    derivatives at features of 0: there the dynamic part of hyper-connections is 0.
 
     Returns:
       [readers, channels, outputs, channels]; the last reader is what follows the stage.
@@ -287,7 +289,7 @@ def coefficients(stage: Stage, variables: Any, depth: int, channels: int) -> jax
 
 @functools.cache
 def adding_graph(connect: str, depth: int) -> Graph:
-    """What each layer of a stage reads with a pattern of `ADDING`: what its weights can bring."""
+    """Which outputs each layer of a stage can read, through its weights, in an `ADDING` pattern."""
     stage, x = Stage(connect, Layers(train=False), parent=None), jnp.zeros((1, 1, 1, 1))
     same = [lambda x: x] * depth
     shapes = jax.eval_shape(lambda: stage.init(jax.random.key(0), x, same))
@@ -385,7 +387,11 @@ def hyper(
 
 
 def _hyper_weights(stage, number, state, dynamic):
-    """Weights of reading a stream, of a stream in another one, and of the new output in it."""
+    """(read, mix, write): the weights of one layer.
+
+    `read[s]` is the weight of stream s in what the layer reads, `mix[t][s]` that of stream s in the
+    new stream t, and `write[t]` that of the layer's output in the new stream t.
+    """
     streams, channels = len(state), state[0].shape[-1]
     start = np.eye(streams)
     read = list(stage.weights(f"read{number}", start[(number - 1) % streams]))

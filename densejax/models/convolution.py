@@ -18,11 +18,11 @@ from densejax.models.sharding import EXAMPLES, WHOLE, by_device
 
 Params = dict[str, jax.Array]  # "kernel", and "bias" where the convolution has one
 
-# With so few input channels, as an image has, or so many pixels, XLA:CPU computes a kernel's
-# gradient slowly: at 56x56, with 128 channels, at a fifth of the speed of the forward pass.
+# XLA:CPU is slow at the gradient of a kernel with so few input channels, such as an image's, or
+# with so many pixels: at 56x56 with 128 channels it has a fifth of the forward pass's speed.
 FEW_CHANNELS = 4
 MANY_PIXELS = 16 * 16
-# The kernel's gradient of a depthwise convolution adds up products of so many rows in one loop.
+# The kernel's gradient of a depthwise convolution takes at most so many rows per loop iteration.
 ROWS_AT_ONCE = 56
 
 
@@ -31,14 +31,16 @@ class Plan:
     """How convolutions and dense blocks are computed on a platform; results differ by rounding.
 
     Attributes:
-      piece_bytes: a batch is computed in pieces whose widest array has about so many bytes.
-      products: whether narrow 3x3 convolutions are matrix products and sums of shifted results.
+      piece_bytes: a batch is computed in pieces; the widest array of a piece has about so many
+        bytes.
+      products: whether narrow 3x3 convolutions are computed as matrix products, whose results are
+        shifted and added up.
       new_gradients: whether the backward pass of a dense block makes a new gradient for each layer,
-        of the channels that are still needed; else it updates one buffer in place.
-      batch_multiple: in a dense block the batch is the fastest axis in memory where its size is a
+        of only those channels that are still needed; otherwise it updates one buffer in place.
+      batch_multiple: in a dense block the batch is the fastest axis in memory if its size is a
         multiple of this number; 0: never.
-      channels_first: while a dense block trains, all pixels of a channel lie together in memory;
-        its 3x3 convolutions, for which cuDNN would want another layout, are such products, too.
+      channels_first: whether all pixels of a channel lie together in memory while a dense block
+        trains. Its 3x3 convolutions are then such products, too: cuDNN would want another layout.
     """
 
     piece_bytes: float = float("inf")
@@ -59,16 +61,16 @@ class Plan:
 
 PLANS = {
     "cpu": Plan(piece_bytes=2e6, products=True),
-    # With a new gradient for each layer, XLA:TPU adds to the gradient and sums it for BatchNorm in
-    # the kernel of the product that makes it, instead of writing it and reading it again. It can
-    # where product and features have the same layout; without `batch_multiple` XLA takes another
-    # one after a transition. With 128 images, the step of DenseNet-BC-100 then reads and writes
-    # 10.7 GiB on a v5e instead of 12.1.
+    # With a new gradient for each layer, one kernel of XLA:TPU computes the product, adds it to the
+    # gradient and sums the gradient for BatchNorm. Otherwise XLA would write the gradient and read
+    # it again. One kernel is possible if the product and the features have the same layout; without
+    # `batch_multiple`, XLA chooses another layout after a transition. With 128 images, the step of
+    # DenseNet-BC-100 then reads and writes 10.7 GiB on a v5e instead of 12.1.
     "tpu": Plan(new_gradients=True, batch_multiple=128),
-    # Statistics, and sums for BatchNorm's gradients, are then sums along rows, at which XLA:GPU is
-    # good. DenseNet-BC-100's step with 256 images took 16.0 ms on an H100 instead of 24.7, with the
-    # layout alone 21.3, with products alone 24.3. All were timed without the barrier after each
-    # layer that in_place.py has for this plan.
+    # In this layout, statistics and the sums for BatchNorm's gradients are sums along rows, which
+    # XLA:GPU computes fast. DenseNet-BC-100's step with 256 images took 16.0 ms on an H100 instead
+    # of 24.7 ms; with the layout alone it took 21.3 ms, with products alone 24.3 ms. All were timed
+    # without the barrier that in_place.py has after each layer for this plan.
     "cuda": Plan(new_gradients=True, channels_first=True),
     "default": Plan(),
 }
@@ -79,7 +81,7 @@ _platform = contextvars.ContextVar("platform", default="")
 
 @contextlib.contextmanager
 def tracing_for(platform: str) -> Iterator[None]:
-    """Functions that are traced inside of it are for this platform ("cpu", "tpu", ...) alone."""
+    """Within its context, functions are traced for this platform ("cpu", "tpu", ...) alone."""
     token = _platform.set(platform)
     try:
         yield
@@ -102,7 +104,7 @@ class Convolution(nn.Module):
     """A convolution with nn.Conv's parameters and PyTorch's padding: half the kernel on every side.
 
     At stride 2, flax's "SAME" would shift the image by one pixel. A kernel of even size reads
-    patches: it has no padding. With `groups`, output i of n reads the inputs of its group alone.
+    patches: it has no padding. With `groups`, an output reads only the inputs of its own group.
     """
 
     features: int
@@ -139,20 +141,20 @@ class Convolution(nn.Module):
 
 
 def divisor(number: int, most: float) -> int:
-    """The largest divisor that is at most so large, or 1."""
+    """The largest divisor of `number` that is at most `most`, or 1."""
     return max((n for n in range(1, number + 1) if n <= most and number % n == 0), default=1)
 
 
 def fold(params: Params, slope: jax.Array, shift: jax.Array) -> Params:
-    """Parameters of a convolution whose result is slope * y + shift of the given one's y."""
+    """Parameters of the convolution that gives slope * y + shift where the given one gives y."""
     bias = shift + params["bias"] * slope if "bias" in params else shift
     return {"kernel": params["kernel"] * per_channel(slope), "bias": bias}
 
 
 def pointwise(x: jax.Array, params: Params) -> jax.Array:
-    """A 1x1 convolution as the matrix product it is.
+    """A 1x1 convolution, computed as a matrix product.
 
-    XLA fuses what comes before and after into a product, which it does not for a convolution.
+    XLA fuses the operations before and after it into a product, but not into a convolution.
     """
     y = _rows(x) @ params["kernel"][0, 0].astype(x.dtype)
     return _biased(y.reshape(*x.shape[:-1], y.shape[-1]), params)
@@ -178,7 +180,7 @@ def arrange_kernel(params: Params, plan: Plan) -> Params:
 
 
 def restore_kernel(gradient: Params, plan: Plan) -> Params:
-    """The gradient of a 3x3 convolution's parameters, from that in `arrange_kernel`'s form."""
+    """Undoes `arrange_kernel` for the gradient of a 3x3 convolution's parameters."""
     kernel = gradient["kernel"]
     if plan.products or plan.channels_first:
         kernel = kernel.reshape(kernel.shape[0], 3, 3, -1).transpose(1, 2, 0, 3)
@@ -195,8 +197,8 @@ def conv3x3(x: jax.Array, params: Params) -> jax.Array:
         return _biased(_conv(x, kernel), params)
     _, height, width, _ = x.shape
     n = kernel.shape[-1] // 9
-    # One product gives what each of the kernel's nine weights gives at each pixel; these nine
-    # results are shifted to where they belong and added up.
+    # One product applies each of the kernel's nine weights to each pixel. The nine results are
+    # shifted to their places and added up.
     results = (_rows(x) @ kernel).reshape(*x.shape[:-1], 9 * n)
     results = jnp.pad(results, ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifted = [
@@ -212,12 +214,14 @@ def conv3x3_backward(x: jax.Array, dy: jax.Array, params: Params) -> tuple[jax.A
     kernel = params["kernel"].astype(x.dtype)
     if kernel.ndim == 4:
         # In bfloat16 the kernel's gradient is rounded to bfloat16, as in any flax network. For a
-        # float32 result XLA:GPU would convert the operands: DenseNet-BC-100's step moves 4 % more.
+        # float32 result XLA:GPU would convert the operands, and DenseNet-BC-100's step would move
+        # 4 % more data.
         dx, dkernel = jax.vjp(_conv, x, kernel)[1](dy)
         return dx, {"kernel": dkernel.astype(params["kernel"].dtype)} | _bias_gradient(dy, params)
     _, height, width, _ = x.shape
     padded = jnp.pad(dy, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    # The nine shifts of the output's gradient, which is narrow: both gradients are products of it.
+    # The output's gradient is narrow, so nine shifted copies of it are small. Both gradients are
+    # products with these copies.
     columns = jnp.concatenate(
         [
             padded[:, 2 - i : 2 - i + height, 2 - j : 2 - j + width]
@@ -247,7 +251,7 @@ def _is_slow(x):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product_conv(x, kernel, stride, padding):
-    """`_conv`, but its kernel's gradient is computed in products where a plan wants so."""
+    """`_conv`, but products give its kernel's gradient if a plan says so."""
     return _conv(x, kernel, stride, padding)
 
 
@@ -272,7 +276,7 @@ _product_conv.defvjp(_product_conv_forward, _product_conv_backward)
 
 
 def _over_devices(gradient, x, dy, *settings):
-    """The gradient of a kernel as the sum of what each device makes of its share of x and dy."""
+    """The gradient of a kernel: the sum of each device's gradient for its share of x and dy."""
 
     def on_one(axes, x, dy):
         return sum_over(gradient(x, dy, *settings), axes)
@@ -283,9 +287,9 @@ def _over_devices(gradient, x, dy, *settings):
 def _kernel_gradient(x, dy, plan, shape, stride, padding):
     """The gradient, at least float32, of the kernel of a convolution.
 
-    At first the stride becomes 1: the pixels of each square of stride x stride become channels.
-    Then the gradient is a sum of matrix products. DenseNet-121's stem takes half of the time of
-    XLA's convolution.
+    First the pixels of each square of stride x stride become channels, so that the stride becomes
+    1. Then the gradient is a sum of matrix products. For DenseNet-121's stem this takes half of the
+    time of XLA's convolution.
     """
     batch, rows, columns, _ = dy.shape
     steps = [-(-size // stride) for size in shape[:2]]
@@ -319,7 +323,7 @@ def _kernel_gradient(x, dy, plan, shape, stride, padding):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _depthwise(x, kernel, stride, padding):
-    """A convolution of each channel by itself: a sum of shifted products where a plan wants so.
+    """A convolution of each channel by itself: a sum of shifted products if a plan says so.
 
     XLA:CPU's own convolution takes 10 to 30 times as long, backward and forward.
     """
@@ -341,7 +345,8 @@ def _depthwise_backward(stride, padding, saved, dy):
         if not (plan.products and len(x)):
             groups = x.shape[-1]
             return jax.vjp(lambda *x: _conv(*x, stride, padding, groups), x, kernel)[1](dy)
-        # The transposed convolution: zeros between the pixels of dy, and the kernel turned round.
+        # The transposed convolution: zeros between the pixels of dy, and the kernel turned by 180
+        # degrees.
         margins = []
         for axis, (low, _) in enumerate(padding):
             before = kernel.shape[axis] - 1 - low
@@ -379,8 +384,9 @@ def _sum_of_shifts(x, kernel, stride):
 def _depthwise_kernel_gradient(x, dy, shape, stride):
     """The gradient, at least float32, of the kernel of a depthwise convolution without padding.
 
-    Products are added up over rows of an image, for all rows of the kernel at once; the image's
-    columns and channels stay, along which the processor's vectors run, and are summed last.
+    Products are added up over the rows of an image, for all rows of the kernel at once. The image's
+    columns and channels are kept apart, since the processor's vectors run along them; the columns
+    are summed last.
     """
     batch, rows, columns, channels = dy.shape
     part = divisor(rows, ROWS_AT_ONCE)

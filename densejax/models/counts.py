@@ -16,7 +16,7 @@ from densejax import models
 from densejax.models.connections import Graph
 from densejax.models.convolution import tracing_for
 
-# A trace for one platform: else it has a branch for each, and all of them would be counted.
+# Trace for one platform: a trace for all has a branch for each, and all of them would be counted.
 PLATFORM = "default"
 
 
@@ -38,9 +38,9 @@ def multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:
 def memory_access_cost(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
     """Values that a network's convolutions read and write for one image, weights included.
 
-    This is MAC of Lee et al., arXiv:1904.09730, section 2.2: the sum of h w (c_in + c_out) +
-    k^2 c_in c_out, where at stride 2 inputs and outputs each count at their size. It is without the
-    classifier.
+    This is the MAC of Lee et al., arXiv:1904.09730, section 2.2: the sum of h w (c_in + c_out) +
+    k^2 c_in c_out. At stride 2, inputs and outputs each count with their own size. The classifier
+    is left out.
     """
     return _by_scope(_trace(model.clone(num_classes=0), image_shape)[1], _values).total()
 
@@ -58,13 +58,13 @@ def convolution_inputs(model: nn.Module, image_shape: tuple[int, int, int]) -> i
 class Connections:
     """How much the layers of a network are connected.
 
-    A path leads from the network's input to its output along connections; it is as long as the
-    layers that it passes in blocks. Stems, transitions and classifiers are not counted.
+    A path leads from the network's input to its output along connections. Its length is the number
+    of layers in blocks that it passes. Stems, transitions and classifiers are not counted.
 
     Attributes:
-      edges: outputs that layers and the ends of blocks read, one for each reader.
+      edges: outputs that layers and the ends of blocks read; an output counts once for each reader.
       longest_path: the most layers on a path.
-      mean_path: layers on the mean of all paths.
+      mean_path: the mean number of layers, over all paths.
     """
 
     edges: int
@@ -73,7 +73,7 @@ class Connections:
 
 
 def connections(graphs: Iterable[Graph]) -> Connections:
-    """Counts of blocks that follow each other."""
+    """Counts the connections and paths of blocks that follow each other."""
     edges, lengths = 0, [1]  # lengths[n]: paths of n layers
     for graph in graphs:
         edges += len(graph.emits) + sum(map(len, graph.reads))
@@ -93,7 +93,7 @@ def _sum(arrays):
 
 
 def _trace(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[Any, Any]:
-    """(shapes of the variables, jaxpr of the forward pass on one image), as the paper writes it."""
+    """(shapes of the variables, jaxpr of the forward pass on one image), in the paper's form."""
     model, image = models.reference(model), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     # One trace for both: drawing the variables takes no convolution and no product.
     trace = jax.make_jaxpr(model.init_with_output, return_shape=True)
@@ -183,8 +183,8 @@ def layers(model: nn.Module, image_shape: tuple[int, int, int], depth: int = 2) 
 def recomputed(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
     """Multiply-adds of one image that the backward pass of a network computes again.
 
-    With `recompute` "layer" it is the 1x1 of every bottleneck, since the output of a layer's last
-    convolution is not needed for its gradients; with "block" every convolution of the dense blocks.
+    With `recompute` "layer" this is the 1x1 of every bottleneck: gradients do not need the output
+    of a layer's last convolution. With "block" it is every convolution of the dense blocks.
     """
     wanted = {"layer": "conv1", "block": "conv"}.get(getattr(model, "recompute", "none"))
     if wanted is None or (wanted == "conv1" and not model.bottleneck):
@@ -196,8 +196,8 @@ def recomputed(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
 def pooled_first(model: nn.Module, image_shape: tuple[int, int, int], trains: bool) -> int:
     """Multiply-adds of one image that the forward pass of a DenseNet saves by pooling first.
 
-    With in-place blocks a transition pools before its 1x1 convolution, which gives the same result
-    without dropout.
+    With in-place blocks a transition pools before its 1x1 convolution. Without dropout the result
+    is the same.
     """
     if getattr(model, "block", None) != "in_place" or (trains and model.dropout_rate):
         return 0

@@ -37,7 +37,7 @@ class DenseLayer(nn.Module):
 
     @nn.compact
     def __call__(self, *features: jax.Array) -> jax.Array:
-        """Maps features [batch, height, width, channels] of each to `growth_rate` new maps."""
+        """Makes `growth_rate` new maps from several features [batch, height, width, channels]."""
         conv, norm, dropout = self.layers.conv, self.layers.norm, self.layers.dropout
         x = nn.relu(norm(name="norm1")(jnp.concatenate(features, axis=-1)))
         if self.bottleneck_width:
@@ -53,18 +53,19 @@ class DenseLayer(nn.Module):
 class DenseBlock(nn.Module):
     """Layers that each read the feature maps of all layers before them (paper, section 3).
 
-    With another `connect`, they read those that its pattern says.
+    With another `connect`, they read what its pattern says.
 
-    A linen module as any other, with variables "layer1/norm1", "layer1/conv1", ... in "params" and
-    "batch_stats". `nn.remat` takes `static_argnums=(2,)`, as for every module with a `train`.
+    It is an ordinary linen module, with the variables "layer1/norm1", "layer1/conv1", ... in
+    "params" and "batch_stats". `nn.remat` needs `static_argnums=(2,)`, as for every module with an
+    argument `train`.
 
     Attributes:
       depth: number of layers.
-      growth_rate: k in the paper, feature maps that a layer adds; "hardnet" multiplies it.
+      growth_rate: k in the paper: the feature maps that a layer adds; "hardnet" multiplies it.
       bottleneck: a 1x1 convolution before each 3x3.
       bottleneck_width: output width of that 1x1 in growth rates.
       dropout_rate: after every convolution.
-      survival: probability of stochastic depth, or one for each layer.
+      survival: probability that stochastic depth keeps a layer; one for all, or one for each.
       convolution_bias: convolutions add a bias.
       batch_norm_epsilon: added to the variance.
       connect: what each layer reads and the block emits, as densejax.models.connections.graph
@@ -74,7 +75,7 @@ class DenseBlock(nn.Module):
       recompute: what the backward pass computes again to save memory, a name in RECOMPUTE.
       dtype: precision of the computation; variables are float32.
       batch_norm_axis: mapped axis (or axes) that batch statistics are averaged over.
-      frozen: with "batch_norm", norms take their running statistics in training, too; the block is
+      frozen: with "batch_norm" in it, norms use running statistics in training, too; the block is
         then computed in the paper's form.
     """
 
@@ -103,15 +104,15 @@ class DenseBlock(nn.Module):
     ) -> Any:
         """Maps x [batch, height, width, c] to the outputs that the block emits, concatenated.
 
-        Those of a dense block have c + depth * growth_rate channels, x first.
+        A dense block gives c + depth * growth_rate channels, and those of x come first.
 
         Args:
           x: features.
-          train: batch statistics, dropout and stochastic depth; updates "batch_stats".
+          train: use batch statistics, dropout and stochastic depth, and update "batch_stats".
           keys: one random key per example, for dropout and stochastic depth; None: they are drawn
             from the module's random stream "dropout", as nn.Dropout does.
-          return_statistics: return (features, their PrecomputedStatistics for the norm that
-            follows, or None where they are not known), and not the features alone.
+          return_statistics: return (features, statistics) instead of the features alone. The
+            statistics are PrecomputedStatistics for the norm that follows; None: not known.
         """
         survivals = _survivals(self)
         graph = connections.graph(self.connect, self.depth, self.growth_rate)
@@ -128,7 +129,7 @@ class DenseBlock(nn.Module):
 
 
 def _survivals(block: DenseBlock) -> tuple[float, ...]:
-    """The probability of stochastic depth of each layer; UserError for fields of no block."""
+    """The probability that stochastic depth keeps each layer; UserError for wrong fields."""
     require = functools.partial(layers.require, block, owner="DenseBlock")
     require("depth", block.depth >= 1, "must be at least 1")
     require("growth_rate", block.growth_rate >= 1, "must be at least 1")
@@ -146,7 +147,7 @@ def _names(block: DenseBlock) -> list[str]:
 
 
 def _concatenate(block, graph: Graph, builder, survivals, x) -> jax.Array:
-    """The block's features as the paper writes them."""
+    """The block's features, computed in the paper's form."""
     layer, policy = DenseLayer, None
     if block.recompute == "norm":
         policy = jax.checkpoint_policies.save_only_these_names("convolution")
@@ -166,7 +167,7 @@ def _compute_in_place(
     block, graph: Graph, builder, survivals, x
 ) -> tuple[jax.Array, PrecomputedStatistics | None]:
     """The block's features and, in training, their statistics (densejax.models.in_place)."""
-    # Gradients by hand are dictionaries; the user's variables may be frozen ones.
+    # Hand-written gradients are plain dictionaries; the user's variables may be frozen ones.
     variables, names = unfreeze(block.variables), _names(block)
     params = [variables["params"][name] for name in names]
     running = [variables["batch_stats"][name] for name in names]

@@ -19,7 +19,7 @@ from densejax.models.pooling import average_pool
 RECOMPUTE = dense_block.RECOMPUTE | {
     "block": "all but each block's input, through the transition or norm that follows it"
 }
-# Fields that every block has as the network has them.
+# Fields that every block has, with the network's values.
 OF_BLOCKS = ("bottleneck", "bottleneck_width", "dropout_rate", "convolution_bias")
 OF_BLOCKS += ("batch_norm_epsilon", "block", "dtype", "batch_norm_axis", "frozen")
 
@@ -211,7 +211,8 @@ class DenseNet(nn.Module):
 def _stage(builder: Layers, index: int, network: DenseNet, x: jax.Array):
     """(features by name, the next stage's input): a block, and what follows it.
 
-    `recompute = "block"` computes both again: the gradient of what follows reads the features.
+    `recompute = "block"` computes both again, since the gradient of what follows reads the
+    block's features.
     """
     depths, before = network.block_depths(), sum(network.block_depths()[:index])
     survivals = layers.survival_probabilities(network.survival, sum(depths))

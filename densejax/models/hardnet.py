@@ -1,8 +1,8 @@
 """HarDNet: harmonic dense connections, joined by a 1x1 (Chao et al., ICCV 2019, arXiv:1909.00948).
 
-A block's layers read what a pattern of densejax.models.connections says. Unlike DenseNet's, a
-layer's norm and activation follow its convolution. The authors' dropout within HarDNet-85 is not
-here, and kernels start as those of the other networks.
+A block's layers read what a pattern of densejax.models.connections says. Unlike in DenseNet, a
+layer's norm and activation follow its convolution. Two things differ from the authors' code: the
+dropout inside HarDNet-85 is left out, and kernels are initialised as in the other networks here.
 """
 
 from typing import Any
@@ -136,8 +136,8 @@ class HarDNet(nn.Module):
     ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
         """Classifies images, as densejax.models says; the keys are for dropout.
 
-        Features: "stem", "block1", "block2", ... (after the 1x1), the last of them again, halved
-        where it is ("final"), and pooling ("pooled").
+        Features: "stem"; "block1", "block2", ..., each after its 1x1; "final", the last block's,
+        halved if `downsampling` has that block; and pooling ("pooled").
         """
         builder = Layers.of(self, train, keys, image)
 

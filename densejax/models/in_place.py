@@ -5,17 +5,17 @@ keeps all of these concatenations, so that the memory of a dense block grows wit
 depth. Here it grows linearly, and every feature map is stored once:
 
 - One buffer. `features` holds the block's input and then all maps of its layers. A layer reads the
-  channels of the outputs that its graph names: ranges, where neighbours are one range. All that a
-  layer of a dense block reads is one range.
+  channels of the outputs that its graph names, as ranges: neighbouring outputs form one range. All
+  that a layer of a dense block reads is one range.
 - Each map's statistics once. Mean and variance over the batch are the same for every layer that
   reads a map, so they are computed when the map is written.
-- The backward pass walks the layers in reverse. `d_features` is the gradient of `features`; a layer
-  adds its part to the channels that it read. When the walk comes to a layer, all of its readers
-  have done so, and the gradient of its own maps is complete but for the path through their
-  statistics. That path is summed up too, as two numbers for each channel (`d_stats`), and is added
-  to the map's gradient at this moment, once for all readers.
-- Norms are computed again. The forward pass keeps `features`, the statistics and what the 1x1
-  convolutions give (`hidden`), but nothing that a norm, ReLU or dropout gives.
+- The backward pass takes the layers in reverse order. `d_features` is the gradient of `features`; a
+  layer adds its part to the channels that it read. When the pass comes to a layer, all readers of
+  this layer have added their parts. The gradient of its maps then lacks only the path through their
+  statistics. That path is summed up too, as two numbers for each channel (`d_stats`). It is added
+  to the gradient of the maps at this moment, once for all readers.
+- Norms are computed again. The forward pass keeps `features`, the statistics and the outputs of the
+  1x1 convolutions (`hidden`). It keeps no output of a norm, ReLU or dropout.
 
 A layer is norm1-ReLU-conv1, or with a bottleneck norm1-ReLU-conv1-norm2-ReLU-conv2, where `hidden`
 is the output of conv1. `d_x` always means the gradient of x. On a CPU a batch goes through a layer
@@ -75,10 +75,11 @@ class Settings:
       graph: what each layer reads and the block emits.
       epsilon: added to BatchNorm's variance.
       axis: mapped axis or axes that batch statistics are averaged over; None: none.
-      dropout_rate: of elements after every convolution.
-      seeds: of each layer: those of its first and last dropout and of its stochastic depth.
-      survivals: of each layer: the probability that an example keeps its new maps.
-      keep_hidden: keep what the 1x1 convolutions give; else the backward pass computes it again.
+      dropout_rate: share of the elements that are dropped after every convolution.
+      seeds: for each layer, those of its first and last dropout and of its stochastic depth.
+      survivals: for each layer, the probability that an example keeps its new maps.
+      keep_hidden: keep the outputs of the 1x1 convolutions; otherwise the backward pass computes
+        them again.
     """
 
     graph: Graph
@@ -103,10 +104,10 @@ def evaluate(
     Args:
       graph: what each layer reads and the block emits.
       epsilon: added to BatchNorm's variance.
-      survivals: of each layer: what its new maps are scaled by.
+      survivals: for each layer, the factor that scales its new maps.
       x: [batch, height, width, channels], in the precision of the computation.
-      layers: float32, of each layer.
-      running: its statistics, {"norm1": {"mean", "var"}, ...}.
+      layers: the parameters of each layer, float32.
+      running: the running statistics of each layer, {"norm1": {"mean", "var"}, ...}.
     """
 
     def compute(plan, x, layers, running):
@@ -153,18 +154,19 @@ def train(
     Args:
       settings: what is fixed.
       x: [batch, height, width, channels], in the precision of the computation.
-      layers: float32, of each layer.
+      layers: the parameters of each layer, float32.
       keys: uint32 [batch, 2], one random key per example; None where nothing is random.
 
     Returns:
-      The outputs that the block emits; their statistics; those of each layer's norms, by name.
+      The outputs that the block emits; the statistics of these outputs; and, for each layer, the
+      statistics of its norms by name.
     """
 
     def on_one(axes, x, layers, keys):
         own = dataclasses.replace(settings, axis=axes or settings.axis)
         features, stats, norms = _train(own, x, varying_like(x, layers), keys)
-        # Outside there is one gradient of them; the mean's is each device's part of it, and the
-        # backward pass adds these parts up.
+        # Outside, these statistics have one gradient. The mean gives each device its part of this
+        # gradient, and the backward pass adds the parts up.
         return features, stats._replace(batch=mean_over(stats.batch, axes)), norms
 
     if settings.axis is not None:
@@ -188,8 +190,8 @@ def _train_forward(settings, x, layers, keys):
         {"norm1": _statistics_of(stats, read), "norm2": of_hidden}
         for read, of_hidden in zip(reads, hidden_stats, strict=True)
     ]
-    # Gradients flow through the first of the two, and are then each device's own: the backward
-    # pass adds them up.
+    # Gradients flow only through the first of the two. Each device has its own gradient there, and
+    # the backward pass adds them up.
     both = PrecomputedStatistics(varying_like(features, emitted), emitted)
     saved = features, stats, hidden, hidden_stats, layers, keys
     return (_select(features, emits), both, norms), saved
@@ -233,7 +235,7 @@ class _Layer:
         return stochastic_depth(x, self.settings.survivals[self.index], survival, keys)
 
     def hidden(self, features: jax.Array, stats: Statistics, after: jax.Array) -> jax.Array:
-        """The output of the 1x1 convolution; no memory is taken for it before `after` is there."""
+        """The output of the 1x1 convolution; it takes no memory before `after` is computed."""
         output = _unset(after, self.params["conv1"]["kernel"].shape[-1])
 
         def part(piece, _):
@@ -245,7 +247,7 @@ class _Layer:
     def write(self, features: jax.Array, hidden: jax.Array | None, stats: Statistics) -> jax.Array:
         """Features with the new maps, made from `hidden` or, without a bottleneck, from features.
 
-        `stats` are of what they are made from.
+        `stats` are the statistics of the array that the maps are made from.
         """
         number = 1 if hidden is None else 2
         conv = arrange_kernel(self.params[_last_conv(self.params)], self.plan)
@@ -258,7 +260,7 @@ class _Layer:
         return _in_pieces(self.plan, features, part, (), features, (self.new,))[1]
 
     def backward_conv2(self, hidden, stats, d_new, output):
-        """From the new maps' gradient: those of norm2 and conv2, and that before norm2's ReLU."""
+        """(gradients of norm2 and conv2, that before norm2's ReLU), from that of the new maps."""
         conv = arrange_kernel(self.params["conv2"], self.plan)
 
         def part(piece, _):
@@ -274,7 +276,7 @@ class _Layer:
         return {"norm2": d_norm, "conv2": restore_kernel(d_conv, self.plan)}, dz
 
     def backward_norm2(self, hidden, stats, d_norm):
-        """A function of pieces of `hidden` and of norm2's gradient: the gradient of that piece."""
+        """A function from a piece of `hidden` and of norm2's gradient to the piece's gradient."""
         rate = lax.rsqrt(stats.variance + self.settings.epsilon)
         slope = per_channel(self.params["norm2"]["scale"] * rate)
         sums = jnp.stack([d_norm["bias"], d_norm["scale"] * rate])
@@ -289,9 +291,9 @@ class _Layer:
         return backward
 
     def backward_conv1(self, features, stats, dy, d_features, d_stats, backward_norm2, hidden):
-        """Gradients of norm1 and conv1, `d_features` and `d_stats` with this layer's part added.
+        """(gradients of norm1 and conv1, `d_features`, `d_stats`), with this layer's part added.
 
-        dy is the gradient of the new maps or, with a bottleneck, that before norm2's ReLU.
+        dy is the gradient of the new maps or, with a bottleneck, the gradient before norm2's ReLU.
         """
         conv = self.params["conv1"]
         if hidden is None:
@@ -397,7 +399,7 @@ def _backward(settings: Settings, plan: Plan, saved, d_features, d_stats):
             features, stats_read, dy, d_features, d_stats, backward_norm2, hidden
         )
         d_layer = d_conv2 | d_conv1
-        if plan.channels_first:  # XLA:GPU would keep what this layer made until the end
+        if plan.channels_first:  # without it XLA:GPU would keep this layer's arrays until the end
             d_features, d_stats, d_layer = lax.optimization_barrier((d_features, d_stats, d_layer))
         d_layers.append(d_layer)
     return complete_gradient(slice(0, first)), d_layers[::-1]
@@ -409,7 +411,7 @@ def _with_room(x, graph):
 
 
 def _ranges(graph: Graph, channels: int) -> tuple[list[Ranges], Ranges]:
-    """(what each layer reads, what the block emits) of a buffer whose input has so many channels.
+    """(what each layer reads, what the block emits) in the buffer; the input has `channels`.
 
     Outputs that follow each other in the buffer are one range.
     """
@@ -459,7 +461,7 @@ def _last_conv(params):
 
 
 def _pixels(settings, x):
-    """The pixels that a batch statistic is taken over, on all devices."""
+    """The number of pixels that a batch statistic is taken over, on all devices."""
     pixels = jnp.full((), x.size // x.shape[-1], at_least_float32(x).dtype)
     return sum_over(pixels, settings.axis)
 
@@ -469,7 +471,7 @@ def _zeros(conv, norm):
 
 
 def _unset(x, channels):
-    """An array whose values do not matter, since it is written; it is made after x."""
+    """An array whose values do not matter, since all are overwritten; it is made after x."""
     return jnp.broadcast_to(x[:1, :1, :1, :1], (*x.shape[:3], channels))
 
 
@@ -479,11 +481,11 @@ def _in_pieces(plan: Plan, features, function, sums, output, written: Ranges = (
     Args:
       plan: says how many bytes of `features` a piece has.
       features: [batch, height, width, channels].
-      function: (piece, output) -> (terms, new channels of the output). `piece(array, ranges)` is
-        the part of an array [batch, ...] that is the function's turn, some channels of it or all.
+      function: (piece, output) -> (terms, new channels of the output). `piece(array, ranges)` gives
+        the current examples of an array [batch, ...], with the channels in `ranges` or with all.
       sums: what the terms of all pieces are added to.
       output: [batch, height, width, channels], updated in place.
-      written: the channels of the output that are written; (): all.
+      written: the ranges of channels of the output that are written; (): all.
 
     Returns:
       The sums over all pieces, and the output.
@@ -517,10 +519,10 @@ def _in_pieces(plan: Plan, features, function, sums, output, written: Ranges = (
 
 
 def _piece_size(plan, features):
-    """The examples of a piece: a divisor of the batch."""
+    """The number of examples in a piece: a divisor of the batch size."""
     batch = features.shape[0]
-    # An exported program may leave the batch open; it may be empty.
+    # An exported program may leave the batch size open, and a batch may be empty.
     if plan.piece_bytes == math.inf or not isinstance(batch, int) or not batch:
         return batch
-    # Two pieces at least: outside of a loop XLA:CPU copies the output of each layer.
+    # At least two pieces, to have a loop: outside of one XLA:CPU copies the output of each layer.
     return divisor(batch, min(batch / 2, plan.piece_bytes / features.nbytes * batch))

@@ -23,10 +23,10 @@ fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """Builds the layers of a network for one forward pass, all by the same settings.
+    """Builds the layers of a network for one forward pass, all with the same settings.
 
     Attributes:
-      train: batch statistics, dropout and stochastic depth if true; running statistics if false.
+      train: use batch statistics, dropout and stochastic depth; false: use running statistics.
       dtype: precision of the computation; parameters and statistics stay float32.
       batch_norm_axis: mapped axis (or axes) over which BatchNorm averages its statistics; None:
         this replica's examples only.
@@ -50,7 +50,7 @@ class Layers:
 
     @classmethod
     def of(cls, module: nn.Module, train: bool, keys: jax.Array | None, images: jax.Array):
-        """The settings that a module has among its fields, by the same names."""
+        """Takes the settings from the fields of a module that have the same names."""
         names = {field.name for field in dataclasses.fields(cls)} - {"train", "keys"}
         settings = {name: getattr(module, name) for name in names if hasattr(module, name)}
         return cls(train=train, keys=raw_keys(keys, images), **settings)
@@ -68,7 +68,7 @@ class Layers:
         name: str | None = None,
         groups: int = 1,
     ) -> Convolution:
-        """A convolution with a kernel of (height, width), in so many groups of channels."""
+        """A convolution with a kernel of `size` (height, width), in `groups` of channels."""
         settings = (self.convolution_bias, self.dtype, self.kernel_init, groups)
         return Convolution(features, size, strides, *settings, name=name)
 
@@ -106,12 +106,12 @@ def belongs(path: str, part: str) -> bool:
 
 
 def survival_probabilities(last: float, number: int) -> tuple[float, ...]:
-    """p_l = 1 - l / L (1 - p_L) of each of so many layers: stochastic depth's linear rule."""
+    """p_l = 1 - l / L (1 - p_L) for l = 1 to L = `number`: stochastic depth's linear rule."""
     return tuple(1 - index / number * (1 - last) for index in range(1, number + 1))
 
 
 def require(module: nn.Module, field: str, holds: bool, what: str, owner: str = "model") -> None:
-    """Raises UserError about a field of a module unless a condition holds; `what` is wanted."""
+    """Raises UserError about a module's field unless a condition holds; `what` says the rule."""
     if not holds:
         raise UserError(f"{owner}.{field} = {getattr(module, field)!r}: {what}")
 
@@ -124,14 +124,14 @@ def require_choices(module: nn.Module, owner: str = "model", **allowed: Iterable
 
 
 def require_positive(network: nn.Module, field: str, number: int) -> None:
-    """Raises UserError unless a field of a network is so many positive integers."""
+    """Raises UserError unless a field of a network has `number` positive integers."""
     value = getattr(network, field)
     holds = len(value) == number and all(isinstance(n, int) and n > 0 for n in value)
     require(network, field, holds, f"give {number} positive integers")
 
 
 def require_rising(network: nn.Module, field: str, first: int, last: int) -> None:
-    """Raises UserError unless a field is rising numbers of the parts `first` to `last`."""
+    """Raises UserError unless a field has numbers from `first` to `last`, in rising order."""
     value = getattr(network, field)
     holds = list(value) == sorted(set(value)) and set(value) <= set(range(first, last + 1))
     require(network, field, holds, f"give numbers from {first} to {last}, in rising order")
@@ -170,7 +170,7 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Multiplies x [batch, height, width, channels] by gates, of which its mean decides."""
+        """Multiplies x [batch, height, width, channels] by gates computed from its mean."""
         mean = at_least_float32(x).mean((1, 2), keepdims=True)
         biased = dataclasses.replace(self.layers, convolution_bias=True)
         return x * nn.hard_sigmoid(biased.conv(x.shape[-1], (1, 1), name="conv")(mean))
@@ -180,9 +180,9 @@ STEMS = {"cifar": CifarStem, "imagenet": ImageNetStem}
 
 
 class Head(nn.Module):
-    """Global average pooling and the linear classifier; logits are float32, None of 0 classes.
+    """Global average pooling and the linear classifier; logits are float32, or None for 0 classes.
 
-    With a `norm_epsilon` there is a LayerNorm between them, with `layers` their dropout.
+    With a `norm_epsilon`, a LayerNorm stands between the two; with `layers`, also dropout.
     """
 
     num_classes: int

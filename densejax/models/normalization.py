@@ -23,8 +23,8 @@ class PrecomputedStatistics(NamedTuple):
 
     Attributes:
       batch: what the norm uses; gradients flow through it.
-      running: the same numbers, for the running statistics: JAX knows of these that they are equal
-        on all devices.
+      running: the same numbers, for the running statistics; JAX knows that these are equal on all
+        devices.
     """
 
     batch: Statistics
@@ -32,7 +32,7 @@ class PrecomputedStatistics(NamedTuple):
 
 
 def per_channel(values: jax.Array) -> jax.Array:
-    """Values [channels] as [1, 1, 1, channels]: JAX may be set to refuse arrays of other ranks."""
+    """Values [channels] as [1, 1, 1, channels], since JAX may be set to refuse mixed ranks."""
     return values[None, None, None]
 
 
@@ -72,16 +72,17 @@ _mean_square.defvjp(_mean_square_forward, _mean_square_backward)
 
 
 def _read_again(x):
-    """x, for a backward pass. Else XLA would keep x - mean of the forward pass and read that."""
+    """x, read anew in a backward pass. Otherwise XLA would keep x - mean of the forward pass."""
     return lax.optimization_barrier(x)
 
 
 def varying_like(x: jax.Array, tree: Any) -> Any:
     """The arrays of a tree, marked as different on each device wherever x is.
 
-    `jax.shard_map` tracks which arrays may differ between devices. A gradient by hand is each
-    device's own, so JAX expects the same of what it is the gradient of. Adding a zero of x works
-    under `jax.pmap`, too. x must be marked with at least the axes of the tree.
+    `jax.shard_map` tracks which arrays may differ between devices. A hand-written gradient is each
+    device's own, so JAX expects the same of the array that it belongs to. The mark comes from a
+    zero that is made from x and added; this works under `jax.pmap`, too. x must be marked with at
+    least the axes of the tree.
     """
     zero = jnp.zeros_like(x, shape=(), dtype=jnp.float32)
     return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
@@ -120,7 +121,8 @@ def _normalise_relu_forward(x, stats, params, epsilon):
 def _normalise_relu_backward(epsilon, saved, dz):
     x, stats, params = saved
     x = _read_again(x)
-    # A sum where `normalise` has a difference: XLA:CPU would store what both have in common.
+    # This is a sum where `normalise` has a difference. If both were the same expression, XLA:CPU
+    # would store its result.
     centred = at_least_float32(x) + per_channel(-stats.mean)
     dz, sums = relu_backward(_normalise_relu(x, stats, params, epsilon), dz, centred)
     dx = (at_least_float32(dz) * per_channel(_slope(stats, params, epsilon))).astype(x.dtype)
@@ -132,16 +134,16 @@ _normalise_relu.defvjp(_normalise_relu_forward, _normalise_relu_backward)
 
 
 def relu_backward(z, dz, centred):
-    """The gradient in front of the ReLU that follows a norm, and what the norm's gradients need.
+    """The gradient before the ReLU after a norm, and the sums that the norm's gradients need.
 
     Args:
       z: the ReLU's result.
       dz: the gradient of z.
-      centred: the norm's input less its mean.
+      centred: the norm's input minus its mean.
 
     Returns:
-      dz where z is positive, else 0; for each channel its sums, alone ("bias") and times `centred`
-      ("scale").
+      The gradient: dz where z is positive, else 0; and its sums for each channel: of the gradient
+      alone ("bias") and of the gradient times `centred` ("scale").
     """
     dz = jnp.where(z > 0, dz, 0)
     scale = (at_least_float32(dz) * centred).sum(IMAGE_AXES)
@@ -167,7 +169,7 @@ def _slope(stats, params, epsilon):
 
 
 def update_running(running: dict[str, jax.Array], batch: Statistics) -> dict[str, jax.Array]:
-    """Running statistics {"mean", "var"} after a batch; 0.9 is a momentum of 0.1 in PyTorch."""
+    """Running statistics {"mean", "var"} after a batch; PyTorch calls this a momentum of 0.1."""
     mean, variance = map(lax.stop_gradient, batch)
     return {
         "mean": 0.9 * running["mean"] + 0.1 * mean,
@@ -179,12 +181,12 @@ class BatchNorm(nn.Module):
     """BatchNorm with nn.BatchNorm's variables, which can take precomputed statistics.
 
     Attributes:
-      train: batch statistics, which update the collection "batch_stats"; false: running ones.
+      train: use batch statistics and update the collection "batch_stats"; false: use running ones.
       axis: mapped axis or axes over which batch statistics are averaged; None: none.
       epsilon: added to the variance.
       dtype: of the result.
       scale_init: initial values of the scale.
-      scale_and_bias: whether it has them; else it only normalises.
+      scale_and_bias: whether it has a scale and a bias; otherwise it only normalises.
     """
 
     train: bool

@@ -1,4 +1,4 @@
-"""Pooling, with gradients by hand that are fast on every platform.
+"""Pooling, with hand-written gradients that are fast on every platform.
 
 On a CPU, XLA's own gradient of max-pooling takes a sixth of DenseNet-121's training step.
 """
@@ -15,7 +15,7 @@ from densejax.config import UserError
 def average_pool(x: jax.Array) -> jax.Array:
     """2x2 average pooling, stride 2, of x [batch, height, width, channels].
 
-    The last row or column of an odd number is left out.
+    If the number of rows or columns is odd, the last one is left out.
     """
     batch, height, width, channels = x.shape
     if min(height, width) < 2:

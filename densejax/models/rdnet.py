@@ -2,7 +2,7 @@
 
 A layer is ConvNeXt's: a depthwise convolution, LayerNorm, and two 1x1 convolutions with GELU
 between them. It reads the concatenation of all before it in its stage, as in a DenseNet. There is
-no BatchNorm. Every convolution has a bias; biases start at 0, where timm draws them.
+no BatchNorm. Every convolution has a bias; biases start at 0, while timm draws them at random.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ fan_in_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 def multiple_of_8(width: float) -> int:
-    """The largest multiple of 8 that is at most so large."""
+    """The largest multiple of 8 that is at most `width`."""
     return int(width / 8) * 8
 
 
@@ -33,7 +33,7 @@ def layer_norm(builder: Layers, name: str) -> nn.LayerNorm:
 
 
 class Patches(nn.Module):
-    """A convolution of patches without overlap, and LayerNorm: in a transition before it."""
+    """A convolution of patches without overlap, and LayerNorm; in a transition, LayerNorm first."""
 
     width: int
     stride: int

@@ -13,9 +13,9 @@ from densejax.config import UserError
 def random_bits(keys: jax.Array, seed: int, size: int) -> jax.Array:
     """Random bits uint32 [batch, size] from keys uint32 [batch, 2] and the seed of a layer.
 
-    MurmurHash3's finaliser (Appleby), applied to the element's number with each word of its
-    example's key. Bits depend on the example's key and the layer alone, never on how devices share
-    the batch, and they compile at once, where a threefry draw takes seconds.
+    MurmurHash3's finaliser (Appleby) is applied to the element's number with each word of its
+    example's key. The bits depend only on the example's key and the layer, never on how devices
+    share the batch. They compile at once, while a threefry draw takes seconds to compile.
     """
 
     def mix(bits):
@@ -29,7 +29,7 @@ def random_bits(keys: jax.Array, seed: int, size: int) -> jax.Array:
 
 
 def raw_keys(keys: jax.Array | None, images: jax.Array) -> jax.Array | None:
-    """Raw keys uint32 [batch, words] of raw or typed ones; UserError where they are not as many."""
+    """Raw keys uint32 [batch, words] of raw or typed ones; UserError unless one for each image."""
     if keys is None:
         return None
     if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
@@ -89,7 +89,7 @@ class StochasticDepth(nn.Module):
     """Drops whole branches at random (Huang et al., arXiv:1603.09382), each example by itself.
 
     As in the paper, a branch that is kept is not scaled in training, and every branch is scaled by
-    its probability afterwards. The paper draws once for a mini-batch.
+    its probability in evaluation. Unlike here, the paper draws once for a whole mini-batch.
     """
 
     probability: float

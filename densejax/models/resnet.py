@@ -144,9 +144,10 @@ class ResNet(nn.Module):
             layers.require(self, field, reads or unset, f"only model.{reader} reads it")
 
     def graphs(self) -> dict[str, Graph]:
-        """What the blocks of each stage read, by its name.
+        """What the blocks of each stage read, by the stage's name.
 
-        A block that changes the size or width of features is a graph of its own, by its name.
+        A block that changes the size or width of features has a graph of its own, by the block's
+        name.
         """
         graphs, alone = {}, ((0,), (1,)) if self.connect == "chain" else ((0,), (0, 1))
         width = self.widths[0]

@@ -1,8 +1,9 @@
-"""Batches that lie on several devices: under plain `jit`, too, each device computes its own share.
+"""Batches that lie on several devices: each device computes its own share, also under plain `jit`.
 
-XLA then divides a program among devices by itself. It cannot where a program takes a few examples
-after the others, as blocks and gradients do on a CPU: the examples of one turn lie on one device,
-so XLA would send the whole batch to every device first. `jax.shard_map` says who computes what.
+Under `jit`, XLA itself divides a program among the devices. It cannot divide a loop that takes a
+few examples in each turn, as blocks and gradients do on a CPU. The examples of one turn lie on one
+device, so XLA would first send the whole batch to every device. `jax.shard_map` says which device
+computes what.
 """
 
 import math
@@ -26,8 +27,8 @@ def by_device(
     Args:
       function: its `axes` are those of the devices, to sum over; None: there is one share.
       arguments: trees of arrays; the first is one array [batch, ...].
-      divided: of each argument, whether it is EXAMPLES, whose leading axis is divided, or WHOLE.
-      results: the same of the result, or of each where they are a tuple.
+      divided: for each argument, EXAMPLES if its leading axis is divided, else WHOLE.
+      results: the same for the result, or for each part of a tuple of results.
     """
     mesh, axes = _devices(arguments[0])
     if not axes:
@@ -50,8 +51,8 @@ def by_device(
 def _devices(x: jax.Array) -> tuple[AbstractMesh, tuple[str, ...]]:
     """The mesh that x [batch, ...] lies on, and its axes that divide the batch; (): none do.
 
-    Where axes are automatic, JAX knows while it traces on which mesh an array lies, but not how it
-    is divided: then all of them divide it. Where x is mapped over axes already, none do.
+    With automatic axes, JAX knows while it traces on which mesh an array lies, but not how it is
+    divided: then all axes count as dividing it. If x is already mapped over axes, none do.
     """
     sharding, batch, axes = jax.typeof(x).sharding, x.shape[0], ()
     mesh, kinds = sharding.mesh, set(sharding.mesh.axis_types)
@@ -61,6 +62,6 @@ def _devices(x: jax.Array) -> tuple[AbstractMesh, tuple[str, ...]]:
         axes = sharding.spec[0] or ()
     axes = (axes,) if isinstance(axes, str) else axes
     number = math.prod(mesh.shape[axis] for axis in axes)
-    # An exported program may leave the batch open; it may be empty.
+    # An exported program may leave the batch size open, and a batch may be empty.
     divides = isinstance(batch, int) and batch and batch % number == 0
     return mesh, axes if divides and number > 1 else ()

@@ -37,7 +37,7 @@ class ConvNorm(nn.Module):
 
 
 class OneShotAggregation(nn.Module):
-    """OSA: a chain of 3x3 layers, then a 1x1 over the concatenation of its input and them all."""
+    """OSA: a chain of 3x3 layers, then a 1x1 that reads its input and all layers, concatenated."""
 
     depth: int
     width: int  # of each 3x3 layer
@@ -116,7 +116,7 @@ class VoVNet(nn.Module):
         layers.require(self, "module_depth", self.module_depth >= 1, "must be at least 1")
 
     def graphs(self) -> dict[str, Graph]:
-        """What the layers of each module read, by its name."""
+        """What the layers of each module read, by the module's name."""
         return {
             f"stage{stage}_module{module}": connections.graph("one_shot", self.module_depth, width)
             for stage, (number, width) in enumerate(zip(self.modules, self.widths, strict=True), 1)

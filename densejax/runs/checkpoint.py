@@ -1,4 +1,4 @@
-"""Checkpoints that come back bit for bit, or are called damaged; orbax writes and reads them.
+"""Checkpoints that are restored bit for bit or reported as damaged; orbax writes and reads them.
 
 Orbax does not notice a flipped bit in array data. Each save therefore has a MANIFEST: its step, the
 SHA-256 of every file and of every array, its metrics, all sealed by a SHA-256. It is committed
@@ -29,7 +29,7 @@ from densejax.config import UserError
 from densejax.runs import files, hosts
 
 MANIFEST = "MANIFEST"
-SLOW = 1.0  # seconds that a run may wait for the save before without a warning
+SLOW = 1.0  # seconds that a run may wait for the previous save without a warning
 
 
 class CheckpointError(UserError):
@@ -43,8 +43,8 @@ class _Damaged(CheckpointError):
 class Checkpoints:
     """The checkpoints of one run; every process calls every method, in the same order.
 
-    Opening them changes nothing on disk. Every method may raise CheckpointError, and what `guard`
-    raises.
+    Opening them changes nothing on disk. Every method may raise CheckpointError and the errors of
+    `guard`.
 
     Attributes:
       damaged_steps: those that the last `restore_latest` or `restore_best` could not take.
@@ -79,7 +79,7 @@ class Checkpoints:
         logging.get_absl_logger().addFilter(_is_no_orbax_error)
         self._writer = ocp.AsyncCheckpointer(
             self._handler,
-            # Else a directory that cannot be made blocks orbax's threads for 300 s.
+            # Otherwise a directory that cannot be made blocks orbax's threads for 300 s.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             checkpoint_metadata_store=_NoMetadata(),
         )
@@ -118,15 +118,16 @@ class Checkpoints:
     ) -> None:
         """Starts to save a state; its buffers may be donated once this returns.
 
-        A step that exists is left alone. A disk that refuses (full, read-only, ...) is logged, the
-        older steps stay, and the next save tries again; `wait` raises if the last save failed.
+        A step that exists is not saved again. If the disk refuses (full, read-only, ...), this is
+        logged, the older steps stay, and the next save tries again; `wait` raises if the last save
+        failed.
 
         Args:
           step: of the state.
           state: a pytree of arrays, each replicated or addressable by this process.
-          metrics: what `keep_best` chooses by.
+          metrics: numbers by name, among them the one that `keep_best` names.
           problem: why this process must not save now; "": it may.
-          records: a dict of JSON, which `records` gives back.
+          records: a dict of JSON values; the method `records` returns it.
 
         Raises:
           CheckpointError: the state is not finite, or older than the newest checkpoint.
@@ -211,8 +212,8 @@ class Checkpoints:
         if abstract_state is not None:
             _check_fit(path, manifest["leaves"], abstract_state)
         try:
-            # Leaves are matched by name: orbax would insist on the same empty parts, too, which a
-            # state of another version of this package need not have.
+            # Leaves are matched by name. Orbax would also insist on the same empty parts, but a
+            # state of another version of this package need not have them.
             wanted = dict(_named(abstract_state))
             replicated = NamedSharding(Mesh(np.array(jax.devices()), "all"), PartitionSpec())
             tree = self._writer.metadata(path).item_metadata.tree
@@ -230,7 +231,7 @@ class Checkpoints:
             if abstract_state is not None and not problem:
                 leaves, structure = dict(_named(state)), jax.tree.structure(abstract_state)
                 state = jax.tree.unflatten(structure, [leaves[name] for name in wanted])
-        except Exception as error:  # tensorstore, zstd, JSON and orbax share no class
+        except Exception as error:  # errors of tensorstore, zstd, JSON and orbax share no class
             problem = files.first_line(error)
         _require_everywhere(path, problem)
         return state
@@ -439,7 +440,7 @@ def _manifest(path: epath.Path) -> dict:
         if manifest.get("step", int(path.name)) != int(path.name):
             raise ValueError(f"it is of step {manifest['step']}")
         return manifest | {"problem": ""}
-    except PermissionError:  # no damage: no other step may take its place
+    except PermissionError:  # this is no damage, so no other step may take its place
         raise
     except Exception as error:  # a flipped bit can raise anything
         return {"problem": f"{MANIFEST}: {files.first_line(error)}"}
@@ -450,7 +451,7 @@ def _write_manifest(path: epath.Path, manifest: dict) -> None:
 
 
 def _problem_of_files(path: epath.Path, digests: dict[str, str]) -> str:
-    # Of the first file that is not as saved; "" where all are.
+    # The problem of the first file that is not as it was saved; "" if all are.
     for name, digest in digests.items():
         try:
             if _file_digest(path / name) != digest:
@@ -480,6 +481,6 @@ def _problem_of(action: Callable, *args, **kwargs) -> str:
         action(*args, **kwargs)
     except UserError:  # of the guard: it ends the run
         raise
-    except Exception as error:  # orbax, tensorstore and the file system share no class
+    except Exception as error:  # errors of orbax, tensorstore and file systems share no class
         return files.first_line(error)
     return ""

@@ -1,7 +1,8 @@
-"""Small files that a crash cannot harm unnoticed.
+"""Small files that a crash cannot damage without notice.
 
-`write` replaces a file as a whole: a reader, or a kill at any moment, finds the old or the new one.
-`seal` adds a SHA-256 to a record, by which `unseal` notices any later change. Reading never hangs.
+`write` replaces a file as a whole: at any moment, even after a kill, there is the old file or the
+new one. `seal` adds a SHA-256 to a record, by which `unseal` notices any later change. Reading
+never hangs.
 """
 
 import contextlib
@@ -137,7 +138,7 @@ class GrowingFile:
 
     def write(self) -> None:
         """Brings the file up to date; OSError where the disk refuses."""
-        size_on_disk, self._size_on_disk = self._size_on_disk, 0  # after a failure its end is torn
+        size_on_disk, self._size_on_disk = self._size_on_disk, 0  # a failure may cut off its end
         if not (size_on_disk and self._can_append):
             write(self._path, self.content)
         elif size_on_disk < len(self.content):

@@ -27,7 +27,7 @@ def plural(number, noun):
 
 
 def table(rows, right=0):
-    """Rows of strings -> lines of aligned columns, the last `right` of them at their right."""
+    """Rows of strings -> lines of aligned columns; the last `right` columns are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = [str.ljust] * (len(widths) - right) + [str.rjust] * right
     return "\n".join(

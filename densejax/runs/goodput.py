@@ -1,7 +1,7 @@
 """How much of a run's time was useful: goodput.json, which covers all starts, killed or not.
 
-The seconds by kind add up to the time since the first start. The file is only written, never
-needed: where it is damaged, the clock starts at zero.
+The seconds by kind add up to the time since the first start. No run depends on this file: if it is
+damaged, the clock starts at zero.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from densejax.runs import files
 
 # What the program does or waits for, from its import to its end. In "step" it waits for devices.
 WORK = ("start_up", "compile", "step", "input_wait", "evaluation", "save")
-# "lost": work that a later start had to repeat, as no checkpoint held it; "down": from the last
-# write of one start to the beginning of the next.
+# "lost": work that a later start had to repeat, since no checkpoint held it. "down": the time from
+# the last write of one start to the beginning of the next.
 KINDS = (*WORK, "lost", "down")
 
 
@@ -37,7 +37,7 @@ class Goodput:
         starts: int = 1,
         guard: Callable[[], None] = lambda: None,
     ):
-        """Reads `path`; UserError where something else than a file of text is in its place.
+        """Reads `path`; UserError if it exists but is no text file.
 
         Args:
           path: of the file.
@@ -45,7 +45,7 @@ class Goodput:
           began: when this start began, in seconds of the monotonic clock.
           every: seconds between two writes; after a kill, the time since the last is "down".
           starts: how many starts the run has had, this one included.
-          guard: called before every write; what it raises (but OSError) ends the run.
+          guard: called before every write; its errors, except OSError, end the run.
         """
         self._path, self._every, self._guard, self._starts = path, every, guard, starts
         self._kind, self._since, self._last_write = "start_up", began, time.monotonic()
@@ -84,9 +84,9 @@ class Goodput:
         self._kind, self._since = kind, now
 
     def checkpoint_saved(self, step: int, steps: Iterable[int]) -> None:
-        """Remembers that the time so far is not lost to a start from `step`.
+        """Remembers that a later start from `step` loses none of the time so far.
 
-        `steps`: of the checkpoints that exist; others are forgotten.
+        `steps`: those of the checkpoints that exist; other steps are forgotten.
         """
         self.switch_to(self._kind)
         self._at_checkpoints = {

@@ -31,7 +31,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 HEARTBEAT = 12  # seconds without a sign of life after which a process counts as dead
 PATIENCE = 30.0  # seconds after which a process says for whom it waits
 JOIN_TIMEOUT = 300  # seconds in which all processes of a job have to start
-LEAVE_TIMEOUT = 5  # seconds that process 0, without which no other can live, waits for the others
+LEAVE_TIMEOUT = 5  # seconds that process 0 waits for the others, which cannot run without it
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 RESTART = (
     f"another process died, or one was suspended for {HEARTBEAT} seconds: look at the output of "
@@ -41,9 +41,10 @@ LAST_LINE = (
     "densejax: this process was ended before its work was done. If nothing above says why, "
     + RESTART
 )
-# When another process has died, JAX aborts this one from C++ and prints a stack; Python code runs
-# no more. (jaxlib's `missed_heartbeat_callback` aborts as well: it cannot convert its argument.) So
-# a small process gets all that C++ prints, leaves out the stack, and prints the last line.
+# When another process has died, JAX aborts this one from C++ and prints a stack; no Python code
+# runs any more. (jaxlib's `missed_heartbeat_callback` aborts as well: it cannot convert its
+# argument.) So a small extra process reads all that C++ prints. It leaves out the stack and prints
+# the last line.
 STDERR_FILTER = r"""
 import re, sys
 jax_gives_up = False
@@ -65,19 +66,19 @@ _messages_sent = 0  # by `gather`
 def joined(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> Iterator[None]:
-    """Within its context this process takes part in its job; alone, it does nothing.
+    """Within its context this process takes part in its job; without a job it does nothing.
 
     A TPU pod and SLURM are detected; elsewhere all three arguments name the job. A process that
     fails ends at once, with exit code 2 for a UserError and 1 for anything else.
 
     Args:
       coordinator: HOST:PORT of process 0, as every process reaches it.
-      num_processes: of the job; 1 alone means no job, even where one is detected.
+      num_processes: of the job; 1 without the others means no job, even if one is detected.
       process_id: of this process, from 0.
 
     Raises:
-      UserError: the arguments do not fit together, another process has the same, or the job that
-        was detected cannot be joined.
+      UserError: the arguments do not fit together, another process has the same number, or the job
+        that was detected cannot be joined.
     """
     arguments = _arguments(coordinator, num_processes, process_id)
     if arguments is None:
@@ -126,7 +127,7 @@ def _own_number(address: str, process_id: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _filtered_stderr() -> Iterator[None]:
-    # Python itself goes on to print directly, to a copy of the file descriptor.
+    # Python itself still prints directly, to a copy of the file descriptor.
     signal.signal(signal.SIGABRT, signal.SIG_DFL)  # absl's handler prints every thread's stack
     command, before = [sys.executable, "-IS", "-c", STDERR_FILTER, LAST_LINE], sys.stderr
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
@@ -163,7 +164,7 @@ def _fail(error: BaseException) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """The value of every process, in their order; all call it in the same order and wait.
+    """The value of every process, in their order; all must call it, in the same order, and wait.
 
     Args:
       value: of this process; JSON.
@@ -188,7 +189,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def all_true(value: bool) -> bool:
-    """Whether a value is true in every process; all call it, as `gather`."""
+    """Whether a value is true in every process; all must call it, as with `gather`."""
     return all(gather(bool(value)))
 
 
@@ -198,7 +199,7 @@ def _send(message: dict) -> None:
 
 
 def require_same(facts: Mapping[str, Any]) -> None:
-    """UserError on every process where one has other facts than process 0; all call it."""
+    """UserError on every process if one has other facts than process 0; all must call it."""
     first, *others = gather({key: json.dumps(value) for key, value in facts.items()})
     differences = [
         f"{key} is {first.get(key, 'absent')} in process 0 and {other.get(key, 'absent')} in "
@@ -275,7 +276,7 @@ def _detected() -> dict | None:
 class Stop:
     """Within its context, SIGTERM, SIGINT and SIGHUP stop every process after the same step.
 
-    A second SIGTERM or SIGINT ends the process at once; of many processes, only a second SIGINT
+    A second SIGTERM or SIGINT ends the process at once; with many processes, only a second SIGINT
     does. Python gives signals to the main thread only: in another thread nothing stops.
 
     Attributes:

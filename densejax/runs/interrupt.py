@@ -1,7 +1,7 @@
 """Ctrl-C ends a command at once, with one line and exit code 130, whatever it is doing.
 
-Python's own handler waits until the main thread returns from a library, such as from minutes of
-compilation, and then raises KeyboardInterrupt anywhere. Here a thread gets every signal.
+Python's own handler waits until the main thread returns from a library (a compilation takes
+minutes), and then raises KeyboardInterrupt anywhere. Here a separate thread gets every signal.
 """
 
 import os

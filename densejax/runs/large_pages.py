@@ -1,7 +1,7 @@
 """Memory in large pages, with which a training step on a CPU takes about a tenth less time.
 
-glibc reads once how it takes memory, when a process starts. So the process starts again: it stays
-the same one, with its number, files and flags.
+glibc reads its memory settings only once, when a program starts. So the program starts again within
+the same process, which keeps its number, its open files and its flags.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
 """One process at a time in a directory: a file `lock` names its owner and changes every 20 s.
 
-The lock of a process that died is taken over. A process that stood still may thus have lost its
-lock without knowing; it has to ask before every write. The clocks of two machines are never
+The lock of a process that died is taken over. So a process that was suspended may have lost its
+lock without knowing it; it has to ask before every write. The clocks of two machines are never
 compared: an owner on another machine counts as dead once the watching process has seen no change
 for `STALE` seconds by its own clock.
 """
@@ -43,7 +43,7 @@ def locked(directory: epath.PathLike, wait: bool = True) -> Iterator[Callable[[]
       wait: as in `require_free`.
 
     Yields:
-      A function to call before every write: LockError where another process has the lock by now.
+      A function to call before every write; LockError if another process has the lock by now.
     """
     lock, pid, token = epath.Path(directory) / "lock", os.getpid(), uuid.uuid4().hex
     me = {"host": socket.gethostname(), "machine": _machine(), "pid": pid}
@@ -100,7 +100,8 @@ def require_free(directory: epath.PathLike, wait: bool = True) -> None:
     """LockError where a live process works in the directory; takes no lock.
 
     It takes up to `STALE` seconds, from the first look, to know whether an owner on another machine
-    lives. This waits for that, or, without `wait`, assumes until then that it lives.
+    lives. With `wait`, this function waits for that; without it, the owner counts as alive until
+    then.
     """
     _stale_content(epath.Path(directory) / "lock", wait)
 
@@ -159,7 +160,7 @@ def _owner(text: str) -> tuple[str, bool | None]:
         if owner.get("machine") != _machine():
             return name, None
         return name, _started(owner["pid"]) in ("", owner["started"])
-    except (ValueError, LookupError, TypeError, OverflowError):  # a kill within its creation
+    except (ValueError, LookupError, TypeError, OverflowError):  # a kill while it was created
         return "an unknown host by an unknown process", None
 
 

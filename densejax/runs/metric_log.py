@@ -30,7 +30,7 @@ class MetricLog:
     """metrics.jsonl, timings.jsonl, TensorBoard files and the progress on the screen.
 
     Attributes:
-      problem: why not all that was logged is on disk; "" where it is.
+      problem: why a part of the log is not on disk; "": all of it is.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class MetricLog:
           seconds: between two lines on the screen, and two writes to an object store.
           evaluates_first: whether the evaluation of `start_step` will be written again as well.
           saved: the `digest` in the checkpoint of `start_step`; None or empty: unknown.
-          guard: called before every write; what it raises (but OSError) ends the run.
+          guard: called before every write; its errors, except OSError, end the run.
 
         Raises:
           UserError: a file is damaged, is no file, or cannot be written.
@@ -107,7 +107,7 @@ class MetricLog:
         return statistics.median(self.rates[1:]) if self.rates[1:] else None
 
     def describe(self, config, images):
-        """TensorBoard gets the configuration and images, uint8 [number, height, width, channel]."""
+        """Gives TensorBoard the configuration and images uint8 [number, height, width, channel]."""
         from tensorboardX import summary
 
         flat = flatten(config).items()
@@ -119,7 +119,7 @@ class MetricLog:
 
     def train(self, step, values):
         """Logs scalars by name (train_loss, learning_rate, ...) after `step` steps."""
-        shown = self._record(step, values)  # waits for the device: first, so that its time counts
+        shown = self._record(step, values)  # first, as it waits for the device: this time counts
         now = time.perf_counter()
         self.rates.append((step - self.last_step) * self.batch_size / (now - self.last_time))
         timing = {"seconds": now - self.start, "images_per_second": self.rates[-1]}
@@ -182,7 +182,7 @@ class MetricLog:
             logging.warning("%s: the log is written again, nothing is missing.", self.workdir)
 
     def clear(self):
-        """Takes the progress off the screen, so that a message has its place."""
+        """Removes the progress line from the screen, to make room for a message."""
         self._end_compiling()
         if self.on_screen:
             screen.show()

@@ -1,7 +1,7 @@
-"""One line on the terminal that says how far a command is; where there is none, nothing is shown.
+"""One line on the terminal that says how far a command is; without a terminal, nothing is shown.
 
-The cursor waits at the start of that line, so that what is written next, such as the ^C of a
-terminal or a message, comes in its place and not behind it.
+The cursor stays at the start of that line. So the next text, such as a message or the ^C of a
+terminal, replaces the line and does not follow it.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ def is_terminal() -> bool:
 
 
 def show(*parts: str) -> None:
-    """Shows the line in place of the one before, without its first parts where all do not fit."""
+    """Shows the line in place of the old one; its first parts are left out if not all fit."""
     while len(" ".join(parts)) > shutil.get_terminal_size().columns:
         parts = parts[1:]
     if is_terminal():

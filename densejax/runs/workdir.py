@@ -1,9 +1,9 @@
 """The run directory: its default name, its lock, and what a start in it may change.
 
-A directory belongs to one configuration, code and data; anything else is refused with the
-difference shown. It holds `config.json` (written last when it is made), `history.jsonl` (one line
-for each start), `lock` while a run works in it, and what training writes. Process 0 writes, the
-others compare.
+A directory belongs to one configuration, code and data. A start with others is refused, and the
+difference is shown. It holds `config.json` (written last when the directory is made),
+`history.jsonl` (one line for each start), `lock` while a run works in it, and what training writes.
+Process 0 writes, the others compare.
 """
 
 import ast
@@ -29,7 +29,7 @@ from densejax.config import UserError, flatten
 from densejax.config import default as default_config
 from densejax.runs import files, hosts, lock
 
-# How long a run is: with another value it has another result, but it can go on from where it is.
+# The length of a run. With another value it has another result, but it can continue from its step.
 LENGTH = ("train.epochs", "train.max_steps")
 # A resume may change these keys and everything below them.
 RESUMABLE = (
@@ -66,9 +66,9 @@ def default(config_name: str, config: ml_collections.ConfigDict) -> str:
 def digest(config: ml_collections.ConfigDict) -> str:
     """SHA-256 of the configuration without the `RESUMABLE` keys, but with `LENGTH`.
 
-    With the length, a short trial does not silently become the first part of the real run: a
-    directory continues to more steps only where --workdir names it. Other images are in another
-    folder, so that a folder of images counts, too.
+    The length counts, so that a short trial does not silently become the first part of the real
+    run: a run goes on to more steps only if --workdir names its directory. A folder of images
+    counts, too, since other images are in another folder.
     """
     flat = _flat(config.to_dict())
     is_memory = flat.get("data.storage", '"memory"') == '"memory"'
@@ -197,9 +197,9 @@ def open_run(
 ) -> Iterator[Callable[[], None]]:
     """Makes or reopens the directory that all processes share, and holds its lock.
 
-    The stored configuration may differ in the `RESUMABLE` keys, with `force` in any, and so may the
-    versions; `config.json` then takes the new values and `history.jsonl` records the change. Within
-    the context only the user may write the files that are made.
+    The stored configuration may differ in the `RESUMABLE` keys. With `force` it may differ in any
+    key, and the versions may differ, too. `config.json` then takes the new values, and
+    `history.jsonl` records the change. Within the context, only the user may write new files.
 
     Args:
       path: of the run directory.
@@ -208,10 +208,10 @@ def open_run(
       current: versions of the code, its packages and the data.
 
     Yields:
-      A function to call before every write: LockError where another process has the lock by now.
+      A function to call before every write; LockError if another process has the lock by now.
 
     Raises:
-      WorkdirError: one of the processes refuses; on every process.
+      WorkdirError: on every process, if one of them refuses.
     """
     current = versions() if current is None else current
     path, config, is_writer = epath.Path(path), config.to_dict(), jax.process_index() == 0

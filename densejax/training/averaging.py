@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Average:
-    """The average of parameters and running statistics alike, as a rule for each step.
+    """The rule by which each step updates the average of parameters and running statistics.
 
-    It moves by 1 - d towards the new variables, with d = min(decay, (1 + t) / (10 + t)) after t
-    steps: so it forgets the random start within few steps.
+    The average moves by 1 - d towards the new variables, with d = min(decay, (1 + t) / (10 + t))
+    after t steps: so it forgets the random start within a few steps.
 
     Attributes:
       decay: in [0, 1); 0: nothing is averaged, and the average is {}.

@@ -30,14 +30,14 @@ from densejax.weights import conversion, store
 
 @dataclasses.dataclass
 class Experiment:
-    """What a configuration stands for; devices start and images are read when they are asked for.
+    """What a configuration stands for. Devices start and images are read only when needed.
 
     Attributes:
-      config: checked.
+      config: the configuration, checked.
       info: the facts of the data set.
       task: model, optimizer and preparation.
       steps: length of the whole training, by `train.epochs` and `train.max_steps`.
-      devices: all that are there where it is None.
+      devices: the devices to use; None: all that are there.
     """
 
     config: ConfigDict
@@ -59,9 +59,9 @@ class Experiment:
 
     @functools.cached_property
     def data(self) -> data.Data:
-        """All batches, on the devices; every process asks for them. UserError as `data.create`."""
-        _ = self.abstract_state  # a network that does not fit the images says so first
-        if jax.process_index() == 0:  # a set that is missing is prepared once for shared disks
+        """All batches, on the devices; every process must ask. UserError as in `data.create`."""
+        _ = self.abstract_state  # a network that does not fit the images is reported first
+        if jax.process_index() == 0:  # one process prepares a missing set for a shared disk
             data.prepare(self.config)
         hosts.gather("data is prepared")
         mesh = self.mesh
@@ -126,7 +126,7 @@ class Experiment:
         )
 
     def start(self) -> TrainState:
-        """The state before the first step, with `weights` in the place of what was drawn."""
+        """The state before the first step; `weights` replace what was drawn."""
         state = self.init()
         if not self.weights:
             return state
@@ -140,15 +140,15 @@ class Experiment:
         return state.replace(**taken, average=state.average | average)
 
     def augmented(self, key: jax.Array, batch: dict[str, Any], number: int = 32) -> np.ndarray:
-        """The first images of the first batch as the network sees them, for people.
+        """The first images of the first batch as the network sees them, for people to look at.
 
         Args:
-          key: of the state.
-          batch: of which this process shows some of its share.
-          number: at most so many; an image that is mixed has its partner among them.
+          key: the key of the state.
+          batch: the global batch; this process shows some images of its own share.
+          number: the most images; if images are mixed, an image's partner is among them.
 
         Returns:
-          uint8 [number, height, width, channels]; what is brightest is 255.
+          uint8 [number, height, width, channels]; the brightest value is 255.
         """
         preparation = self.computed_task.preparation
         batch = {name: array.addressable_shards[0].data[:number] for name, array in batch.items()}
@@ -161,9 +161,9 @@ class Experiment:
 
     @functools.cached_property
     def evaluate(self) -> Callable[..., dict[str, float] | None]:
-        """Means over every image of a split, each once: `evaluate(state, split, stops=None)`.
+        """A function `evaluate(state, split, stops=None)`: means over a split, each image once.
 
-        None where `stops()`, which is called after every batch, is true before the last.
+        It calls `stops()` after every batch, and returns None if that is true.
         """
         step = self.map(eval_step)
         add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
@@ -199,8 +199,8 @@ def build(
 
     Args:
       config: the whole configuration.
-      devices: all that are there unless said otherwise; to compile, they need not be there.
-      info: the facts of the data set, where they are known; else the set has to be there.
+      devices: the devices to use; None: all that are there. Only to compile, they need not exist.
+      info: the facts of the data set; None: not known, and the set has to be there.
 
     Raises:
       UserError: the first thing that is wrong with the configuration.
@@ -248,9 +248,9 @@ def _in_float32(task: Task) -> Task:
 
 
 def matmul_precision(config: ConfigDict) -> str:
-    """JAX's name for the precision of products: the configuration's where it computes in float32.
+    """JAX's name for the precision of products: in float32, what the configuration says.
 
-    Products of other types have only one.
+    Products of other types have only one precision, "default".
     """
     return config.train.matmul_precision if config.train.dtype == "float32" else "default"
 
@@ -275,7 +275,7 @@ def open_checkpoints(
 def select(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
     """The state that the result is measured on: the newest, or the best on held-out images.
 
-    The damaged ones that were passed over for it are `checkpoints.damaged_steps`.
+    `checkpoints.damaged_steps` then has the steps that were skipped because they are damaged.
     """
     checkpoints.wait()  # the last save may still be under way
     if experiment.config.train.weights and checkpoints.latest_step() is None:

@@ -18,14 +18,14 @@ HEAD = "head"  # the part that the classifier is in
 
 
 def restrict(task: Task, config: ConfigDict, head_steps: int) -> Task:
-    """The task where `train.frozen` is frozen and, in its first steps, all but the classifier.
+    """The task with `train.frozen` frozen; in the first `head_steps`, only the classifier learns.
 
-    What is frozen gets no gradient, update or weight decay, and runs as in evaluation. So the
-    classifier learns first from the features that evaluation gives it. What learns after it starts
-    with an optimizer of its own, at the rate that the schedule has then.
+    What is frozen gets no gradient, update or weight decay, and runs as in evaluation. So at first
+    the classifier learns from the features that evaluation gives it. The parts that learn only
+    later have an optimizer of their own, which starts at the rate that the schedule has then.
 
     Raises:
-      UserError: the network has no such part, or nothing that freezes it.
+      UserError: the network has no such part, or cannot freeze a part.
     """
     train = config.train
     wanted = {"frozen": train.frozen, "head_epochs": (HEAD,) if head_steps else ()}

@@ -1,11 +1,11 @@
-"""A run, read top to bottom: build, restore, step, log, evaluate, save, report.
+"""The code of a run, from top to bottom: build, restore, step, log, evaluate, save, report.
 
 What a resume does: (1) a run directory belongs to one configuration; (2) a start in it restores
 the newest intact checkpoint; (3) the step number is the position in the data and in every random
-stream, so what follows is bitwise what would have followed; (4) records of metrics.jsonl after
-that step are removed and written again; (5) an evaluation that a signal interrupted comes first;
-(6) a finished run prints its result again, if code, data, weights and precision are still those
-that it was measured with.
+stream, so the later steps are bitwise those of a run without the interruption; (4) records of
+metrics.jsonl after that step are removed and written again; (5) an evaluation that a signal
+interrupted comes first; (6) a finished run prints its result again, if code, data, weights and
+precision are still those that it was measured with.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def run(
 
     Args:
       config: the whole configuration.
-      directory: the run directory; nothing is written there before everything is known to fit.
+      directory: the run directory; nothing is written there before all checks have passed.
       mode: "train" or "eval".
       force: resume in the directory of another configuration.
       callbacks: each is called on process 0 with whatever metrics.jsonl gets.
@@ -59,7 +59,7 @@ def run(
     versions, is_run, summary, changes = result.versions(config), False, None, []
     flags = {"--mode": mode, "--workdir": directory, "--resume": "force" if force else "same"}
     hosts.require_same(flatten(config) | versions | flags)
-    if jax.process_index() == 0:  # it decides: another host may see the directory of a moment ago
+    if jax.process_index() == 0:  # it decides: another host may still see an older directory
         is_run = (path / "config.json").exists()
         if mode == "train":
             lock.require_free(path)
@@ -73,7 +73,7 @@ def run(
         if summary:
             result.say(result.line(summary, path))
         return 0
-    _ = experiment.data  # what cannot be read says so before anything is written
+    _ = experiment.data  # data that cannot be read is reported before anything is written
     if is_run and (mode == "eval" or not force):
         facts.require_same(path, experiment.info)
     with contextlib.closing(open_checkpoints(config, path)) as checkpoints:
@@ -90,7 +90,7 @@ def run(
                 f"than these {experiment.steps}; give more or another --workdir"
             )
         if start == 0:
-            _ = experiment.weights  # refused, if they are, before anything is written
+            _ = experiment.weights  # weights that do not fit are refused before anything is written
     versions |= {"data": experiment.data.version}
     with workdir.open_run(path, config, force, versions) as guard:
         if jax.process_index() == 0 and (force or not (path / facts.FILE).exists()):
@@ -105,13 +105,13 @@ def train(
     guard: Callable[[], None],
     callbacks: Sequence[Callback] = (),
 ) -> int:
-    """Trains from where the run directory stands; returns the process's exit code.
+    """Trains on from the newest checkpoint, if there is one; returns the process's exit code.
 
     Args:
       experiment: what to train.
       path: of the run directory, whose lock is held.
-      versions: that the result depends on, which belong into it.
-      guard: called before every write: LockError where another process has the directory by now.
+      versions: what the result depends on; the result stores them.
+      guard: called before every write; LockError if another process has taken the directory over.
       callbacks: as for `run`.
     """
     config = experiment.config
@@ -242,7 +242,7 @@ class Loop:
         evaluate_every = config.evaluate.every_epochs * data.steps_per_epoch
         save_every = config.checkpoint.every_epochs * data.steps_per_epoch
         best_is_kept = config.checkpoint.select == "best"
-        # Steps before a resume were traced then.
+        # Earlier starts have traced the steps before this one's first step.
         first_traced, last_traced = config.profile.steps or (0, 0)
         head_steps = config.train.head_epochs * data.steps_per_epoch
         take_head_step, take_step = (
@@ -263,14 +263,14 @@ class Loop:
                     if step == 1 and jax.process_index() == 0:
                         self.log.describe(config, self.experiment.augmented(self.state.key, batch))
                     clock.switch_to("step")
-                # While the devices are busy with this step, the one before is looked at. No more
-                # than one is queued, so that a signal need not wait long.
+                # While the devices compute this step, the step before it is checked and logged.
+                # Only one step is queued, so that a signal need not wait long.
                 self._look_at_step_under_way()
                 self._under_way = step, sums
                 if step == last_traced:
                     jax.block_until_ready(sums)
                     profile.close()
-                stops = self.stop.after_step()  # a signal that comes later waits for a step
+                stops = self.stop.after_step()  # a later signal has to wait for a step
                 evaluates = due(step, evaluate_every, last) and not stops
                 saves = stops or due(step, save_every, last) or (evaluates and best_is_kept)
                 if evaluates or saves:
@@ -285,7 +285,7 @@ class Loop:
                     return
 
     def _look_at_step_under_way(self) -> None:
-        """Waits for it, requires that it was not one skipped step too many, and logs it."""
+        """Waits for the step under way and logs it; Diverged after too many skipped steps."""
         if self._under_way is None:
             return
         (step, sums), self._under_way = self._under_way, None
@@ -308,7 +308,7 @@ class Loop:
         self.log.step(step)
 
     def _evaluate(self, step: int) -> float:
-        """The error; NaN where a signal interrupts the evaluation."""
+        """Evaluates and logs; returns the error, NaN if a signal interrupts the evaluation."""
         split = self.experiment.config.evaluate.split
         with self.clock.measure("evaluation"):
             values = self.experiment.evaluate(self.state, split, self.stop.after_step)
@@ -327,9 +327,9 @@ class Loop:
         self.clock.checkpoint_saved(step, self.checkpoints.steps())
 
     def _save_after_failed_input(self, error: DataError) -> None:
-        """Saves the state, which is whole; raises the error, unless a signal stops the run."""
+        """Saves the state, which is still good; raises the error unless a signal stops the run."""
         step = int(self.state.step)
-        if jax.process_count() > 1 or not step:  # a save needs all, and they wait in a step
+        if jax.process_count() > 1 or not step:  # a save needs all processes; others wait in a step
             raise error
         self._look_at_step_under_way()
         with self.log.pause():
@@ -344,7 +344,7 @@ class Loop:
 
 
 class Patience:
-    """Says when training ends early; what it knows, `metrics`, is saved with each checkpoint."""
+    """Decides when training ends early; its `metrics` are saved with each checkpoint."""
 
     def __init__(self, limit: int, metrics: Mapping[str, float]):
         """Goes on from the metrics of a checkpoint; `limit` is `train.patience`."""
@@ -353,7 +353,7 @@ class Patience:
         self.metrics |= {name: metrics[name] for name in self.metrics if name in metrics}
 
     def see(self, error: float) -> None:
-        """Takes note of an evaluation."""
+        """Records the error of an evaluation."""
         if self._limit and error < self.metrics["lowest_error"]:
             self.metrics = {"lowest_error": error, "evaluations_since": 0}
         elif self._limit:
@@ -361,12 +361,12 @@ class Patience:
 
     @property
     def is_over(self) -> bool:
-        """Whether so many evaluations have passed without a lower error."""
+        """Whether the last `limit` evaluations have brought no lower error."""
         return self._limit > 0 and self.metrics["evaluations_since"] >= self._limit
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether what happens every `every` steps (0: never) and at the last happens after `step`."""
+    """Whether an action is due after `step`: every `every` steps (0: never), and at the last."""
     return every > 0 and (step % every == 0 or step == last)
 
 

@@ -54,12 +54,13 @@ def create(name: str, smoothing: float = 0.0) -> Loss:
 def balanced(loss: Loss, labels: Callable[[], np.ndarray]) -> Loss:
     """A loss where every class has the same weight, however many examples it has.
 
-    The loss of an example is multiplied by n / (classes x examples of its class), the mean of these
-    weights where it is partly of several classes. Their mean over the training examples is 1.
+    The loss of an example is multiplied by the weight n / (classes x examples of its class). An
+    example that belongs partly to several classes gets the mean of their weights. The mean of the
+    weights over the training examples is 1.
 
     Args:
       loss: of each example.
-      labels: gives those of all n training examples, when the loss is traced.
+      labels: returns the labels of all n training examples; called when the loss is traced.
     """
 
     def weighted(logits, wanted):

@@ -7,7 +7,7 @@ Sums = dict[str, jax.Array]
 
 
 def zeros(classes: int, dtype=jnp.float32) -> Sums:
-    """Sums over no example; top-5 is counted where there are more than five classes."""
+    """The sums before any example; top-5 is counted if there are more than five classes."""
     names = ("loss", "correct") + (("correct_top5",) if classes > 5 else ())
     return {name: jnp.zeros((), dtype) for name in names} | {"count": jnp.zeros((), jnp.int32)}
 
@@ -17,7 +17,7 @@ def sums(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Arra
 
     Args:
       logits: float [batch, classes].
-      labels: int32 [batch], or probabilities [batch, classes]: the most probable counts.
+      labels: int32 [batch], or probabilities [batch, classes]: the most probable class counts.
       losses: float [batch].
       mask: bool [batch], false for padding.
 
@@ -26,7 +26,7 @@ def sums(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Arra
     """
     if labels.ndim > 1:
         labels = labels.argmax(-1)
-    # Logits that are not below the label's count against it: ties, and whatever is not a number.
+    # Every other logit that is not below the label's counts against it, also a tie and a NaN.
     below = logits < jnp.take_along_axis(logits, labels[:, None], 1)
     rank = logits.shape[-1] - 1 - below.sum(-1)
     result = {

@@ -15,7 +15,7 @@ Schedule = Callable[[jax.Array | int], jax.Array]
 
 
 def _step(config: ConfigDict, steps: int, warmup: int) -> Schedule:
-    """Drops after exactly the given fractions of training (the paper: 50 % and 75 %)."""
+    """Drops the rate after exactly the given fractions of training (the paper: 50 % and 75 %)."""
     drops = {}
     for fraction in config.drop_at:
         step = round(fraction * steps) - warmup
@@ -50,7 +50,7 @@ def schedule(config: ConfigDict, steps: int, steps_per_epoch: int, batch_size: i
       config: the section `config.optimizer`.
       steps: length of the whole training; warm-up is part of it.
       steps_per_epoch: the unit of `warmup_epochs`.
-      batch_size: what the peak is proportional to where there is a `reference_batch_size`
+      batch_size: if there is a `reference_batch_size`, the peak is proportional to this
         (Goyal et al. 2017, section 2.1).
 
     Raises:
@@ -80,9 +80,9 @@ def schedule(config: ConfigDict, steps: int, steps_per_epoch: int, batch_size: i
 
 
 def _sgd(config: ConfigDict, learning_rate: Schedule, decayed) -> optax.GradientTransformation:
-    """SGD with momentum whose weight decay is coupled: added to the gradient before momentum.
+    """SGD with momentum. Weight decay is coupled: it is added to the gradient before momentum.
 
-    Decoupled decay is another optimizer.
+    With decoupled weight decay this would be another optimizer.
     """
     return optax.chain(
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
@@ -103,7 +103,8 @@ def _adamw(config: ConfigDict, learning_rate: Schedule, decayed) -> optax.Gradie
     )
 
 
-# Each makes an optimizer of config.optimizer, a schedule, and what tells which parameters decay.
+# Each makes an optimizer from config.optimizer, a schedule, and a function that says which
+# parameters decay.
 OPTIMIZERS = {"sgd": _sgd, "adamw": _adamw}
 
 
@@ -116,15 +117,15 @@ def create(
 ) -> optax.GradientTransformation:
     """The optimizer that `config.optimizer` names, with its clipping and its rates of parts.
 
-    With `decay_all` weight decay reaches every parameter, as DenseNet's authors have it; otherwise
-    kernels alone.
+    With `decay_all`, weight decay reaches every parameter, as in the code of DenseNet's authors;
+    otherwise it reaches only kernels.
 
-    `groups` is a tree as the parameters', of "frozen", "head" and "rest"; None: all learn alike.
-    Each has an optimizer of its own, which does nothing for those in `held`; "rest" is there for
-    `head_steps`.
+    `groups` is a tree like that of the parameters and says the group of each: "frozen", "head" or
+    "rest"; None: all learn alike. Each group has an optimizer of its own, which does nothing for
+    groups in `held`. The group "rest" starts to learn after `head_steps` steps.
 
     Raises:
-      UserError: an unknown name; at `init`, a part in `config.rates` that the network has not.
+      UserError: an unknown name; at `init`, a part in `config.rates` that the network lacks.
     """
     if config.name not in OPTIMIZERS:
         raise UserError(f"optimizer.name = {config.name!r}: allowed are {', '.join(OPTIMIZERS)}")
@@ -150,14 +151,14 @@ def _hold(optimizer: optax.GradientTransformation) -> optax.GradientTransformati
     """An optimizer that changes no parameter, nor its own state."""
 
     def update(updates, state, params=None):
-        # p + -0.0 is p, bit for bit; -0.0 + 0.0 is 0.0.
+        # p + -0.0 is p, bit for bit. Adding 0.0 would not do, since -0.0 + 0.0 is 0.0.
         return jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates), state
 
     return optax.GradientTransformation(optimizer.init, update)
 
 
 def _scale_parts(rates: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
-    """Multiplies the updates of each named part; the first name that a path begins with counts."""
+    """Multiplies the updates of each named part; the first name that fits a path counts."""
 
     def is_below(path, part):
         return belongs(jax.tree_util.keystr(path, simple=True, separator="/"), part)

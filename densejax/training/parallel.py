@@ -1,4 +1,4 @@
-"""Devices: their mesh, where arrays live on it, and the one place that maps a step over it."""
+"""Devices: their mesh, where arrays lie on it, and the one function that maps a step over it."""
 
 import hashlib
 import os
@@ -22,14 +22,14 @@ GROUP, MEMBER = "group", "member"  # or along two, where BatchNorm averages over
 def start() -> None:
     """Turns on the persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR names another.
 
-    It is private, and one folder per processor: programs compiled for one fail on another, and a
-    home directory may be shared by many.
+    The cache is private and has one folder for each kind of processor. A program that was compiled
+    for one kind fails on another, and many machines may share a home directory.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = pathlib.Path("~/.cache/densejax/compiled").expanduser() / processor()
         try:
             cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-            cache.chmod(0o700)  # of an older one; the programs in it are run
+            cache.chmod(0o700)  # also if the folder is older: its programs are run
         except OSError as error:
             raise UserError(
                 f"the compilation cache {cache} cannot be made ({error.strerror}); "
@@ -64,14 +64,14 @@ def mesh(group_size: int = 0, devices: Sequence[jax.Device] | None = None) -> Me
         )
     shape = (count // group_size, group_size) if group_size else (count,)
     names = (GROUP, MEMBER) if group_size else (AXIS,)
-    # Of a TPU slice's axis of 16, a group may be half: only so is that allowed.
+    # A group may be half of an axis of 16 in a TPU slice; only this option allows that.
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     # Explicit axes, JAX's default, would ask linen's layers for shardings they do not know.
     return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def axis(mesh: Mesh) -> Axis:
-    """The name of a mesh's one axis, or the names of its two: what a reduction over all takes."""
+    """The name of a mesh's one axis, or those of its two: the argument of a reduction over all."""
     return mesh.axis_names if len(mesh.axis_names) > 1 else mesh.axis_names[0]
 
 
@@ -86,7 +86,7 @@ def split(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch_size(key: str, batch_size: int, mesh: Mesh, parts: int = 1) -> None:
-    """Raises UserError where a batch does not divide evenly over the devices, each its parts."""
+    """Raises UserError unless a batch divides evenly over the devices and each device's `parts`."""
     if left := batch_size % (mesh.size * parts):
         each = f" with train.accumulate_steps = {parts}" if parts > 1 else ""
         raise UserError(
@@ -96,14 +96,14 @@ def check_batch_size(key: str, batch_size: int, mesh: Mesh, parts: int = 1) -> N
 
 
 def whole(arrays: Any, axis: Axis) -> Any:
-    """The global batch of arrays [batch, ...] of which each replica has its share; replicated."""
+    """The whole global batch of arrays [batch, ...] on every replica, from their shares of it."""
     return jax.lax.all_gather(arrays, axis, tiled=True, to="invarying")
 
 
 def reverse(array: jax.Array, axis: Axis) -> jax.Array:
-    """The global batch [batch, ...] in reverse order, of which each replica has its share.
+    """Reverses the order of the global batch [batch, ...]; each replica has its share of it.
 
-    Devices exchange what they have in pairs: one message of a share, whatever their number.
+    Devices exchange their shares in pairs: each sends one message, however many devices there are.
     """
     last = jax.lax.axis_size(axis) - 1
     pairs = [(device, last - device) for device in range(last + 1)]
@@ -122,8 +122,8 @@ def map_step(
       step: function of one replica.
       mesh: the devices.
       mode: "shard_map" (jit of shard_map) or "pmap", which knows no groups.
-      donate: reuse the state's memory for the new state (pmap keeps the old one too: it takes
-        the state unstacked, and cannot donate what it broadcasts).
+      donate: reuse the state's memory for the new state. With pmap the old state stays in memory:
+        pmap takes the state unstacked, broadcasts it, and cannot donate what it broadcasts.
     """
 
     def traced(state, batch):

@@ -1,7 +1,7 @@
 """What a run reports: a summary before its first step, and its result in summary.json.
 
-A result is sealed, and is only given again where code, data, weights and precision are still those
-that it was measured with.
+A result is sealed against damage. It is given again only while code, data, weights and precision
+are still those that it was measured with.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from densejax.weights.files import HUB
 def say(text: str) -> None:
     """Prints on process 0 alone."""
     if jax.process_index() == 0:
-        with contextlib.suppress(OSError):  # the output is a file on a full disk
+        with contextlib.suppress(OSError):  # the output may be a file on a full disk
             print(text, flush=True)
 
 
 def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str, Any]:
-    """Prints what is about to run; returns the part of it that belongs into the result."""
+    """Prints what is about to run; returns the part of it that the result stores."""
     task, config = experiment.task, experiment.config
     size = config.data.image_size
     shape = (size, size, task.image_shape[-1]) if size else task.image_shape
@@ -65,10 +65,10 @@ def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str,
 
 
 def unused_cores(devices: int, batch_size: int) -> list[str]:
-    """How each core becomes a device, where one CPU device takes steps with several cores.
+    """A hint how to make each core a device, if one CPU device has several cores; else [].
 
-    XLA divides few of the operations on small images among cores. With two devices the step of
-    DenseNet-BC-100-12 took 0.63 of the time on two cores; that of DenseNet-121 took as long.
+    On small images XLA divides few operations among cores. On two cores, the step of
+    DenseNet-BC-100-12 took 0.63 of the time with two devices; that of DenseNet-121 took as long.
     """
     if jax.default_backend() != "cpu" or not hasattr(os, "sched_getaffinity"):
         return []
@@ -84,10 +84,10 @@ def measure(
     known: dict[str, dict[str, float]] | None = None,
     stops: Callable[[], bool] | None = None,
 ) -> dict[str, Any] | None:
-    """The result of a state on `evaluate.final_split`; None where `stops()` was true meanwhile.
+    """The result of a state on `evaluate.final_split`; None if `stops()` was true meanwhile.
 
-    With `evaluate.train_images`, also on training images. What is `known` by split is not measured
-    again.
+    With `evaluate.train_images`, training images are measured, too. `known` has metrics by split
+    that need not be measured again.
     """
     evaluation, result = experiment.data.evaluation, {}
     for split in (experiment.config.evaluate.final_split, *({"train"} & set(evaluation))):
@@ -106,7 +106,7 @@ def versions(config: ConfigDict) -> dict[str, str]:
     """`workdir.versions`, and all else that a result depends on except the data.
 
     Raises:
-      UserError: `train.weights` are no weights and no run's.
+      UserError: `train.weights` names neither weights nor a run.
     """
     with jax.default_matmul_precision(matmul_precision(config)):
         current = workdir.versions()
@@ -120,7 +120,7 @@ def versions(config: ConfigDict) -> dict[str, str]:
 
 
 def write(path: epath.Path, summary: dict[str, Any]) -> None:
-    """Writes summary.json such that `read` sees damage."""
+    """Writes summary.json with a seal, by which `read` notices damage."""
     files.write_json(path / "summary.json", files.seal(summary))
 
 
@@ -152,8 +152,8 @@ def finished(
     Args:
       path: of the run directory.
       config: the whole configuration.
-      current: today's `versions`; that of the data is computed here, if there is a result at all.
-      force: treat a result of other versions as none, so that it is measured again.
+      current: today's `versions`; the version of the data is computed here if there is a result.
+      force: do not count a result of other versions, so that it is measured again.
 
     Raises:
       UserError: the result is of other code, data, weights or precision, or it is damaged.
@@ -175,7 +175,7 @@ def finished(
 
 
 def line(summary: dict[str, Any], path: epath.Path) -> str:
-    """One line that says what came out, and one that says where it is."""
+    """One line with the result, and one that says where the rest of it is."""
     split = summary["config"]["evaluate"]["final_split"]
     accuracy = formats.percent(summary[f"{split}_accuracy"])
     images = formats.plural(summary[f"{split}_examples"], "image")

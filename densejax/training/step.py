@@ -29,7 +29,7 @@ class Task:
     Attributes:
       model: a network of densejax.models.
       optimizer: from densejax.training.optimizer.create.
-      learning_rate: of the next step, from the number of steps done; reported, not applied.
+      learning_rate: of the next step, from the number of steps done; it is only reported.
       preparation: from stored images to the network's input.
       image_shape: stored (height, width, channels).
       loss: of each training example, from (logits, labels or their probabilities).
@@ -37,7 +37,8 @@ class Task:
       log_every: steps after which the training metrics start anew.
       axis: of the devices, as `parallel.axis` names it.
       batch_norm_axis: the part of it that BatchNorm's statistics are averaged over.
-      accumulate_steps: micro-batches, one after the other, that a step's gradient is the mean of.
+      accumulate_steps: number of micro-batches, one after the other; a step's gradient is the mean
+        of theirs.
       average: of the variables, which is evaluated in their place.
       hold: stops the gradients of parameters that do not learn.
       head: the same task where the classifier alone learns, for the first steps; None: there are
@@ -65,8 +66,8 @@ class TrainState(struct.PyTreeNode):
 
     Attributes:
       step: int32, steps done.
-      key: uint32 [2], of the run's seed; every draw is a function of it and the step. It is data,
-        not a constant of the program: one compiled step serves all seeds.
+      key: uint32 [2], made from the run's seed; every draw is a function of the key and the step.
+        It is data, not a constant of the program: so one compiled step works for all seeds.
       params: float32.
       batch_stats: float32, BatchNorm's running mean and (biased) variance; {} without BatchNorm.
       opt_state: of the optimizer.
@@ -114,21 +115,21 @@ def train_step(
 ) -> tuple[TrainState, metrics.Sums]:
     """One step of the optimizer on this replica's share of the batch.
 
-    Where the loss, the gradient or the new running statistics are not finite (or so large that
-    their squares are not), parameters, optimizer state and running statistics stay as they were, on
-    every replica: the step is skipped.
+    The step is skipped, on every replica, if the loss, the gradient or the new running statistics
+    are not finite (or so large that their squares are not): parameters, optimizer state and running
+    statistics stay as they were.
 
     Args:
       task: what stays the same.
       state: replicated.
-      batch: as `Preparation.training` takes it, of the local batch.
+      batch: the local batch, as `Preparation.training` takes it.
 
     Returns:
       The new state, and its metrics with the step's "learning_rate" and the state's "skipped"; all
       replicated.
     """
-    # Gradients of replicated parameters would come summed over replicas; of varying ones they
-    # are this replica's own, under shard_map and pmap alike.
+    # For replicated parameters, JAX would return gradients summed over replicas. For parameters
+    # marked as varying, they are this replica's own, under both shard_map and pmap.
     axis, unsynced_axes = task.axis, _unsynced_axes(task)
     params = jax.lax.pcast(state.params, axis, to="varying")
     size = len(batch["label"])
@@ -169,7 +170,7 @@ def train_step(
     if (parts := task.accumulate_steps) == 1:
         batch_stats, (gradient, seen) = gradient_of(batch_stats, batch)
     else:
-        # Every parts-th example, so that a part is the same examples on any number of devices.
+        # A part has every parts-th example: so it is the same on any number of devices.
         batch = jax.tree.map(
             lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), batch
         )
@@ -195,7 +196,8 @@ def train_step(
     nothing_seen = jax.tree.map(jnp.zeros_like, seen)
     old = (state.params, state.batch_stats, state.opt_state, state.average, nothing_seen)
     new = (params, batch_stats, opt_state, average, seen)
-    # One pass over all. What optimizers make of a gradient whose square is finite is finite, too.
+    # One pass over everything. If the square of a gradient is finite, the update that an optimizer
+    # makes of it is finite, too.
     flat, _ = jax.flatten_util.ravel_pytree((gradient, batch_stats, seen["loss"]))
     good = jnp.isfinite(jnp.vdot(flat, flat))
     params, batch_stats, opt_state, average, seen = jax.tree.map(
@@ -229,7 +231,7 @@ def head_step(
 def evaluated_logits(
     model: nn.Module, preparation: Preparation, variables: Any, images: jax.Array
 ) -> jax.Array:
-    """Logits [batch, classes] of images uint8 [batch, height, width, channels], over all views."""
+    """Mean logits [batch, classes] over views of images uint8 [batch, height, width, channels]."""
     views = preparation.views(images)
     logits, _ = model.apply(variables, views.reshape(-1, *views.shape[2:]))
     return at_least_float32(logits).reshape(*views.shape[:2], -1).mean(0)
