@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 def draw(workdir: epath.Path, output: epath.Path) -> None:
-    """Writes a PNG: loss and accuracy over epochs, and the result where the run is finished."""
+    """Writes a PNG: loss and error over epochs, and the result where the run is finished."""
     records = script.read_json(workdir / "metrics.jsonl", lines=True)
     config, summary = (script.read_json(workdir / f"{name}.json") for name in ("config", "summary"))
     if not (records and config):

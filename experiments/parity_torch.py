@@ -48,7 +48,7 @@ TIMM = {
 HARDNET = {"hardnet39ds": 39, "hardnet68": 68, "hardnet68ds": 68, "hardnet85": 85}
 
 
-def build(name, dtype, hardnet, classes=100):
+def build(name, dtype, hardnet="", classes=100):
     """The peer's network with random statistics, scales and biases, and ours."""
     torch.manual_seed(0)
     if name in TIMM:

@@ -191,7 +191,7 @@ class Base:
     ) -> tuple[Network, float]:
         """As `equal`, for what `make` builds from widths: whole numbers in about these ratios.
 
-        All widths grow together until the count is met; then each width may change by one.
+        All widths grow together until the count is met; then each may change by one or two.
         """
         target = self.of(Network("", {}))[what]
 
