@@ -340,7 +340,8 @@ class Worker:
             with lock.locked(claim, wait=False):
                 # The worker that held the claim may be dead while its run is alive.
                 lock.require_free(work.path, wait=False)
-                if not (work.result() or work.has_diverged):
+                # Another worker of this process may have seen it fail a moment ago.
+                if not (work.result() or work.has_diverged or work.run.name in self.failed):
                     self.train(work)
             if work.is_over():
                 # Another worker may just have claimed it; etils has an error of its own for that.

@@ -339,7 +339,8 @@ def test_two_numbers_are_written_beside_their_marks():
     assert [name for name, _, _ in drawn] == ["parameters", "multiply_adds"]
     for _, caption, figure in drawn:
         assert "numbers: growth rate" in caption
-        assert {text.get_text() for text in figure.axes[0].texts} == {"6", "24"}
+        texts = {text.get_text() for text in figure.axes[0].texts}
+        assert texts == {"6", "24", "line: Pareto front"}
 
 
 def test_kinds_look_different():
