@@ -126,12 +126,12 @@ def _parse(argv: list[str], config: str, arguments: bool) -> list[str]:
 
 
 def _stop(text: str) -> NoReturn:
-    sys.exit(_say(text))
+    _say(text)
+    sys.exit(UserError.exit_code)
 
 
-def _say(text: str) -> int:
+def _say(text: str) -> None:
     screen.say(f"densejax: {UserError(text)}")
-    return 2
 
 
 def explain(error: BaseException, argv: list[str], reads_config: bool = True) -> str:

@@ -331,9 +331,9 @@ def of_all(groups: dict[str, list[Any]]) -> Iterator[tuple[str, str, Figure]]:
         recipe[-1].pop("learning_rate")
         networks = recipes.setdefault(json.dumps(recipe), {})
         networks.setdefault((group.kind, *map(group.mean, COUNTS)), group)
-    mine, said = list(max(recipes.values(), key=len, default={}).values()), ""
-    if mine:
-        mine, said = near(mine)
+    if not recipes:
+        return
+    mine, said = near(list(max(recipes.values(), key=len).values()))
     if len({group.kind for group in mine}) > 1:
         rates = {}
         for group in mine:

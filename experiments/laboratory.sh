@@ -6,18 +6,10 @@
 set -euo pipefail
 root=${1:?give the folder of the results}
 shift
-cd "$(dirname "$0")/.."
-python=${PYTHON:-.venv/bin/python}
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # large pages: steps a tenth faster
+. "$(dirname "$0")/sweep.sh"
 
-sweep() { # the sweep, and more flags
-  "$python" experiments/run.py --sweep="$1" --root="$root" --config=configs/fashion_mnist_small.py \
-    --config.data.manual_dir="${DATA:-/usr/share/datasets/fashion-mnist}" \
-    --config.train.epochs=2 "${@:2}"
-}
-
-sweep learning_rate --seeds=1 "$@" # on held-out images
-tuned=(--learning_rates="$root/learning_rate")
-for argument in "$@"; do [[ $argument == --dry_run ]] && tuned=(); done # there are no results yet
-sweep degradation "${tuned[@]}" --config.model.growth_rate=6 "$@"
-sweep train_size "${tuned[@]}" --only='*_plain_images_*' "$@"
+two=(--config.train.epochs=2)
+sweep learning_rate "$root" "${two[@]}" --seeds=1 "$@" # on held-out images
+tune "$root/learning_rate" "$@"
+sweep degradation "$root" "${two[@]}" "${tuned[@]}" --config.model.growth_rate=6 "$@"
+sweep train_size "$root" "${two[@]}" "${tuned[@]}" --only='*_plain_images_*' "$@"

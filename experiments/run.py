@@ -398,10 +398,10 @@ class Worker:
             self.said[name] = word
 
 
-def work_together(all_works: list[Work], number: int) -> int:
-    """Runs `number` workers in this process; a signal stops all. Returns the exit code."""
+def work_together(all_works: list[Work], count: int) -> int:
+    """Runs `count` workers in this process; a signal stops all. Returns the exit code."""
     first = Worker(all_works)
-    workers = [first, *(Worker(all_works, first.failed) for _ in range(number - 1))]
+    workers = [first, *(Worker(all_works, first.failed) for _ in range(count - 1))]
 
     def stop(number, frame):
         for worker in workers:

@@ -6,32 +6,24 @@
 set -euo pipefail
 root=${1:?give the folder of the results}
 shift
-cd "$(dirname "$0")/.."
-python=${PYTHON:-.venv/bin/python}
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # large pages: steps a tenth faster
-
-sweep() { # the sweep, its folder, and more flags
-  "$python" experiments/run.py --sweep="$1" --root="$root/$2" --config=configs/fashion_mnist_small.py \
-    --config.data.manual_dir="${DATA:-/usr/share/datasets/fashion-mnist}" "${@:3}"
-}
+. "$(dirname "$0")/sweep.sh"
 
 # How the layers are joined: three blocks of eight layers, k = 6.
 eight=(--config.model.blocks="(8,8,8)" --config.model.growth_rate=6)
 ten=(--config.train.epochs=10)
 # The peak of each kind's learning rate, by 5,000 held-out images: half as many images, two epochs.
-sweep patterns tuning "${eight[@]}" --axis=optimizer.learning_rate=0.1,0.2,0.4,0.8 --seeds=1 \
+sweep patterns "$root/tuning" "${eight[@]}" --axis=optimizer.learning_rate=0.1,0.2,0.4,0.8 --seeds=1 \
   --config.train.epochs=2 --config.data.train_size=30000 --config.data.validation_size=5000 \
   --config.evaluate.split=validation --config.evaluate.final_split=validation "$@"
-tuned=(--learning_rates="$root/tuning/patterns_x_learning_rate")
-for argument in "$@"; do [[ $argument == --dry_run ]] && tuned=(); done # there are no results yet
-sweep patterns study "${eight[@]}" "${ten[@]}" "${tuned[@]}" --seeds=1 "$@"
+tune "$root/tuning/patterns_x_learning_rate" "$@"
+sweep patterns "$root/study" "${eight[@]}" "${ten[@]}" "${tuned[@]}" --seeds=1 "$@"
 
 # How many feature maps a layer adds, at equal depth and at equal multiply-adds.
 wide=(--config.model.blocks="(2,4,4)" --config.model.growth_rate=18)
-sweep growth_rate growth "${wide[@]}" "${ten[@]}" "${tuned[@]}" --values=6,12,18,24,32 "$@"
-sweep growth_rate_equal_multiply_adds growth "${wide[@]}" "${ten[@]}" "${tuned[@]}" "$@"
+sweep growth_rate "$root/growth" "${wide[@]}" "${ten[@]}" "${tuned[@]}" --values=6,12,18,24,32 "$@"
+sweep growth_rate_equal_multiply_adds "$root/growth" "${wide[@]}" "${ten[@]}" "${tuned[@]}" "$@"
 
 # More seeds of each pattern; eight of those whose comparison was written down (sweeps.COMPARISONS).
-sweep patterns study "${eight[@]}" "${ten[@]}" "${tuned[@]}" --seeds=3 "$@"
-sweep patterns study "${eight[@]}" "${ten[@]}" "${tuned[@]}" --seeds=8 \
+sweep patterns "$root/study" "${eight[@]}" "${ten[@]}" "${tuned[@]}" --seeds=3 "$@"
+sweep patterns "$root/study" "${eight[@]}" "${ten[@]}" "${tuned[@]}" --seeds=8 \
   --only="dense_*,residual_*,exponential_*,one_shot_*,weighted_*" "$@"

@@ -421,6 +421,12 @@ def test_a_good_command_trains_and_writes_into_its_run_alone(command, tmp_path, 
     assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
 
 
+def test_training_that_diverges_has_an_exit_code_of_its_own(command, tmp_path):
+    card = small.card(tmp_path, optimizer__learning_rate=2e9, train__max_skipped_steps=3)
+    code, _, error = command(f"--config={card}", f"--workdir={tmp_path}/run")
+    assert code == 3 and "train.max_skipped_steps = 3: so many steps in a row" in error
+
+
 def test_the_real_command_says_one_line():
     command = [sys.executable, "-m", "densejax.main", CIFAR + ":depth=41"]
     environment = os.environ | small.ENVIRONMENT

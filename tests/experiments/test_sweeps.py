@@ -239,7 +239,10 @@ if path.name in sys.argv[4:]:
     sys.exit("the disk is on fire")
 if (path.parent / f"{path.name} diverges").exists():
     sys.exit(3)
+latest = time.monotonic() + 10
 while (path.parent / "all at once").exists() and len(log.read_text().split()) < 6:
+    if time.monotonic() > latest:
+        sys.exit("it is alone")
     time.sleep(0.05)
 summary = {"config": json.loads(sys.argv[3]), "test_accuracy": 0.5, "test_examples": 360}
 summary["versions"] = {"code": pathlib.Path(sys.argv[2] + ".code").read_text(), "data": "d"}
