@@ -19,9 +19,10 @@ train: $(READY) ## Train the digits example; more flags: make train ARGS="--conf
 	$(BIN)/python -m densejax.main --config=configs/digits.py $(ARGS)
 
 results: $(READY) ## Write the study's tables and figures from its runs: make results ROOT=FOLDER
-	for part in study growth; do $(BIN)/python experiments/report.py --root=$(ROOT)/$$part \
-	  --output=experiments/results/study_connections/$$part || exit 1; done
-	$(BIN)/python docs/generate.py --only study_patterns study_growth_rates
+	for part in study depth growth; do folder=experiments/results/study_connections/$$part; \
+	  $(BIN)/python experiments/report.py --root=$(ROOT)/$$part --output=$$folder || exit 1; \
+	  rm $$folder/index.html $$folder/*training_seconds*; done # many runs shared a GPU: no times
+	$(BIN)/python docs/generate.py --only study_patterns study_comparisons study_depth study_growth_rates
 
 docs: $(READY) ## Write the tables and pictures of docs/ that the code knows
 	$(BIN)/python docs/generate.py $(ARGS)

@@ -39,6 +39,7 @@ from densejax.training import losses, optimizer
 DOCS = pathlib.Path(__file__).parent
 ROOT = DOCS.parent
 RESULTS = ROOT / "experiments" / "results"
+STUDY = RESULTS / "study_connections"
 IMAGES = DOCS / "images"
 
 # Where a network's number of parameters is known from, beside its code here.
@@ -204,10 +205,9 @@ def measured_on_intel() -> str:
 
 def study(part: str, axes: Sequence[str], titles: Sequence[str]) -> str:
     """A part of the connection study, from its report: what was varied, and the results."""
-    file = RESULTS / "study_connections" / part / "report.csv"
-    names = {"growth_rate": "depth", "growth_rate_equal_multiply_adds": "multiply-adds"}
+    names = {"growth_rate": "depth", "patterns_equal_parameters": "parameters"}
     rows = []
-    for row in csv.DictReader(file.read_text().splitlines()):
+    for row in csv.DictReader((STUDY / part / "report.csv").read_text().splitlines()):
         shares = []
         for name in ("accuracy", "train_accuracy"):
             share, width = row[name], row[f"{name}_interval"]  # of one seed there is none
@@ -218,8 +218,11 @@ def study(part: str, axes: Sequence[str], titles: Sequence[str]) -> str:
             formats.si(float(row["multiply_adds"])),
         )
         paths = row["edges"], row["longest_path"]
-        row |= {"equal": names.get(row["sweep"]), "kind": row.get("kind", "").replace("_", "-")}
+        row["equal"] = names.get(row["sweep"], "multiply-adds")
+        row["kind"] = row.get("kind", "").replace("_", "-")
         rows.append((*(row[axis] for axis in axes), row["n"], *shares, *sizes, *map(_whole, paths)))
+    if part == "depth":  # one pattern's depths beside each other
+        rows.sort()
     head = ("n", "Test accuracy, %", "Training accuracy, %", "Parameters", "Multiply-adds")
     return table((*titles, *head, "Edges", "Longest path"), rows)
 
@@ -230,12 +233,58 @@ def _whole(text: str) -> str:
 
 def study_patterns() -> str:
     """Results of the connection study."""
-    return study("study", ("kind",), ("Pattern",))
+    return study("study", ("equal", "kind"), ("Equal", "Pattern"))
+
+
+def study_comparisons() -> str:
+    """The comparisons that were written down before the runs, at equal multiply-adds."""
+    report = (STUDY / "study" / "report.md").read_text()
+    return re.search(r"^\| difference of .*?(?=\n\n)", report, re.DOTALL | re.MULTILINE)[0]
+
+
+def study_depth() -> str:
+    """Results of the connection study for two numbers of layers."""
+    return study("depth", ("kind", "blocks"), ("Pattern", "Layers of each block"))
 
 
 def study_growth_rates() -> str:
     """Results of the growth-rate ablation."""
     return study("growth", ("equal", "growth_rate"), ("Equal", "k"))
+
+
+def laboratory(sweep: str, column: str, shown: Callable[[dict[str, str]], str]) -> str:
+    """A short sweep of experiments/laboratory.sh: kinds of networks by the values of one axis."""
+    file = RESULTS / "laboratory" / "report.csv"
+    rows = [row for row in csv.DictReader(file.read_text().splitlines()) if row["sweep"] == sweep]
+    kinds, cells = {}, {}
+    for row in rows:
+        kinds.setdefault(row["kind"], []).append(row[column])
+        cells[row["kind"], row[column]] = shown(row)
+    columns = [sorted(values, key=float) for values in kinds.values()]
+    head = ["/".join(dict.fromkeys(values)) for values in zip(*columns, strict=True)]
+    lines = [
+        (kind, *(cells[kind, value] for value in sorted(values, key=float)))
+        for kind, values in kinds.items()
+    ]
+    return table((f"n = {', '.join(sorted({row['n'] for row in rows}))}", *head), lines)
+
+
+def _shares(row: dict[str, str], name: str) -> str:
+    return f"{100 * float(row[name]):.2f} ± {100 * float(row[f'{name}_interval']):.2f}"
+
+
+def laboratory_degradation() -> str:
+    """Training errors of deeper networks, with and without shortcuts."""
+    return laboratory("degradation", "depth", lambda row: _shares(row, "train_error"))
+
+
+def laboratory_train_size() -> str:
+    """Test and training accuracy of networks that learn from few images."""
+
+    def shown(row):
+        return f"{_shares(row, 'accuracy')} ({100 * float(row['train_accuracy']):.1f})"
+
+    return laboratory("train_size", "train_size", shown)
 
 
 def networks() -> str:
@@ -352,7 +401,9 @@ PARTS = {
     function.__name__: function
     for function in (
         *(cards, patterns, networks, configuration, fields, names, sweeps),
-        *(measured_patterns, measured_on_intel, study_patterns, study_growth_rates),
+        *(measured_patterns, measured_on_intel),
+        *(study_patterns, study_comparisons, study_depth, study_growth_rates),
+        *(laboratory_degradation, laboratory_train_size),
         *(shortcuts, commands, scripts),
     )
 }

@@ -32,6 +32,7 @@ COSTS = {
     "parameters": "parameters",
     "multiply_adds": "multiply-adds of an image",
     "training_seconds": "seconds of training",
+    "latency_64": "seconds to classify 64 images",
 }
 PATHS = {
     "longest_path": "layers on the longest path",
@@ -180,6 +181,8 @@ def front(groups: Sequence[Any], quantity: str) -> list[Any]:
 def against(groups: Sequence[Any], quantity: str, numbers: str = "") -> Figure:
     """Error over a quantity of COSTS or PATHS, a mark for each group; costs also have the front.
 
+    A thin line joins the marks of one kind.
+
     Args:
       groups: each of another network.
       quantity: what the horizontal axis shows.
@@ -191,8 +194,11 @@ def against(groups: Sequence[Any], quantity: str, numbers: str = "") -> Figure:
     figure, (axes,) = plots.figure(width=4.0, height=3.4 + below)
     for kind in kinds:
         mine = [group for group in groups if group.kind == kind]
-        x = [group.mean(quantity) for group in mine]
-        mark(axes, x, mine, "error", label=kind, **style(kind) | {"linestyle": ""})
+        mine.sort(key=lambda group: group.mean(quantity))
+        x, look = [group.mean(quantity) for group in mine], style(kind)
+        mark(axes, x, mine, "error", label=kind, **look | {"linestyle": ""})
+        y = [100 * group.mean("error") for group in mine]
+        axes.plot(x, y, color=look["color"], linewidth=0.8, alpha=0.5, zorder=0)
     if quantity in COSTS:
         best = front(groups, quantity)
         steps = [[g.mean(quantity) for g in best], [100 * g.mean("error") for g in best]]
@@ -222,12 +228,18 @@ def against(groups: Sequence[Any], quantity: str, numbers: str = "") -> Figure:
 
 
 def along(groups: Sequence[Any], axis: str) -> Figure:
-    """Error along an axis of numbers: test solid, training (not augmented) dotted without marks."""
+    """Error along an axis of numbers: test solid, training (not augmented) dotted without marks.
+
+    Groups that are alike on the other axes make a line. If no two groups of one kind of network
+    have the same place on this axis, they make one line; the other axes are written below this one.
+    """
     figure, (axes,) = plots.figure(width=4.0)
-    lines = {}
-    for group in groups:
+    lines, others = {}, [name for name in groups[0].axes if name != axis]
+    is_line = len({group.kind for group in groups}) == 1
+    is_line &= len({group.axes[axis] for group in groups}) == len(groups)
+    for group in sorted(groups, key=lambda group: group.axes[axis]):
         rest = {key: value for key, value in group.axes.items() if key != axis}
-        lines.setdefault(str(rest), []).append(group)
+        lines.setdefault("" if is_line else str(rest), []).append(group)
     looks = styles([line[0] for line in lines.values()])
     for line, look in zip(lines.values(), looks, strict=True):
         x = [group.axes[axis] for group in line]
@@ -235,10 +247,22 @@ def along(groups: Sequence[Any], axis: str) -> Figure:
         mark(axes, x, line, "error", label=label, **look | {"linestyle": "-"})
         axes.plot(x, [100 * group.mean("train_error") for group in line], ":", color=look["color"])
     values = sorted({group.axes[axis] for group in groups})
+    ticks, name = {value: formats.si(value) for value in values}, axis.replace("_", " ")
+    if is_line and others:
+        for group in groups:
+            below = (say(group.axes[other]) for other in others)
+            ticks[group.axes[axis]] = "\n".join((formats.si(group.axes[axis]), *below))
+        name = "\n".join((name, *(f"below it: {other.replace('_', ' ')}" for other in others)))
+    scale = float
     if values[-1] >= 8 * values[0] > 0:
         plots.logarithmic(axes.xaxis, formats.si)
-    axes.set_xticks(values, map(formats.si, values))
-    axes.set(xlabel=axis.replace("_", " "), ylabel=f"training, {error_of(groups)}")
+        scale = math.log
+    shown = values[:1]
+    for value in values[1:]:  # numbers that would overlap the one before have no tick
+        if scale(value) - scale(shown[-1]) > (scale(values[-1]) - scale(values[0])) / 15:
+            shown.append(value)
+    axes.set_xticks(shown, [ticks[value] for value in shown])
+    axes.set(xlabel=name, ylabel=f"training, {error_of(groups)}")
     if len(lines) > 1:
         legend(axes)
     return figure

@@ -27,3 +27,10 @@ sweep growth_rate_equal_multiply_adds "$root/growth" "${wide[@]}" "${ten[@]}" "$
 sweep patterns "$root/study" "${eight[@]}" "${ten[@]}" "${tuned[@]}" --seeds=3 "$@"
 sweep patterns "$root/study" "${eight[@]}" "${ten[@]}" "${tuned[@]}" --seeds=8 \
   --only="dense_*,residual_*,exponential_*,one_shot_*,weighted_*" "$@"
+
+# The five patterns with the best means so far, with as many parameters as the dense network; and
+# four patterns with half as many layers.
+sweep patterns_equal_parameters "$root/study" "${eight[@]}" "${ten[@]}" "${tuned[@]}" --seeds=3 \
+  --only="dense_*,laurel_*,hyper_*,residual_*,weighted_*" "$@"
+sweep patterns "$root/depth" --axis=model.blocks="(4,4,4),(8,8,8)" --config.model.growth_rate=6 \
+  "${ten[@]}" "${tuned[@]}" --seeds=3 --only="dense_*,residual_*,exponential_*,one_shot_*" "$@"

@@ -326,21 +326,44 @@ def test_patterns_are_ranked_compared_and_named_alike(tmp_path):
     assert columns["longest path"][0] == "18" and columns["mean path"][3] == "18.0"
 
 
-def test_two_numbers_are_written_beside_their_marks():
-    def group(rate, error):
-        means = {"error": error, "parameters": 1000 * rate, "multiply_adds": 1e6 * rate}
-        found = types.SimpleNamespace(
-            axes={"growth_rate": rate}, kind="dense", split="test", runs=[0]
-        )
-        found.mean, found.half_width = lambda name: means.get(name, math.nan), lambda name: math.nan
-        return found
+def group(error, kind="dense", **axes):
+    """A mean as figures read it, of one run; its costs grow with its growth rate."""
+    rate = axes["growth_rate"]
+    means = {"error": error, "parameters": 1000 * rate, "multiply_adds": 1e6 * rate}
+    found = types.SimpleNamespace(axes=axes, kind=kind, split="test", runs=[0])
+    found.label = lambda without: f"{kind} {axes | {without: 0}}"
+    found.mean, found.half_width = lambda name: means.get(name, math.nan), lambda name: math.nan
+    return found
 
-    drawn = list(figures.of_costs_and_paths([group(6, 0.2), group(24, 0.1)], ""))
+
+def test_two_numbers_are_written_beside_their_marks():
+    groups = [group(0.1, growth_rate=24), group(0.2, growth_rate=6)]
+    drawn = list(figures.of_costs_and_paths(groups, ""))
     assert [name for name, _, _ in drawn] == ["parameters", "multiply_adds"]
-    for _, caption, figure in drawn:
+    for name, caption, figure in drawn:
         assert "numbers: growth rate" in caption
-        texts = {text.get_text() for text in figure.axes[0].texts}
-        assert texts == {"6", "24", "line: Pareto front"}
+        (axes,) = figure.axes
+        assert {text.get_text() for text in axes.texts} == {"6", "24", "line: Pareto front"}
+        scale = {"parameters": 1000, "multiply_adds": 1e6}[name]
+        joined = [line for line in axes.lines if line.get_alpha() and len(line.get_xdata()) == 2]
+        assert [line.get_xydata().tolist() for line in joined if line.get_zorder() == 0][0] == [
+            [6 * scale, 20],
+            [24 * scale, 10],
+        ]
+
+
+def test_one_line_where_one_number_follows_from_another():
+    groups = [group(0.1, growth_rate=24, depth=18), group(0.2, growth_rate=6, depth=108)]
+    figure = figures.along(groups, "growth_rate")
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["6\n108", "24\n18"]
+    assert axes.get_xlabel() == "growth rate\nbelow it: depth" and not figure.legends
+    assert [6, 24] in [list(line.get_xdata()) for line in axes.lines]
+
+    others = [*groups, group(0.3, "residual", growth_rate=12, depth=20)]  # no line of two kinds
+    (axes,) = figures.along(others, "depth").axes
+    assert all(len(line.get_xdata()) < 2 for line in axes.lines)
+    assert list(axes.get_xticks()) == [18, 108]  # 20 would overlap 18
 
 
 def test_kinds_look_different():
