@@ -385,8 +385,8 @@ KEYS = {
     ),
     "optimizer.weight_decay": Key(
         1e-4,
-        "The weight decay. 'sgd' adds this share of the weights to the gradient, 'adamw' adds "
-        "it to the update.",
+        "The weight decay. 'sgd' adds this share of the weights to the gradient; 'adamw' adds it "
+        "to the update, and so does 'muon' for the kernels of convolutions.",
         _NOT_NEGATIVE,
     ),
     "optimizer.decay_all": Key(
@@ -567,7 +567,8 @@ def _conflicts(
     data, evaluate, parallel = config.data, config.evaluate, config.parallel
     are_files, files = data.storage != "memory", "data.storage = 'stream' or 'auto'"
     by_statistics = data.normalization == "statistics"
-    not_sgd = config.optimizer.name != "sgd"  # an added optimizer may read these, too
+    # An added optimizer may read these, too.
+    is_adaptive = config.optimizer.name not in ("sgd", "muon")
     without_drops = config.optimizer.schedule in ("cosine", "linear", "constant")
     augmentation, single = config.augmentation, not evaluate.crop_size
     knows_labels = data.storage != "stream" or bool(data.manual_dir)
@@ -579,8 +580,8 @@ def _conflicts(
         ("augmentation.erasing_area", augmentation.erasing > 0, "augmentation.erasing above 0"),
         ("evaluate.mirror", single, "evaluate.crop_size = 0"),
         ("evaluate.shift", single, "evaluate.crop_size = 0"),
-        ("optimizer.beta2", not_sgd, "optimizer.name = 'adamw'"),
-        ("optimizer.epsilon", not_sgd, "optimizer.name = 'adamw'"),
+        ("optimizer.beta2", is_adaptive, "optimizer.name = 'adamw'"),
+        ("optimizer.epsilon", is_adaptive, "optimizer.name = 'adamw'"),
         ("optimizer.drop_at", not without_drops, "optimizer.schedule = 'step'"),
         ("optimizer.drop_factor", not without_drops, "optimizer.schedule = 'step'"),
         ("data.workers", are_files, files),

@@ -39,7 +39,6 @@ from densejax.training import losses, optimizer
 DOCS = pathlib.Path(__file__).parent
 ROOT = DOCS.parent
 RESULTS = ROOT / "experiments" / "results"
-STUDY = RESULTS / "study_connections"
 IMAGES = DOCS / "images"
 
 # Where a network's number of parameters is known from, beside its code here.
@@ -203,11 +202,13 @@ def measured_on_intel() -> str:
     return table((*head, "XLA's temporary memory, MiB"), rows)
 
 
-def study(part: str, axes: Sequence[str], titles: Sequence[str]) -> str:
-    """A part of the connection study, from its report: what was varied, and the results."""
+def of_sweeps(part: str, axes: Sequence[str], titles: Sequence[str], sweep: str = "") -> str:
+    """A report's results in a folder of RESULTS, or those of one sweep: what varied, and means."""
     names = {"growth_rate": "depth", "patterns_equal_parameters": "parameters"}
     rows = []
-    for row in csv.DictReader((STUDY / part / "report.csv").read_text().splitlines()):
+    for row in csv.DictReader((RESULTS / part / "report.csv").read_text().splitlines()):
+        if sweep not in ("", row["sweep"]):
+            continue
         shares = []
         for name in ("accuracy", "train_accuracy"):
             share, width = row[name], row[f"{name}_interval"]  # of one seed there is none
@@ -221,7 +222,7 @@ def study(part: str, axes: Sequence[str], titles: Sequence[str]) -> str:
         row["equal"] = names.get(row["sweep"], "multiply-adds")
         row["kind"] = row.get("kind", "").replace("_", "-")
         rows.append((*(row[axis] for axis in axes), row["n"], *shares, *sizes, *map(_whole, paths)))
-    if part == "depth":  # one pattern's depths beside each other
+    if part.endswith("depth"):  # one pattern's depths beside each other
         rows.sort()
     head = ("n", "Test accuracy, %", "Training accuracy, %", "Parameters", "Multiply-adds")
     return table((*titles, *head, "Edges", "Longest path"), rows)
@@ -233,23 +234,35 @@ def _whole(text: str) -> str:
 
 def study_patterns() -> str:
     """Results of the connection study."""
-    return study("study", ("equal", "kind"), ("Equal", "Pattern"))
+    return of_sweeps("study_connections/study", ("equal", "kind"), ("Equal", "Pattern"))
 
 
 def study_comparisons() -> str:
     """The comparisons that were written down before the runs, at equal multiply-adds."""
-    report = (STUDY / "study" / "report.md").read_text()
+    report = (RESULTS / "study_connections" / "study" / "report.md").read_text()
     return re.search(r"^\| difference of .*?(?=\n\n)", report, re.DOTALL | re.MULTILINE)[0]
 
 
 def study_depth() -> str:
     """Results of the connection study for two numbers of layers."""
-    return study("depth", ("kind", "blocks"), ("Pattern", "Layers of each block"))
+    return of_sweeps(
+        "study_connections/depth", ("kind", "blocks"), ("Pattern", "Layers of each block")
+    )
 
 
 def study_growth_rates() -> str:
     """Results of the growth-rate ablation."""
-    return study("growth", ("equal", "growth_rate"), ("Equal", "k"))
+    return of_sweeps("study_connections/growth", ("equal", "growth_rate"), ("Equal", "k"))
+
+
+def laboratory_depth_width() -> str:
+    """Deep and narrow, or shallow and wide, at equal parameters."""
+    return of_sweeps("laboratory", ("kind", "depth"), ("Network", "Depth"), "depth_width")
+
+
+def laboratory_growth_schedule() -> str:
+    """One growth rate, or one that doubles from block to block, at equal parameters."""
+    return of_sweeps("laboratory", ("schedule",), ("Growth rate",), "growth_schedule")
 
 
 def laboratory(sweep: str, column: str, shown: Callable[[dict[str, str]], str]) -> str:
@@ -404,6 +417,7 @@ PARTS = {
         *(measured_patterns, measured_on_intel),
         *(study_patterns, study_comparisons, study_depth, study_growth_rates),
         *(laboratory_degradation, laboratory_train_size),
+        *(laboratory_depth_width, laboratory_growth_schedule),
         *(shortcuts, commands, scripts),
     )
 }

@@ -67,6 +67,41 @@ def test_adamw_equals_pytorch(clip):
     np.testing.assert_allclose(found, [[value]], rtol=1e-5)
 
 
+def orthogonalized(momentum):
+    """Jordan's iteration (https://kellerjordan.github.io/posts/muon), on singular values."""
+    left, values, right = np.linalg.svd(
+        momentum.reshape(-1, momentum.shape[-1]), full_matrices=False
+    )
+    values = values / np.linalg.norm(values)
+    for _ in range(3):
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+    return (left * values @ right).reshape(momentum.shape)
+
+
+def test_muon_equals_its_formula_on_kernels_and_sgd_elsewhere():
+    draw = np.random.default_rng(0).normal
+    shapes = {"kernel": (3, 3, 2, 4), "one": (1, 1, 6, 4), "depthwise": (3, 3, 1, 4), "scale": (4,)}
+    params = {name: jnp.asarray(draw(size=shape)) for name, shape in shapes.items()}
+    gradients = [{name: draw(size=shape) for name, shape in shapes.items()} for _ in range(2)]
+    config = section(name="muon", momentum=0.5, nesterov=False, weight_decay=0.01)
+    transformation, found = optimizer.create(config, lambda step: 0.4), params
+    state = transformation.init(params)
+    with jax.numpy_dtype_promotion("standard"):  # optax itself promotes
+        for gradient in gradients:
+            updates, state = transformation.update(gradient, state, found)
+            found = optax.apply_updates(found, updates)
+    first, second = gradients
+    for name in ("kernel", "one"):
+        value = np.asarray(params[name])
+        for momentum in (first[name], 0.5 * first[name] + second[name]):  # its scale is no matter
+            value = value - 0.04 * (orthogonalized(momentum) + 0.01 * value)
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
+    for name in ("depthwise", "scale"):
+        steps = [first[name], second[name]]
+        expected = sgd(np.asarray(params[name]), steps, [0.4, 0.4], 0.5, False, 0.01)
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_parts_have_their_own_rates():
     params = {"stem": {"kernel": jnp.ones((2, 2))}, "stem2": {"kernel": jnp.ones((2, 2))}}
     params |= {"block1": {"layer1": {"kernel": jnp.ones(2)}, "layer2": {"kernel": jnp.ones(2)}}}

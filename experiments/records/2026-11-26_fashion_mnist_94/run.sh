@@ -16,11 +16,12 @@ train() { # a stage into its folder, and its flags
     --config.model.bottleneck=False "--config.model.blocks=(1,2,4)" \
     "--config.model.growth_rate=(8,32,64)" --config.augmentation.shift=0 \
     --config.augmentation.alternate_flip --config.train.average_decay=0.998 \
-    --config.optimizer.learning_rate=0.4 --config.evaluate.mirror "${@:2}"
+    --config.train.batch_size=256 --config.optimizer.name=muon \
+    --config.optimizer.learning_rate=0.5 --config.evaluate.mirror "${@:2}"
 }
-train small --config.data.image_size=20 --config.train.epochs=8 \
-  --config.optimizer.schedule=constant --config.optimizer.warmup_epochs=0.5
-train large --config.train.weights="$folder/small" --config.train.epochs=10 \
+train small --config.data.image_size=20 --config.train.epochs=6 \
+  --config.optimizer.schedule=constant --config.optimizer.warmup_epochs=0.25
+train large --config.train.weights="$folder/small" --config.train.epochs=7 \
   --config.optimizer.schedule=linear --config.optimizer.warmup_epochs=0
 
 end=$(date +%s.%N)
