@@ -262,6 +262,9 @@ def along(groups: Sequence[Any], axis: str) -> Figure:
         if scale(value) - scale(shown[-1]) > (scale(values[-1]) - scale(values[0])) / 15:
             shown.append(value)
     axes.set_xticks(shown, [ticks[value] for value in shown])
+    errors = [100 * group.mean(name) for name in ("error", "train_error") for group in groups]
+    if max(errors) >= 3 * min(errors) > 0:
+        plots.logarithmic(axes.yaxis, "{:.3g}".format)
     axes.set(xlabel=name, ylabel=f"training, {error_of(groups)}")
     if len(lines) > 1:
         legend(axes)

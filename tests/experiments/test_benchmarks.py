@@ -75,7 +75,7 @@ def test_children_take_turns():
 
 
 CHILD = """
-import os, sys, time
+import itertools, os, sys, time
 channel = os.dup(1)
 sys.path.insert(0, {path!r})
 from turns import Unavailable, serve
@@ -90,7 +90,9 @@ def build(spec):
         sys.exit(3)
     if spec["what"] == "noisy":
         os.write(channel, b"hello\\n")
-    return {{"device": spec["what"]}}, lambda: time.sleep(0.05) or (lambda: None)
+    # Two steps come before the first turn; then each third one is the first of a turn.
+    seconds = itertools.cycle([0.05, 0.05, 2.0 if spec["what"] == "cold" else 0.05])
+    return {{"device": spec["what"]}}, lambda: time.sleep(next(seconds)) or (lambda: None)
 
 serve(build)
 """
@@ -112,6 +114,13 @@ def test_a_process_answers_and_waits_idly(command):
         assert 0.05 <= answer["seconds_per_step"]
         assert answer["idle_processor_seconds"] < 0.05 < answer["idle_seconds"]
         assert answer["peak_rss_bytes"] > 2**20
+
+
+def test_the_first_step_of_a_turn_is_not_timed(command):
+    child = turns.Process(command, {"what": "cold"})
+    answers = [child.ask(2) for _ in range(2)]
+    child.close()
+    assert all(0.05 <= answer["seconds_per_step"] < 1.0 for answer in answers)
 
 
 @pytest.mark.parametrize(
