@@ -112,9 +112,10 @@ def window(depth: int, growth_rate: int, size: int = 3) -> Graph:
 
 
 def exponential(depth: int, growth_rate: int) -> Graph:
-    """Layer l reads l - 1, l - 2, l - 4, l - 8, ..., and so does what follows the block.
+    """Layer l reads the outputs l - 1, l - 2, l - 4, l - 8 and so on: a few, in growing steps.
 
-    SparseNet (Zhu et al., ECCV 2018); in a block, Log-DenseNet (arXiv:1711.00002) reads the same.
+    What follows the block reads such outputs, too. This is SparseNet (Zhu et al., ECCV 2018).
+    Within a block, Log-DenseNet (arXiv:1711.00002) reads the same outputs.
     """
 
     def before(layer):
@@ -124,10 +125,11 @@ def exponential(depth: int, growth_rate: int) -> Graph:
 
 
 def hardnet(depth: int, growth_rate: int, multiplier: float = 1.7) -> Graph:
-    """Layer l reads l - 2^j, the nearest first, for each j where 2^j divides l.
+    """Layer l reads output l - 2^j for each j where 2^j divides l, the nearest output first.
 
-    It makes k m^(r - 1) maps, an even number, where it reads r outputs. The block gives the odd
-    layers and the last (HarDNet, Chao et al., arXiv:1909.00948).
+    A layer that reads r outputs makes k m^(r - 1) feature maps, rounded to an even number. The
+    block gives the outputs of the odd layers and of the last one. HarDNet, Chao et al.,
+    arXiv:1909.00948.
     """
     reads = []
     for layer in range(1, depth + 1):
@@ -318,8 +320,8 @@ def weighted(
 ) -> jax.Array:
     """Depth-weighted averages of all outputs (DenseFormer, Pagliardini et al., arXiv:2402.02622).
 
-    An output is that of a residual layer. After every `period` layers it is replaced by a weighted
-    sum of every `dilation`-th output, counted back from it.
+    The layers are residual. After every `period` layers, the output is replaced by a weighted sum
+    of this output and of earlier ones: every `dilation`-th, counted back from it.
     """
     outputs = [x]
     for number, layer in enumerate(layers, 1):
@@ -335,7 +337,8 @@ def weighted(
 def laurel(stage: Stage, x: jax.Array, layers: Sequence[Layer], rank: int = 4) -> jax.Array:
     """x_l = a H(x_{l-1}) + sum_j g_j x_j + B A x_{l-1}, with A and B of a low rank.
 
-    All three forms of LAuReL (Menghani et al., arXiv:2411.07501) in one; B starts at 0.
+    H is the layer, and a and g_j are learned numbers. These are all three forms of LAuReL (Menghani
+    et al., arXiv:2411.07501) in one; B starts at 0.
     """
     outputs, channels = [x], x.shape[-1]
     for number, layer in enumerate(layers, 1):
@@ -352,7 +355,7 @@ def laurel(stage: Stage, x: jax.Array, layers: Sequence[Layer], rank: int = 4) -
 def dsnet(stage: Stage, x: jax.Array, layers: Sequence[Layer]) -> jax.Array:
     """x_l = H(x_{l-1}) + sum_j w_j N(x_j), a weight for each channel (DSNet, arXiv:2010.12496).
 
-    N is BatchNorm without scale and bias, so that an output's statistics are taken once.
+    H is the layer. N is BatchNorm without scale and bias; it is computed once for each output.
     """
     normalised = []
     for number, layer in enumerate(layers, 1):
@@ -371,10 +374,10 @@ def hyper(
 ) -> jax.Array:
     """Hyper-connections (Zhu et al., arXiv:2409.19606): several streams in place of one.
 
-    The streams start as copies of the stage's input and end in their mean. A layer reads a
-    weighted sum of them (A_m in the paper), each stream becomes one of all (A_r), and the layer's
-    output is added to each with a weight (B). With `dynamic`, a small part that each pixel's
-    features decide is added to the weights.
+    The streams start as copies of the stage's input. A layer reads a weighted sum of them (A_m in
+    the paper). Then each stream becomes a weighted sum of all streams (A_r), and the layer's output
+    is added to it with a weight (B). At the end, the stage gives the mean of the streams. With
+    `dynamic`, each pixel's features change the weights a little.
     """
     state = [x] * streams
     for number, layer in enumerate(layers, 1):

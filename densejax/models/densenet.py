@@ -59,7 +59,8 @@ class DenseNet(nn.Module):
         DenseNet-BC where below 1.
       stem: "cifar" (3x3) or "imagenet" (7x7 stride 2, norm, ReLU, max-pooling).
       stem_width: channels of the stem. None: 2k for the ImageNet stem and for DenseNet-BC,
-        otherwise 16 (the paper's text; only so its 27.2M parameters of L=100, k=24 are met).
+        otherwise 16, as the paper's text says. (Only with 16, L=100 and k=24 give the paper's 27.2M
+        parameters.)
       dropout_rate: after every convolution but the first.
       survival: p_L of stochastic depth: layer l of all L dense layers keeps its new feature maps
         with p_l = 1 - l / L (1 - p_L), each example by itself; scaled by p_l when not training.

@@ -73,7 +73,7 @@ class ResNet(nn.Module):
 
     Attributes:
       num_classes: length of the logits; 0: no classifier, the logits are None.
-      blocks: blocks of each stage, n in the paper; a stage but the first halves the image.
+      blocks: blocks of each stage, n in the paper. Every stage but the first halves the image.
       widths: channels of the 3x3 convolutions of each stage; the first is the stem's too.
       block: "basic" (3x3, 3x3) or "bottleneck" (1x1, 3x3, and 1x1 to four times the width).
       stride_on: what halves the image in a bottleneck: "3x3" (torchvision) or "1x1" (the papers).
@@ -87,7 +87,8 @@ class ResNet(nn.Module):
         with its options ("hyper:streams=2"). Those but "add" and "chain" need pre-activation. A
         block that changes the size or width of features keeps the shortcut of a residual network,
         and the pattern joins the blocks after it; in a "chain" there is none.
-      zero_init: each block's last BatchNorm scale starts at 0, so that it starts as its shortcut.
+      zero_init: the scale of each block's last BatchNorm starts at 0. So at the start, a block
+        gives what its shortcut gives.
       survival: p_L of stochastic depth: block l of L is kept with p_l = 1 - l / L (1 - p_L), each
         example by itself, and scaled by p_l when not training.
       convolution_bias: convolutions add a bias (Keras Applications' form; the papers' do not).

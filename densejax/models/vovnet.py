@@ -77,7 +77,8 @@ class VoVNet(nn.Module):
 
     Attributes:
       num_classes: length of the logits; 0: no classifier, the logits are None.
-      modules: OSA modules of each stage; a stage but the first halves the image by max-pooling.
+      modules: one-shot-aggregation modules of each stage. Every stage but the first halves the
+        image by max-pooling.
       widths: channels of each stage's 3x3 layers.
       output_widths: channels of each stage's 1x1 layers.
       module_depth: 3x3 layers of a module.
