@@ -196,7 +196,6 @@ def measured_on_intel() -> str:
         times = [f"{cells[1]} ({cells[2]})" for cells in (ours, theirs)]
         name, devices = f"`{model}`", "2" if "2 x cpu" in versions else "1"
         what = {"train": "training step"}.get(what, what)
-        what += "" if "not timed" in title else " †"  # every step of its turns was timed
         memory = ours[-3]  # before the peak RSS and the seconds to compile
         rows.append((what, name, batch.split()[1], devices, *times, ours[3], memory))
     head = ("What", "Network", "Batch", "Devices", "Ours, s", "PyTorch, s", "Ours / PyTorch")
