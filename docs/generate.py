@@ -202,13 +202,11 @@ def measured_on_intel() -> str:
     return table((*head, "XLA's temporary memory, MiB"), rows)
 
 
-def of_sweeps(part: str, axes: Sequence[str], titles: Sequence[str], sweep: str = "") -> str:
-    """A report's results in a folder of RESULTS, or those of one sweep: what varied, and means."""
+def of_sweeps(part: str, axes: Sequence[str], titles: Sequence[str]) -> str:
+    """A report's results in a folder of RESULTS: what was varied, and means."""
     names = {"growth_rate": "depth", "patterns_equal_parameters": "parameters"}
     rows = []
     for row in csv.DictReader((RESULTS / part / "report.csv").read_text().splitlines()):
-        if sweep not in ("", row["sweep"]):
-            continue
         shares = []
         for name in ("accuracy", "train_accuracy"):
             share, width = row[name], row[f"{name}_interval"]  # of one seed there is none
@@ -253,16 +251,6 @@ def study_depth() -> str:
 def study_growth_rates() -> str:
     """Results of the growth-rate ablation."""
     return of_sweeps("study_connections/growth", ("equal", "growth_rate"), ("Equal", "k"))
-
-
-def laboratory_depth_width() -> str:
-    """Deep and narrow, or shallow and wide, at equal parameters."""
-    return of_sweeps("laboratory", ("kind", "depth"), ("Network", "Depth"), "depth_width")
-
-
-def laboratory_growth_schedule() -> str:
-    """One growth rate, or one that doubles from block to block, at equal parameters."""
-    return of_sweeps("laboratory", ("schedule",), ("Growth rate",), "growth_schedule")
 
 
 def laboratory(sweep: str, column: str, shown: Callable[[dict[str, str]], str]) -> str:
@@ -417,7 +405,6 @@ PARTS = {
         *(measured_patterns, measured_on_intel),
         *(study_patterns, study_comparisons, study_depth, study_growth_rates),
         *(laboratory_degradation, laboratory_train_size),
-        *(laboratory_depth_width, laboratory_growth_schedule),
         *(shortcuts, commands, scripts),
     )
 }
