@@ -202,16 +202,12 @@ def measured_on_intel() -> str:
     return table((*head, "XLA's temporary memory, MiB"), rows)
 
 
-def of_sweeps(part: str, axes: Sequence[str], titles: Sequence[str]) -> str:
-    """A report's results in a folder of RESULTS: what was varied, and means."""
+def of_sweeps(part: str, axes: Sequence[str], titles: Sequence[str], by_name: bool = False) -> str:
+    """A report's results in a folder of RESULTS, in its order or by name: axes and means."""
     names = {"growth_rate": "depth", "patterns_equal_parameters": "parameters"}
     rows = []
     for row in csv.DictReader((RESULTS / part / "report.csv").read_text().splitlines()):
-        shares = []
-        for name in ("accuracy", "train_accuracy"):
-            share, width = row[name], row[f"{name}_interval"]  # of one seed there is none
-            width = f" ± {100 * float(width):.2f}" if width else ""
-            shares.append(f"{100 * float(share):.2f}{width}")
+        shares = [_share(row, name) for name in ("accuracy", "train_accuracy")]
         sizes = (
             formats.count(int(float(row["parameters"]))),
             formats.si(float(row["multiply_adds"])),
@@ -220,10 +216,15 @@ def of_sweeps(part: str, axes: Sequence[str], titles: Sequence[str]) -> str:
         row["equal"] = names.get(row["sweep"], "multiply-adds")
         row["kind"] = row.get("kind", "").replace("_", "-")
         rows.append((*(row[axis] for axis in axes), row["n"], *shares, *sizes, *map(_whole, paths)))
-    if part.endswith("depth"):  # one pattern's depths beside each other
-        rows.sort()
+    rows = sorted(rows) if by_name else rows
     head = ("n", "Test accuracy, %", "Training accuracy, %", "Parameters", "Multiply-adds")
     return table((*titles, *head, "Edges", "Longest path"), rows)
+
+
+def _share(row: dict[str, str], name: str) -> str:
+    width = row[f"{name}_interval"]  # of one seed there is none
+    width = f" ± {100 * float(width):.2f}" if width else ""
+    return f"{100 * float(row[name]):.2f}{width}"
 
 
 def _whole(text: str) -> str:
@@ -244,7 +245,7 @@ def study_comparisons() -> str:
 def study_depth() -> str:
     """Results of the connection study for two numbers of layers."""
     return of_sweeps(
-        "study_connections/depth", ("kind", "blocks"), ("Pattern", "Layers of each block")
+        "study_connections/depth", ("kind", "blocks"), ("Pattern", "Layers of each block"), True
     )
 
 
@@ -270,20 +271,16 @@ def laboratory(sweep: str, column: str, shown: Callable[[dict[str, str]], str]) 
     return table((f"n = {', '.join(sorted({row['n'] for row in rows}))}", *head), lines)
 
 
-def _shares(row: dict[str, str], name: str) -> str:
-    return f"{100 * float(row[name]):.2f} ± {100 * float(row[f'{name}_interval']):.2f}"
-
-
 def laboratory_degradation() -> str:
     """Training errors of deeper networks, with and without shortcuts."""
-    return laboratory("degradation", "depth", lambda row: _shares(row, "train_error"))
+    return laboratory("degradation", "depth", lambda row: _share(row, "train_error"))
 
 
 def laboratory_train_size() -> str:
     """Test and training accuracy of networks that learn from few images."""
 
     def shown(row):
-        return f"{_shares(row, 'accuracy')} ({100 * float(row['train_accuracy']):.1f})"
+        return f"{_share(row, 'accuracy')} ({100 * float(row['train_accuracy']):.1f})"
 
     return laboratory("train_size", "train_size", shown)
 
