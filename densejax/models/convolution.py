@@ -127,8 +127,8 @@ class Convolution(nn.Module):
         if affine is not None:
             params = fold(params, *affine)
         x = x.astype(self.dtype)
-        if self.kernel_size == (1, 1) and self.strides == self.groups == 1:
-            return pointwise(x, params)
+        if self.kernel_size == (1, 1) and self.groups == 1:  # a stride leaves pixels unread
+            return pointwise(x[:, :: self.strides, :: self.strides], params)
         padding = tuple((size // 2 * (size % 2),) * 2 for size in self.kernel_size)
         kernel = params["kernel"].astype(x.dtype)
         if self.groups == x.shape[-1] == self.features > 1:
@@ -370,15 +370,27 @@ def _padded(x, rows, columns):
 
 
 def _sum_of_shifts(x, kernel, stride):
-    """The depthwise convolution of x without padding, summed in float32 at least."""
-    (rows, columns), wide, kernel = kernel.shape[:2], *map(at_least_float32, (x, kernel))
+    """The depthwise convolution of x without padding, summed in float32 at least.
+
+    It loops over the images. XLA:CPU would split a sum over the whole batch where a layer norm
+    follows, and write every shift into memory: RDNet's convolutions would take four times as long.
+    """
+    rows, columns = kernel.shape[:2]
     last = [1 + (x.shape[n + 1] - kernel.shape[n]) // stride * stride for n in range(2)]
-    shifts = (
-        wide[:, i : i + last[0] : stride, j : j + last[1] : stride] * per_channel(kernel[i, j, 0])
-        for i in range(rows)
-        for j in range(columns)
-    )
-    return sum(shifts).astype(x.dtype)
+
+    def on_one(_, x, kernel):
+        def of_image(image):
+            image = at_least_float32(image)
+            shifts = (
+                image[i : i + last[0] : stride, j : j + last[1] : stride] * kernel[i, j][None]
+                for i in range(rows)
+                for j in range(columns)
+            )
+            return sum(shifts).astype(x.dtype)
+
+        return lax.map(of_image, x)
+
+    return by_device(on_one, (x, at_least_float32(kernel)), (EXAMPLES, WHOLE), EXAMPLES)
 
 
 def _depthwise_kernel_gradient(x, dy, shape, stride):

@@ -136,7 +136,7 @@ def test_convolutions_of_few_channels_or_many_pixels_have_xlas_gradients(
         both = functools.partial(pulled, (ours, theirs))
         first, second = jax.jit(both)(x, kernel)
         has_products = "dot_general" in str(jax.make_jaxpr(both)(x, kernel))
-    assert has_products == (platform == "cpu")
+    assert has_products == (platform == "cpu" or size == 1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-11, 1e-11), first, second)
 
 
