@@ -520,9 +520,9 @@ def _in_pieces(plan: Plan, features, function, sums, output, written: Ranges = (
 
 def _piece_size(plan, features):
     """The number of examples in a piece: a divisor of the batch size."""
-    batch = features.shape[0]
+    batch, most = features.shape[0], plan.most_bytes()
     # An exported program may leave the batch size open, and a batch may be empty.
-    if plan.piece_bytes == math.inf or not isinstance(batch, int) or not batch:
+    if most == math.inf or not isinstance(batch, int) or not batch:
         return batch
     # At least two pieces, to have a loop: outside of one XLA:CPU copies the output of each layer.
-    return divisor(batch, min(batch / 2, plan.piece_bytes / features.nbytes * batch))
+    return divisor(batch, min(batch / 2, most / features.nbytes * batch))

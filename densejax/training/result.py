@@ -5,7 +5,6 @@ are still those that it was measured with.
 """
 
 import contextlib
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 from densejax import data, models
 from densejax.config import UserError, printable
 from densejax.models import counts
+from densejax.models.convolution import cores
 from densejax.runs import files, formats, large_pages, workdir
 from densejax.training.experiment import Experiment, matmul_precision
 from densejax.training.step import TrainState
@@ -70,12 +70,10 @@ def unused_cores(devices: int, batch_size: int) -> list[str]:
     On small images XLA divides few operations among cores. On two cores, the step of
     DenseNet-BC-100-12 took 0.63 of the time with two devices; that of DenseNet-121 took as long.
     """
-    if jax.default_backend() != "cpu" or not hasattr(os, "sched_getaffinity"):
+    number = cores()
+    if jax.default_backend() != "cpu" or devices > 1 or number == 1 or batch_size % number:
         return []
-    cores = len(os.sched_getaffinity(0))
-    if devices > 1 or cores == 1 or batch_size % cores:
-        return []
-    return [f"JAX_NUM_CPU_DEVICES={cores} makes each core a device: faster on small images"]
+    return [f"JAX_NUM_CPU_DEVICES={number} makes each core a device: faster on small images"]
 
 
 def measure(

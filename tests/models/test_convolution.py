@@ -1,6 +1,5 @@
 """Convolutions as matrix products, and their gradients by hand, against XLA's convolution."""
 
-import dataclasses
 import functools
 
 import jax
@@ -119,7 +118,7 @@ def test_bfloat16_has_parameter_gradients_in_float32(size, forward, backward):
 def test_convolutions_of_few_channels_or_many_pixels_have_xlas_gradients(
     monkeypatch, platform, piece_bytes, size, stride, shape, channels
 ):
-    plan = dataclasses.replace(PLANS["cpu"], piece_bytes=piece_bytes)
+    plan = convolution.Plan(piece_bytes, products=True)
     monkeypatch.setitem(PLANS, "cpu", plan)
     module = Convolution(6, (size, size), stride, False, jnp.float64, jax.nn.initializers.ones)
     with jax.enable_x64(True), tracing_for(platform):
@@ -138,6 +137,14 @@ def test_convolutions_of_few_channels_or_many_pixels_have_xlas_gradients(
         has_products = "dot_general" in str(jax.make_jaxpr(both)(x, kernel))
     assert has_products == (platform == "cpu" or size == 1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-11, 1e-11), first, second)
+
+
+@pytest.mark.parametrize("cores, expected", [(1, 7), (4, 7), (5, 9)])
+def test_pieces_are_smaller_where_each_device_is_a_core(monkeypatch, cores, expected):
+    """There are four devices."""
+    monkeypatch.setattr(convolution, "cores", lambda: cores)
+    assert convolution.Plan(9, core_bytes=7).most_bytes() == expected
+    assert convolution.Plan(9).most_bytes() == 9
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
@@ -199,7 +206,7 @@ def test_groups_read_their_own_channels_and_take_no_other_multiply_adds():
 
 
 def test_the_gradient_of_a_bfloat16_kernel_is_summed_in_float32(monkeypatch):
-    monkeypatch.setitem(PLANS, "cpu", dataclasses.replace(PLANS["cpu"], piece_bytes=1))
+    monkeypatch.setitem(PLANS, "cpu", convolution.Plan(1, products=True))
     # All positive, so that rounding errors of a long sum in bfloat16 do not cancel.
     x, kernel = (np.abs(draws(*shape)) for shape in ((512, 6, 6, 3), (3, 3, 3, 2)))
     module = Convolution(2, (3, 3), 1, False, jnp.bfloat16, jax.nn.initializers.ones)
