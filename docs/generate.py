@@ -254,6 +254,27 @@ def study_growth_rates() -> str:
     return of_sweeps("study_connections/growth", ("equal", "growth_rate"), ("Equal", "k"))
 
 
+def records() -> str:
+    """The records: parameters, accuracy after the last stage, and seconds where these count."""
+    rows = []
+    for folder in sorted((ROOT / "experiments" / "records").glob("*/")):
+        layouts = ("seed*/large/summary.json", "seed*/summary.json", "summary.json")
+        files = next(found for layout in layouts if (found := sorted(folder.glob(layout))))
+        results = [json.loads(file.read_text()) for file in files]
+        accuracies = [100 * result["test_accuracy"] for result in results]
+        accuracy, seconds = f"{statistics.mean(accuracies):.2f}", "–"
+        if len(files) > 1:
+            accuracy += f" ± {of_experiments('comparisons').half_width(accuracies):.2f}"
+        if times := [json.loads(f.read_text())["seconds"] for f in folder.glob("seed*/time.json")]:
+            seconds = f"{statistics.mean(times):.0f} ({min(times):.0f} to {max(times):.0f})"
+        name = f"[{folder.name}](../experiments/records/{folder.name})"
+        counted = formats.count(results[0]["parameters"]), str(len(files))
+        device = f"{results[0]['device']}, JAX {results[0]['versions']['jax']}"
+        rows.append((name, *counted, accuracy, seconds, device))
+    head = ("Record", "Parameters", "n", "Test accuracy, %", "Seconds", "Device")
+    return table(head, rows)
+
+
 def laboratory(sweep: str, column: str, shown: Callable[[dict[str, str]], str]) -> str:
     """A short sweep of experiments/laboratory.sh: kinds of networks by the values of one axis."""
     file = RESULTS / "laboratory" / "report.csv"
@@ -401,7 +422,7 @@ PARTS = {
         *(cards, patterns, networks, configuration, fields, names, sweeps),
         *(measured_patterns, measured_on_intel),
         *(study_patterns, study_comparisons, study_depth, study_growth_rates),
-        *(laboratory_degradation, laboratory_train_size),
+        *(laboratory_degradation, laboratory_train_size, records),
         *(shortcuts, commands, scripts),
     )
 }

@@ -86,6 +86,8 @@ SMALL = {"depth": None, "blocks": (1, 1), "growth_rate": 2}
         ("resnet20_cifar", {"blocks": (1, 1, 1)}, "float32"),
         ("preact_resnet164", {"blocks": (1, 1), "widths": (2, 4), "survival": 0.5}, "float32"),
         ("vovnet27_slim", {"module_depth": 1}, "float32"),
+        ("rdnet_cifar", {"growth_rates": (8,), "downsampling": ()}, "bfloat16"),
+        ("resnet18", {"blocks": (1, 1), "widths": (2, 4)}, "float32"),
     ],
 )
 def test_every_family_takes_any_number_of_images(name, changes, dtype):
@@ -97,6 +99,7 @@ def test_every_family_takes_any_number_of_images(name, changes, dtype):
     assert (images.dtype, images.shape[1:]) == (np.uint8, (32, 32, 3))
     assert (logits.dtype, logits.shape[1]) == (np.float32, 7)
     assert images.shape[0] == logits.shape[0] and str(logits.shape[0]) == "batch"
+    assert "stablehlo.gather" not in str(exported.mlir_module())
 
 
 def test_resizing_is_part_of_it():

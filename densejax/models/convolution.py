@@ -42,7 +42,7 @@ class Plan:
         multiple of this number; 0: never.
       channels_first: whether all pixels of a channel lie together in memory while a dense block
         trains. Its 3x3 convolutions are then such products, too: cuDNN would want another layout.
-      core_bytes: instead of `piece_bytes`, where each device is one core of the processor.
+      core_bytes: replaces `piece_bytes` if there is a CPU device for each core; None: never.
     """
 
     piece_bytes: float = float("inf")
@@ -53,7 +53,7 @@ class Plan:
     core_bytes: float | None = None
 
     def most_bytes(self) -> float:
-        """`piece_bytes`, or `core_bytes` if there are so many devices."""
+        """The size of a piece: `core_bytes` if each core is a CPU device, else `piece_bytes`."""
         if self.core_bytes is None or jax.default_backend() != "cpu":
             return self.piece_bytes
         return self.core_bytes if cores() <= jax.local_device_count() else self.piece_bytes
@@ -69,10 +69,11 @@ class Plan:
 
 
 PLANS = {
-    # A few arrays of a piece should fit into a core's own cache, of 1 or 2 MB. If cores share the
-    # work, XLA starts them for every piece, so that there should be fewer. On two cores of an Intel
-    # Xeon, DenseNet-BC-100's step took 0.99 s with pieces of 0.25 MB, and 1.12 s with 2 MB, if each
-    # core was a device. With one device it took 1.80 and 1.66 s.
+    # If each core is a device, a few arrays of a piece should fit into the core's own cache of 1 or
+    # 2 MB. If one device uses several cores, XLA distributes every piece among them, which takes
+    # time: there should be fewer pieces. On two cores of an Intel Xeon, DenseNet-BC-100's step took
+    # 0.99 s with pieces of 0.25 MB and 1.12 s with 2 MB if each core was a device. With one device
+    # it took 1.80 and 1.66 s.
     "cpu": Plan(piece_bytes=2e6, products=True, core_bytes=2.5e5),
     # With a new gradient for each layer, one kernel of XLA:TPU computes the product, adds it to the
     # gradient and sums the gradient for BatchNorm. Otherwise XLA would write the gradient and read
@@ -140,8 +141,8 @@ class Convolution(nn.Module):
         if affine is not None:
             params = fold(params, *affine)
         x = x.astype(self.dtype)
-        if self.kernel_size == (1, 1) and self.groups == 1:  # a stride leaves pixels unread
-            return pointwise(x[:, :: self.strides, :: self.strides], params)
+        if self.kernel_size == (1, 1) and self.groups == 1:
+            return pointwise(subsampled(x, self.strides), params)
         padding = tuple((size // 2 * (size % 2),) * 2 for size in self.kernel_size)
         kernel = params["kernel"].astype(x.dtype)
         if self.groups == x.shape[-1] == self.features > 1:
@@ -154,10 +155,15 @@ class Convolution(nn.Module):
 
 
 def cores() -> int:
-    """The number of the processor's cores that this process may use."""
+    """The processor's hardware threads that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # macOS lacks it
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def subsampled(x: jax.Array, stride: int) -> jax.Array:
+    """Every stride-th row and column of x [batch, height, width, channels]."""
+    return lax.slice(x, (0,) * 4, x.shape, (1, stride, stride, 1)) if stride > 1 else x
 
 
 def divisor(number: int, most: float) -> int:
@@ -215,14 +221,19 @@ def conv3x3(x: jax.Array, params: Params) -> jax.Array:
     kernel = params["kernel"].astype(x.dtype)
     if kernel.ndim == 4:
         return _biased(_conv(x, kernel), params)
-    _, height, width, _ = x.shape
+    batch, height, width, _ = x.shape
     n = kernel.shape[-1] // 9
     # One product applies each of the kernel's nine weights to each pixel. The nine results are
     # shifted to their places and added up.
     results = (_rows(x) @ kernel).reshape(*x.shape[:-1], 9 * n)
     results = jnp.pad(results, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    # An index would become a gather in an exported program that leaves the batch size open.
     shifted = [
-        results[:, i : i + height, j : j + width, (3 * i + j) * n : (3 * i + j + 1) * n]
+        lax.slice(
+            results,
+            (0, i, j, (3 * i + j) * n),
+            (batch, i + height, j + width, (3 * i + j + 1) * n),
+        )
         for i in range(3)
         for j in range(3)
     ]
@@ -392,8 +403,8 @@ def _padded(x, rows, columns):
 def _sum_of_shifts(x, kernel, stride):
     """The depthwise convolution of x without padding, summed in float32 at least.
 
-    It loops over the images. XLA:CPU would split a sum over the whole batch where a layer norm
-    follows, and write every shift into memory: RDNet's convolutions would take four times as long.
+    It loops over the images. If a layer norm follows a sum over the whole batch, XLA:CPU moves a
+    part of the sum into the norm, and writes arrays between the two parts to memory.
     """
     rows, columns = kernel.shape[:2]
     last = [1 + (x.shape[n + 1] - kernel.shape[n]) // stride * stride for n in range(2)]

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from densejax.config import UserError
 
@@ -17,15 +18,22 @@ def average_pool(x: jax.Array) -> jax.Array:
 
     If the number of rows or columns is odd, the last one is left out.
     """
-    batch, height, width, channels = x.shape
+    height, width = x.shape[1:3]
     if min(height, width) < 2:
         raise UserError(
             f"feature maps of {height}x{width} cannot be halved: the network has too many blocks "
             f"for these images; set data.image_size to enlarge them"
         )
-    x = x[:, : height // 2 * 2, : width // 2 * 2]
-    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
-    return (x[:, :, 0, :, 0] + x[:, :, 0, :, 1] + x[:, :, 1, :, 0] + x[:, :, 1, :, 1]) / 4
+    size = height // 2, width // 2
+    first, *others = (_every_second(x, (i, j), size) for i in range(2) for j in range(2))
+    return sum(others, first) / 4
+
+
+def _every_second(x, start, size):
+    """Every second pixel of x [batch, height, width, channels], so many in both directions."""
+    # An index would become a gather in an exported program that leaves the batch size open.
+    ends = [i + 2 * length - 1 for i, length in zip(start, size, strict=True)]
+    return lax.slice(x, (0, *start, 0), (x.shape[0], *ends, x.shape[3]), (1, 2, 2, 1))
 
 
 def _average_pool_forward(x):
@@ -60,11 +68,7 @@ def max_pool(x: jax.Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> 
 
 def _windows(x, rows, columns):
     """The values at each of the nine places of all windows."""
-    return [
-        x[:, i : i + 2 * rows - 1 : 2, j : j + 2 * columns - 1 : 2]
-        for i in range(3)
-        for j in range(3)
-    ]
+    return [_every_second(x, (i, j), (rows, columns)) for i in range(3) for j in range(3)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from densejax.models import connections, layers
 from densejax.models.connections import Graph, Stage
+from densejax.models.convolution import subsampled
 from densejax.models.layers import Layers
 
 
@@ -59,7 +60,7 @@ class Block(nn.Module):
                 new = width - x.shape[-1]
                 before = new // 2 if self.shortcut == "identity_middle" else 0
                 padding = ((0, 0), (0, 0), (0, 0), (before, new - before))
-                x = jnp.pad(x[:, ::stride, ::stride], padding)
+                x = jnp.pad(subsampled(x, stride), padding)
             elif changes:
                 project = conv(width, (1, 1), stride, name="projection")
                 after = None if self.preactivation else norm(name="projection_norm")

@@ -64,4 +64,6 @@ def _devices(x: jax.Array) -> tuple[AbstractMesh, tuple[str, ...]]:
     number = math.prod(mesh.shape[axis] for axis in axes)
     # An exported program may leave the batch size open, and a batch may be empty.
     divides = isinstance(batch, int) and batch and batch % number == 0
-    return mesh, axes if divides and number > 1 else ()
+    # JAX refuses to loop over an explicit axis, also if it has one device.
+    matters = number > 1 or kinds == {AxisType.Explicit}
+    return mesh, axes if divides and matters else ()

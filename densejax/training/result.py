@@ -68,7 +68,7 @@ def unused_cores(devices: int, batch_size: int) -> list[str]:
     """A hint how to make each core a device, if one CPU device has several cores; else [].
 
     On small images XLA divides few operations among cores. On two cores, the step of
-    DenseNet-BC-100-12 took 0.63 of the time with two devices; that of DenseNet-121 took as long.
+    DenseNet-BC-100-12 took 0.6 of the time with two devices; that of DenseNet-121 took 0.85.
     """
     number = cores()
     if jax.default_backend() != "cpu" or devices > 1 or number == 1 or batch_size % number:

@@ -186,8 +186,8 @@ def temporary_bytes(block, depth):
 
 
 @pytest.mark.parametrize(
-    "piece_bytes, depth",
-    [(1, 2), pytest.param(1e9, 8, marks=pytest.mark.slow)],  # a half needs memory of its own
+    "piece_bytes, depth",  # a few layers need less memory than halves of the batch
+    [(1, 2), pytest.param(1e9, 8, marks=pytest.mark.slow)],
     ids=["examples", "halves"],
 )
 def test_memory_grows_linearly_with_depth(monkeypatch, piece_bytes, depth):

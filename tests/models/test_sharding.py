@@ -48,9 +48,9 @@ def gradients(axis, variables, images, keys):
     return {"loss": value, "params": d_params, "images": d_images} | updates
 
 
-def placed(function, kind, whole, *divided):
-    """The program of a function and its result, with arguments on a mesh of four devices."""
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+def placed(function, kind, whole, *divided, devices=4):
+    """The program of a function and its result, with arguments on a mesh of devices."""
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(kind,))
     whole = jax.device_put(whole, NamedSharding(mesh, WHOLE))
     divided = jax.device_put(divided, NamedSharding(mesh, DIVIDED))
     program = compiled(function).lower(whole, *divided).compile()
@@ -113,6 +113,20 @@ def test_a_block_with_running_statistics_sends_nothing(double, example):
     program, result = placed(features, AxisType.Auto, variables, images)
     assert not sent(program)
     np.testing.assert_allclose(result, compiled(features)(variables, images), 1e-10)
+
+
+@pytest.mark.parametrize("devices, batch", [(1, 3), (4, 8)])
+def test_depthwise_convolutions_with_explicit_axes(devices, batch):
+    module = Convolution(2, (3, 3), 1, False, jnp.float32, nn.initializers.ones, 2)
+    images = draws(batch, 4, 4, 2).astype(np.float32)
+    variables = {"params": {"kernel": draws(3, 3, 1, 2).astype(np.float32)}}
+
+    @jax.grad
+    def gradient(variables, images):
+        return jnp.square(module.apply(variables, images)).sum()
+
+    _, result = placed(gradient, AxisType.Explicit, variables, images, devices=devices)
+    assert_close(result, compiled(gradient)(variables, images), 1e-5)
 
 
 @pytest.mark.parametrize("channels, groups", [(3, 1), (8, 8)], ids=["narrow", "depthwise"])

@@ -15,4 +15,7 @@ def test_cores_that_are_no_devices_are_named(monkeypatch, cores, devices, batch_
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     said = result.unused_cores(devices, batch_size)
     assert bool(said) == is_said
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert said == result.unused_cores(devices, batch_size)
     assert all(line.startswith(f"JAX_NUM_CPU_DEVICES={cores} ") for line in said)
