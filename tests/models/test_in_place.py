@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from densejax.models import convolution
+from densejax.models import convolution, in_place
 from densejax.models.dense_block import IMPLEMENTATIONS, DenseBlock
 from densejax.models.densenet import DenseNet
 from tests import small
@@ -183,6 +183,23 @@ def temporary_bytes(block, depth):
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     lowered = compiled(pull(model, True)).lower(variables, images, None)
     return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_pieces_are_larger_where_nothing_is_trained(double, monkeypatch):
+    monkeypatch.setitem(convolution.PLANS, "cpu", convolution.Plan(100, True))
+    found, original = {}, in_place._piece_size
+    model = tiny()
+    variables, images, keys = example(model)
+    for train in (False, True):
+
+        def recorded(plan, features, train=train):
+            if plan.products:  # the CPU's plan
+                found.setdefault(train, set()).add(plan.most_bytes())
+            return original(plan, features)
+
+        monkeypatch.setattr(in_place, "_piece_size", recorded)
+        jax.eval_shape(pull(model, train), variables, images, keys)
+    assert found == {False: {800}, True: {100}}
 
 
 @pytest.mark.parametrize(
