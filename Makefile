@@ -3,6 +3,9 @@ PYTHON ?= python3
 ARGS ?=
 FAULTS ?= runs/faults
 BIN := .venv/bin
+# Python keeps compiled modules, even where the environment forbids it: otherwise every start of it,
+# of which the tests have many, compiles some 1,700 modules again.
+unexport PYTHONDONTWRITEBYTECODE
 READY := .venv/.ready
 TESTABLE := .venv/.testable
 UV = $(shell command -v uv || echo $(BIN)/uv)

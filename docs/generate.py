@@ -202,11 +202,18 @@ def measured_on_intel() -> str:
     return table((*head, "XLA's temporary memory, MiB"), rows)
 
 
-def of_sweeps(part: str, axes: Sequence[str], titles: Sequence[str], by_name: bool = False) -> str:
-    """A report's results in a folder of RESULTS, in its order or by name: axes and means."""
+def of_sweeps(
+    part: str, axes: Sequence[str], titles: Sequence[str], by_name: bool = False, sweep: str = ""
+) -> str:
+    """A report's results in a folder of RESULTS, in its order or by name: axes and means.
+
+    With `sweep`, those of one sweep alone.
+    """
     names = {"growth_rate": "depth", "patterns_equal_parameters": "parameters"}
     rows = []
     for row in csv.DictReader((RESULTS / part / "report.csv").read_text().splitlines()):
+        if row["sweep"] != (sweep or row["sweep"]):
+            continue
         shares = [_share(row, name) for name in ("accuracy", "train_accuracy")]
         sizes = (
             formats.count(int(float(row["parameters"]))),
@@ -304,6 +311,19 @@ def laboratory_train_size() -> str:
         return f"{_share(row, 'accuracy')} ({100 * float(row['train_accuracy']):.1f})"
 
     return laboratory("train_size", "train_size", shown)
+
+
+def laboratory_growth_schedule() -> str:
+    """One growth rate for all blocks, or twice the rate in each block."""
+    return of_sweeps(
+        "laboratory", ("schedule",), ("Growth rates",), by_name=True, sweep="growth_schedule"
+    )
+
+
+def laboratory_depth_width() -> str:
+    """Dense networks of equal parameters from shallow to deep, and two other kinds."""
+    axes, titles = ("kind", "depth"), ("Kind", "Depth")
+    return of_sweeps("laboratory", axes, titles, by_name=True, sweep="depth_width")
 
 
 def networks() -> str:
@@ -422,7 +442,8 @@ PARTS = {
         *(cards, patterns, networks, configuration, fields, names, sweeps),
         *(measured_patterns, measured_on_intel),
         *(study_patterns, study_comparisons, study_depth, study_growth_rates),
-        *(laboratory_degradation, laboratory_train_size, records),
+        *(laboratory_degradation, laboratory_train_size, laboratory_growth_schedule),
+        *(laboratory_depth_width, records),
         *(shortcuts, commands, scripts),
     )
 }
