@@ -202,18 +202,19 @@ def measured_on_intel() -> str:
     return table((*head, "XLA's temporary memory, MiB"), rows)
 
 
+def report_rows(part: str, sweep: str = "") -> list[dict[str, str]]:
+    """The means of a report in a folder of RESULTS; with `sweep`, those of one sweep alone."""
+    rows = csv.DictReader((RESULTS / part / "report.csv").read_text().splitlines())
+    return [row for row in rows if sweep in ("", row["sweep"])]
+
+
 def of_sweeps(
     part: str, axes: Sequence[str], titles: Sequence[str], by_name: bool = False, sweep: str = ""
 ) -> str:
-    """A report's results in a folder of RESULTS, in its order or by name: axes and means.
-
-    With `sweep`, those of one sweep alone.
-    """
+    """The rows of `report_rows`, in their order or by name: axes and means."""
     names = {"growth_rate": "depth", "patterns_equal_parameters": "parameters"}
     rows = []
-    for row in csv.DictReader((RESULTS / part / "report.csv").read_text().splitlines()):
-        if row["sweep"] != (sweep or row["sweep"]):
-            continue
+    for row in report_rows(part, sweep):
         shares = [_share(row, name) for name in ("accuracy", "train_accuracy")]
         sizes = (
             formats.count(int(float(row["parameters"]))),
@@ -284,8 +285,7 @@ def records() -> str:
 
 def laboratory(sweep: str, column: str, shown: Callable[[dict[str, str]], str]) -> str:
     """A short sweep of experiments/laboratory.sh: kinds of networks by the values of one axis."""
-    file = RESULTS / "laboratory" / "report.csv"
-    rows = [row for row in csv.DictReader(file.read_text().splitlines()) if row["sweep"] == sweep]
+    rows = report_rows("laboratory", sweep)
     kinds, cells = {}, {}
     for row in rows:
         kinds.setdefault(row["kind"], []).append(row[column])
