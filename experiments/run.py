@@ -20,12 +20,15 @@ import dataclasses
 import fnmatch
 import functools
 import glob
+import itertools
+import math
 import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -69,6 +72,12 @@ WORKERS = flags.DEFINE_integer(
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs and the hours they would take.")
 LATENCY = flags.DEFINE_bool("latency", False, "Time classification; let nothing else run beside.")
+TRAINING_TIME = flags.DEFINE_bool(
+    "training_time", False, "Time a training step; let nothing else run beside."
+)
+EQUAL_TIME = flags.DEFINE_string(
+    "equal_time", None, "A run without its seed: all train for its time, by --training_time."
+)
 RESUME = flags.DEFINE_enum(
     "resume",
     "same",
@@ -239,11 +248,35 @@ def works() -> list[Work]:
         arguments = [f"--config={card}{model}", *kept]
         arguments += [f"--config.{key}={value}" for key, value in own.items()]
         path = root / folder / run.name
-        found.append(Work(run, path, tuple(arguments), RESUME.value == "force"))
-        _ = found[-1].config  # a card without `model` is reported before anything is trained
+        work = Work(run, path, tuple(arguments), RESUME.value == "force")
+        _ = work.config  # a card without `model` is reported before anything is trained
+        found.append(of_equal_time(work, EQUAL_TIME.value) if EQUAL_TIME.value else work)
     if not found:
         raise UserError(f"--only={','.join(ONLY.value)}: no run of {folder} has such a name")
     return found
+
+
+def of_equal_time(work: Work, point: str) -> Work:
+    """The run with as many steps as it does in the time that the run `point` takes, as measured.
+
+    Raises:
+      UserError: one of the two was not measured.
+    """
+    file = work.path.parent / "training_time.json"
+    seconds = read_json(file, {}).get("seconds", {})
+    if missing := {point, work.point} - seconds.keys():
+        raise UserError(
+            f"--equal_time={point}: {file} has no {' and no '.join(sorted(missing))}; "
+            f"--training_time measures the runs that --only names"
+        )
+    longer = seconds[point] / seconds[work.point]
+    steps = round(longer * experiment.build(work.config).steps)
+    changes = {
+        "train.max_steps": steps,
+        "train.epochs": math.ceil(longer * work.config.train.epochs),
+    }
+    arguments = (*work.arguments, *(f"--config.{key}={value}" for key, value in changes.items()))
+    return dataclasses.replace(work, arguments=arguments)
 
 
 def _key(word: str) -> str:
@@ -477,10 +510,7 @@ def step_seconds(config: ConfigDict) -> tuple[int, int, float, float]:
 
 
 def latency(all_works: list[Work]) -> None:
-    """Writes ROOT/SWEEP/latency.json: seconds of classifying 1 and 64 images, by point.
-
-    Medians of ten rounds in which all networks take turns: what slows the machine slows them all.
-    """
+    """Writes ROOT/SWEEP/latency.json: seconds of classifying 1 and 64 images, by point."""
     programs, random = {}, np.random.default_rng(0)
 
     def weights(leaf):  # of a plausible size; a norm's are ones
@@ -498,25 +528,61 @@ def latency(all_works: list[Work]) -> None:
         program = jax.jit(lambda variables, images, model=model: model.apply(variables, images)[0])
         for size in (1, 64):
             compiled = program.lower(variables, images[:size]).compile()
-            programs[point, size] = compiled, variables, images[:size]
-    seconds = collections.defaultdict(list)
-    for _ in range(11):
-        for key, (program, *arguments) in programs.items():
-            start = time.perf_counter()
-            for _ in range(10):
-                jax.block_until_ready(program(*arguments))
-            seconds[key].append((time.perf_counter() - start) / 10)
-    found = {"device": jax.devices()[0].device_kind, "seconds": collections.defaultdict(dict)}
-    for (point, batch_size), values in seconds.items():
-        found["seconds"][point][batch_size] = statistics.median(values[1:])
+            programs[point, size] = functools.partial(compiled, variables, images[:size])
+    seconds = collections.defaultdict(dict)
+    for (point, batch_size), value in in_turns(programs, 10).items():
+        seconds[point][batch_size] = value
+    write_times(all_works, "latency.json", seconds)
+    rows = [(point, *map(_milliseconds, values.values())) for point, values in seconds.items()]
+    print(formats.table([("run", "ms for 1 image", "ms for 64"), *rows], right=2))
+
+
+def training_time(all_works: list[Work]) -> None:
+    """Writes ROOT/SWEEP/training_time.json: seconds of a batch and its step, by point."""
+
+    def training(built):
+        step, state = built.map(train_step, donate=True), built.start()
+        for number in itertools.count():
+            state, metrics = step(state, built.data.train.batch(number))
+            yield metrics
+
+    with contextlib.ExitStack() as opened:
+        programs = {}
+        for point, work in {work.point: work for work in all_works}.items():
+            built = experiment.build(work.config)
+            opened.enter_context(contextlib.closing(built.data))
+            programs[point] = functools.partial(next, training(built))
+        seconds = in_turns(programs, 5)
+    write_times(all_works, "training_time.json", seconds)
+    rows = [(point, _milliseconds(value)) for point, value in seconds.items()]
+    print(formats.table([("run", "ms for a step"), *rows], right=1))
+
+
+def write_times(all_works: list[Work], name: str, seconds: dict[str, Any]) -> None:
+    """Writes measured seconds, and the device, into ROOT/SWEEP."""
     folder = all_works[0].path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(folder / "latency.json", found)
-    rows = [
-        (point, *(f"{1000 * value:.3f}" for value in values.values()))
-        for point, values in found["seconds"].items()
-    ]
-    print(formats.table([("run", "ms for 1 image", "ms for 64"), *rows], right=2))
+    files.write_json(folder / name, {"device": jax.devices()[0].device_kind, "seconds": seconds})
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3f}"
+
+
+def in_turns(programs: dict[Any, Callable[[], Any]], calls: int) -> dict[Any, float]:
+    """Seconds of a call of each program, by name.
+
+    Medians of ten rounds of so many calls each, after one round to warm up. All programs take turns
+    in every round: what slows the machine slows them all.
+    """
+    seconds = collections.defaultdict(list)
+    for _ in range(11):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            for _ in range(calls):
+                jax.block_until_ready(program())
+            seconds[name].append((time.perf_counter() - start) / calls)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 def commands(all_works: list[Work], form: str) -> str:
@@ -536,7 +602,7 @@ def commands(all_works: list[Work], form: str) -> str:
 def main() -> int:
     """Does what the flags say; returns the exit code."""
     if not (
-        DRY_RUN.value or LATENCY.value
+        DRY_RUN.value or LATENCY.value or TRAINING_TIME.value
     ):  # this process only counts and waits: the devices are its children's
         jax.config.update("jax_platforms", "cpu")
     all_works = works()
@@ -548,6 +614,9 @@ def main() -> int:
         return 0
     if LATENCY.value:
         latency(all_works)
+        return 0
+    if TRAINING_TIME.value:
+        training_time(all_works)
         return 0
     prepare_data(all_works)
     return work_together(all_works, WORKERS.value)
