@@ -1,4 +1,4 @@
-# What study_connections.sh and laboratory.sh share; they source it, with their ROOT in `root`.
+# What study_connections.sh, study_time.sh and laboratory.sh share; they source it, with their ROOT in `root`.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # large pages: steps a tenth faster

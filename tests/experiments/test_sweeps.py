@@ -469,6 +469,42 @@ def test_a_signal_ends_the_run_and_the_worker(sweep, monkeypatch):
     assert codes == [0] and not worker.failed
 
 
+def test_runs_of_equal_time_take_as_many_steps_as_fit_into_it(sweep, monkeypatch):
+    short, long, *_ = sweep[0]
+    with pytest.raises(
+        UserError, match="--equal_time=n0: .*training_time.json has no n0 and no n1"
+    ):
+        runner.of_equal_time(long, "n0")
+
+    def two_steps(programs, calls):
+        losses = [float(program()["loss"]) for program in (programs["n0"],) * 2]
+        assert losses[0] != losses[1]  # it trains
+        return {"n0": 0.1}
+
+    monkeypatch.setattr(runner, "in_turns", two_steps)
+    runner.training_time([short])
+    file = short.path.parent / "training_time.json"
+    measured = json.loads(file.read_text())
+    assert measured["seconds"] == {"n0": 0.1} and measured["device"]
+    file.write_text(json.dumps({"seconds": {"n0": 0.1, "n1": 0.3}}))
+    for work, point, steps in ((short, "n0", 10), (long, "n0", 3), (short, "n1", 30)):
+        config = runner.of_equal_time(work, point).config
+        assert config.train.max_steps == steps == experiment.build(config).steps
+
+
+def test_programs_are_timed_in_turns(monkeypatch):
+    now, order = [0.0], []
+
+    def program(name, seconds):
+        order.append(name)
+        now[0] += seconds + 100 * (len(order) <= 4)  # the first round compiles
+
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: now[0])
+    programs = {name: lambda name=name: program(name, ord(name)) for name in "ab"}
+    assert runner.in_turns(programs, 2) == {"a": 97.0, "b": 98.0}
+    assert "".join(order) == 11 * "aabb"
+
+
 @pytest.mark.parametrize("form", ["shell", "slurm"])
 def test_commands_of_the_runs_that_are_left(sweep, monkeypatch, tmp_path, form):
     works, _, _ = sweep
