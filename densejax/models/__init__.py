@@ -111,11 +111,7 @@ MODELS = {
     "plain56_cifar": _PLAIN | {"blocks": (9, 9, 9)},
     "plain110_cifar": _PLAIN | {"blocks": (18, 18, 18)},
     "vovnet27_slim": _VOVNET
-    | {
-        "modules": (1, 1, 1, 1),
-        "widths": (64, 80, 96, 112),
-        "output_widths": (128, 256, 384, 512),
-    },
+    | {"modules": (1, 1, 1, 1), "widths": (64, 80, 96, 112), "output_widths": (128, 256, 384, 512)},
     "vovnet39": _VOVNET | {"modules": (1, 1, 2, 2)},
     "vovnet57": _VOVNET | {"modules": (1, 1, 4, 3)},
     "ese_vovnet19b_dw": _VOVNET_V2
@@ -124,46 +120,28 @@ MODELS = {
     "ese_vovnet57b": _VOVNET_V2 | {"modules": (1, 1, 4, 3)},
     "rdnet_tiny": _RDNET,
     "rdnet_small": _RDNET
-    | {
-        "stem_width": 72,
-        "growth_rates": (64, *(128,) * 8, 240, 240),
-        "downsampling": (2, 3, 10),
-    },
+    | {"stem_width": 72, "growth_rates": (64, *(128,) * 8, 240, 240), "downsampling": (2, 3, 10)},
     "rdnet_base": _RDNET
-    | {
-        "stem_width": 120,
-        "growth_rates": (96, 128, *(168,) * 7, 336, 336),
-        "downsampling": (2, 3, 10),
-    },
+    | {"stem_width": 120, "growth_rates": (96, 128, *(168,) * 7, 336, 336)}
+    | {"downsampling": (2, 3, 10)},
     "rdnet_large": _RDNET
-    | {
-        "stem_width": 144,
-        "growth_rates": (128, 192, *(256,) * 8, 360, 360),
-        "downsampling": (2, 3, 11),
-    },
+    | {"stem_width": 144, "growth_rates": (128, 192, *(256,) * 8, 360, 360)}
+    | {"downsampling": (2, 3, 11)},
     # This one is ours, since no paper has an RDNet for small images. Its stages have 16x16, 8x8 and
     # 4x4 pixels, and it has about as many parameters as densenet_bc_100_12.
     "rdnet_cifar": _RDNET
-    | {
-        "stem_width": 32,
-        "stem_stride": 2,
-        "growth_rates": (24, 32, 40, 40),
-        "downsampling": (2, 3),
-    },
+    | {"stem_width": 32, "stem_stride": 2}
+    | {"growth_rates": (24, 32, 40, 40), "downsampling": (2, 3)},
     "hardnet39ds": _HARDNET
-    | {
-        **{"stem_widths": (24, 48), "blocks": (4, 16, 8, 4), "growth_rates": (16, 20, 64, 160)},
-        **{"output_widths": (96, 320, 640, 1024), "downsampling": (1, 2, 3)},
-        **{"connect": "hardnet:multiplier=1.6", "separable": True, "dropout_rate": 0.05},
-    },
+    | {"stem_widths": (24, 48), "blocks": (4, 16, 8, 4), "growth_rates": (16, 20, 64, 160)}
+    | {"output_widths": (96, 320, 640, 1024), "downsampling": (1, 2, 3)}
+    | {"connect": "hardnet:multiplier=1.6", "separable": True, "dropout_rate": 0.05},
     "hardnet68": _HARDNET | {"dropout_rate": 0.1},
     "hardnet68ds": _HARDNET | {"separable": True, "dropout_rate": 0.05},
     "hardnet85": _HARDNET
-    | {
-        **{"stem_widths": (48, 96), "blocks": (8, 16, 16, 16, 16, 4)},
-        **{"growth_rates": (24, 24, 28, 36, 48, 256), "downsampling": (1, 3, 5)},
-        **{"output_widths": (192, 256, 320, 480, 720, 1280), "dropout_rate": 0.2},
-    },
+    | {"stem_widths": (48, 96), "blocks": (8, 16, 16, 16, 16, 4), "dropout_rate": 0.2}
+    | {"growth_rates": (24, 24, 28, 36, 48, 256), "downsampling": (1, 3, 5)}
+    | {"output_widths": (192, 256, 320, 480, 720, 1280)},
 }
 
 

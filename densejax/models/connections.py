@@ -28,7 +28,7 @@ from densejax.config import UserError, did_you_mean, parse_pairs
 from densejax.models.layers import Layers
 from densejax.models.normalization import at_least_float32
 
-Connect = str | tuple  # a pattern's name and options, or a graph: see `explicit`
+Connect = str | tuple  # a pattern's name and options, or a graph: see `graph`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Reader:
 def readers(
     graphs: Mapping[str, Graph],
     layer: Callable[[str, int], tuple[str, str]],
-    before_classifier: str,
+    before_classifier: str | None,
 ) -> dict[str, list[Reader]]:
     """The readers of each block's outputs: its layers, then a transition or the classifier.
 
@@ -75,14 +75,15 @@ def readers(
     Args:
       graphs: of the blocks, by name.
       layer: a function of (block, n) that gives `module` and `kernel` of the block's n-th layer.
-      before_classifier: path of the module that gets what the last block emits; "": no classifier.
+      before_classifier: path of the module that gets what the last block emits; "": no classifier;
+        None: a transition follows the last block, too.
     """
     found = {}
     for number, (block, graph) in enumerate(graphs.items(), 1):
         found[block] = [
             Reader(f"layer{n}", read, *layer(block, n)) for n, read in enumerate(graph.reads, 1)
         ]
-        if number < len(graphs):
+        if number < len(graphs) or before_classifier is None:
             name = f"transition{number}"
             found[block].append(Reader(name, graph.emits, name, f"{name}/conv"))
         elif before_classifier:
@@ -165,43 +166,36 @@ CONCATENATING: dict[str, Callable[..., Graph]] = {
 }
 
 
-def explicit(connect: Sequence[Sequence[int]], depth: int, growth_rate: int) -> Graph:
-    """A graph written in the configuration: what each layer reads, then what the block gives.
-
-    ((0,), (0, 1), (1, 2)) is a block of two layers. Layer 1 reads output 0, layer 2 reads the
-    outputs 0 and 1, and what follows the block reads the outputs 1 and 2.
-    """
-    if len(connect) != depth + 1:
-        raise UserError(
-            f"model.connect = {connect!r}: has {len(connect)} tuples; for a block of {depth} "
-            f"layers give {depth + 1}, what each layer reads and then what the block gives"
-        )
-    return Graph(connect[:-1], emits=connect[-1])
-
-
 def graph(connect: Connect, depth: int, growth_rate: int) -> Graph:
     """The graph of a block, with every field set.
 
+    A graph may be written in the configuration: what each layer reads, then what the block gives.
+    ((0,), (0, 1), (1, 2)) is a block of two layers. Layer 1 reads output 0, layer 2 reads the
+    outputs 0 and 1, and what follows the block reads the outputs 1 and 2.
+
     Args:
-      connect: a name in `CONCATENATING` with its options, or a graph as `explicit` takes it.
+      connect: a name in `CONCATENATING` with its options, or such a graph.
       depth: number of layers.
       growth_rate: k in the paper, the feature maps that a layer adds.
 
     Raises:
       UserError: an unknown pattern or option, or a graph that no block can have.
     """
-    if isinstance(connect, str):
-        found = pattern(connect, CONCATENATING)(depth, growth_rate)
-    else:
-        found = explicit(connect, depth, growth_rate)
-    reads = tuple(map(tuple, found.reads))
-    emits = tuple(range(depth + 1) if found.emits is None else found.emits)
-    widths = tuple((growth_rate,) * depth if found.widths is None else found.widths)
 
     def require(holds, what):
         if not holds:
             raise UserError(f"model.connect = {connect!r}: {what}")
 
+    if isinstance(connect, str):
+        found = pattern(connect, CONCATENATING)(depth, growth_rate)
+    else:
+        needed = f"for a block of {depth} layers give {depth + 1}, what each layer reads and then"
+        needed += " what the block gives"
+        require(len(connect) == depth + 1, f"has {len(connect)} tuples; {needed}")
+        found = Graph(connect[:-1], emits=connect[-1])
+    reads = tuple(map(tuple, found.reads))
+    emits = tuple(range(depth + 1) if found.emits is None else found.emits)
+    widths = tuple((growth_rate,) * depth if found.widths is None else found.widths)
     require(len(reads) == len(widths) == depth, f"describes no block of {depth} layers")
     readers = [*((f"layer {layer}", layer, read) for layer, read in enumerate(reads, 1))]
     for name, outputs, read in (*readers, ("what follows the block", depth + 1, emits)):

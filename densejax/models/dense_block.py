@@ -171,19 +171,18 @@ def _compute_in_place(
     variables, names = unfreeze(block.variables), _names(block)
     params = [variables["params"][name] for name in names]
     running = [variables["batch_stats"][name] for name in names]
-    epsilon = block.batch_norm_epsilon
-    if not builder.train:
-        return in_place.evaluate(graph, epsilon, survivals, x, params, running), None
     drops = ("dropout1", "dropout2", "survival")
     settings = in_place.Settings(
         graph=graph,
-        epsilon=epsilon,
+        epsilon=block.batch_norm_epsilon,
         axis=block.batch_norm_axis,
         dropout_rate=block.dropout_rate,
         seeds=tuple(tuple(layer_seed((*block.path, n, drop)) for drop in drops) for n in names),
         survivals=survivals,
         keep_hidden=block.recompute != "layer",
     )
+    if not builder.train:
+        return in_place.evaluate(settings, x, params, running), None
     features, statistics, batch = in_place.train(settings, x, params, builder.keys)
     for name, old, new in zip(names, running, batch, strict=True):
         stats = {norm: update_running(old[norm], new[norm]) for norm in old}

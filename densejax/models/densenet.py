@@ -68,7 +68,7 @@ class DenseNet(nn.Module):
       batch_norm_epsilon: added to the variance.
       connect: what each layer reads and each block emits: a name in
         densejax.models.connections.CONCATENATING with its options ("window:size=3"), or a graph as
-        connections.explicit takes it, one for all blocks or one for each. With "one_shot" the
+        connections.graph takes it, one for all blocks or one for each. With "one_shot" the
         transition is the 1x1 convolution that aggregates all layers, as VoVNet does.
       block: how dense blocks are computed, a name in IMPLEMENTATIONS.
       recompute: what the backward pass computes again to save memory, a name in RECOMPUTE.
@@ -141,13 +141,8 @@ class DenseNet(nn.Module):
 
     def graphs(self) -> dict[str, Graph]:
         """What the layers of each block read, by the block's name (raises UserError)."""
-        sizes = list(zip(self.block_depths(), self.growth_rates(), strict=True))
-        names = [f"block{number}" for number in range(1, len(sizes) + 1)]
-        each = self.connects()
-        return {
-            name: connections.graph(connect, *size)
-            for name, connect, size in zip(names, each, sizes, strict=True)
-        }
+        each = zip(self.connects(), self.block_depths(), self.growth_rates(), strict=True)
+        return {f"block{number}": connections.graph(*one) for number, one in enumerate(each, 1)}
 
     def readers(self) -> dict[str, list[Reader]]:
         """What reads the outputs of each block, by the block's name."""

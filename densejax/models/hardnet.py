@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from densejax.models import connections, layers
 from densejax.models.connections import Graph, Reader
 from densejax.models.layers import Layers
-from densejax.models.pooling import max_pool
+from densejax.models.pooling import max_pool, require_divisible
 
 
 class ConvNorm(nn.Module):
@@ -118,17 +118,12 @@ class HarDNet(nn.Module):
 
     def readers(self) -> dict[str, list[Reader]]:
         """What reads the outputs of each block, by the block's name."""
-        found, end = {}, "_pointwise" if self.separable else ""
-        for number, (block, graph) in enumerate(self.graphs().items(), 1):
-            paths = [
-                (f"layer{n}", f"{block}/layer{n}{end}") for n in range(1, len(graph.reads) + 1)
-            ]
-            paths.append((f"transition{number}", f"transition{number}"))
-            found[block] = [
-                Reader(name, read, path, f"{path}/conv")
-                for (name, path), read in zip(paths, (*graph.reads, graph.emits), strict=True)
-            ]
-        return found
+        end = "_pointwise" if self.separable else ""
+        return connections.readers(
+            self.graphs(),
+            lambda block, n: (f"{block}/layer{n}{end}", f"{block}/layer{n}{end}/conv"),
+            before_classifier=None,
+        )
 
     @nn.compact
     def __call__(
@@ -146,8 +141,10 @@ class HarDNet(nn.Module):
                 name = f"downsampling{number}"
                 fields = {"depthwise": True, "name": name}
                 return ConvNorm(x.shape[-1], 3, builder.part(name), 2, **fields)(x)
-            # The stem's windows are 3x3, the others' 2x2.
-            return nn.max_pool(x, (2, 2), (2, 2)) if number else max_pool(x, ((1, 1), (1, 1)))
+            if not number:  # the stem's windows are 3x3
+                return max_pool(x, ((1, 1), (1, 1)))
+            require_divisible(x, 2)
+            return nn.max_pool(x, (2, 2), (2, 2))
 
         first, second = self.stem_widths
         x = ConvNorm(first, 3, builder.part("stem1"), 2, name="stem1")(image)

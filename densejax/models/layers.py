@@ -13,7 +13,7 @@ from densejax.config import UserError
 from densejax.models.convolution import Convolution
 from densejax.models.normalization import BatchNorm, at_least_float32
 from densejax.models.pooling import max_pool
-from densejax.models.regularization import Dropout, DropPath, StochasticDepth, raw_keys
+from densejax.models.regularization import Dropout, StochasticDepth, raw_keys
 
 # He et al. 2015 with fan-out, std = sqrt(2 / (k * k * c_out)): as in the DenseNet authors' code.
 fan_out_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -96,8 +96,10 @@ class Layers:
         return StochasticDepth(probability, name=name)(x, self.train, self.keys)
 
     def drop_path(self, x: jax.Array, rate: float, name: str) -> jax.Array:
-        """Drop path in training, one draw per example."""
-        return DropPath(rate if self.train else 0.0, name=name)(x, self.keys)
+        """Stochastic depth as timm has it: in training, a branch that is kept is scaled up."""
+        kept = 1.0 - rate if self.train else 1.0
+        x = x / jnp.asarray(kept, x.dtype) if kept < 1.0 else x
+        return StochasticDepth(kept, name=name)(x, self.train, self.keys)
 
 
 def belongs(path: str, part: str) -> bool:

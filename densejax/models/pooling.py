@@ -12,19 +12,25 @@ from jax import lax
 from densejax.config import UserError
 
 
+def require_divisible(x: jax.Array, size: int) -> None:
+    """Raises UserError where x [batch, height, width, channels] has no patch of size x size."""
+    height, width = x.shape[1:3]
+    if min(height, width) < size:
+        divided = "halved" if size == 2 else f"divided into patches of {size}x{size}"
+        raise UserError(
+            f"feature maps of {height}x{width} cannot be {divided}: the network has too many "
+            f"blocks for these images; set data.image_size to enlarge them"
+        )
+
+
 @jax.custom_vjp
 def average_pool(x: jax.Array) -> jax.Array:
     """2x2 average pooling, stride 2, of x [batch, height, width, channels].
 
     If the number of rows or columns is odd, the last one is left out.
     """
-    height, width = x.shape[1:3]
-    if min(height, width) < 2:
-        raise UserError(
-            f"feature maps of {height}x{width} cannot be halved: the network has too many blocks "
-            f"for these images; set data.image_size to enlarge them"
-        )
-    size = height // 2, width // 2
+    require_divisible(x, 2)
+    size = tuple(length // 2 for length in x.shape[1:3])
     first, *others = (_every_second(x, (i, j), size) for i in range(2) for j in range(2))
     return sum(others, first) / 4
 
@@ -66,11 +72,6 @@ def max_pool(x: jax.Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> 
     return _max_pool(x, *outputs)
 
 
-def _windows(x, rows, columns):
-    """The values at each of the nine places of all windows."""
-    return [_every_second(x, (i, j), (rows, columns)) for i in range(3) for j in range(3)]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _max_pool(x, rows, columns):
     return _largest(x, rows, columns)[0]
@@ -78,7 +79,7 @@ def _max_pool(x, rows, columns):
 
 def _largest(x, rows, columns):
     """The largest value of each window, and its place from 0 to 8."""
-    first, *others = _windows(x, rows, columns)
+    first, *others = (_every_second(x, (i, j), (rows, columns)) for i in range(3) for j in range(3))
     largest, place = first, jnp.zeros(first.shape, jnp.uint8)
     for number, value in enumerate(others, 1):
         larger = (value > largest) | jnp.isnan(value)  # a NaN is passed on, not hidden

@@ -101,15 +101,3 @@ class StochasticDepth(nn.Module):
         if not train:
             return x * jnp.asarray(self.probability, x.dtype)
         return stochastic_depth(x, self.probability, layer_seed(self.path), keys)
-
-
-class DropPath(nn.Module):
-    """Stochastic depth as timm has it: a branch that is kept is scaled up in training instead."""
-
-    rate: float
-
-    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """Drops examples of x [batch, ...] with keys uint32 [batch, 2]; scales up the others."""
-        kept = 1.0 - self.rate
-        x = x / jnp.asarray(kept, x.dtype) if self.rate else x
-        return stochastic_depth(x, kept, layer_seed(self.path), keys)

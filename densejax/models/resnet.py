@@ -135,15 +135,15 @@ class ResNet(nn.Module):
         widens = self.shortcut == "projection" or sorted(self.widths) == list(self.widths)
         layers.require(self, "widths", widens, "must not fall with identity shortcuts")
         layers.require(self, "survival", 0 < self.survival <= 1, "must be in (0, 1]")
-        for field, reader, reads in (
-            ("stride_on", "block = 'bottleneck'", self.block == "bottleneck"),
-            ("shortcut", "connect = 'add'", self.connect != "chain"),
-            ("survival", "connect = 'add'", self.connect != "chain"),
-            ("zero_init", "connect = 'add'", self.connect != "chain"),
-            ("zero_init", "preactivation = False", not self.preactivation),
+        for field, ignoring, is_ignored in (
+            ("stride_on", "block = 'basic'", self.block == "basic"),
+            ("shortcut", "connect = 'chain'", self.connect == "chain"),
+            ("survival", "connect = 'chain'", self.connect == "chain"),
+            ("zero_init", "connect = 'chain'", self.connect == "chain"),
+            ("zero_init", "preactivation = True", self.preactivation),
         ):
             unset = getattr(self, field) == getattr(ResNet, field)
-            layers.require(self, field, reads or unset, f"only model.{reader} reads it")
+            layers.require(self, field, unset or not is_ignored, f"model.{ignoring} ignores it")
 
     def graphs(self) -> dict[str, Graph]:
         """What the blocks of each stage read, by the stage's name.

@@ -105,13 +105,8 @@ def analyse(
     if target and not found["unknown_loops"]:  # such a loop counts once: the time would be wrong
         row["step_seconds"], row["step_limit"] = cost.bound(target)
         if built.config.parallel.batch_norm != "groups":  # `communication` is over the whole slice
-            row |= roofline.weak_scaling(
-                target,
-                shape,
-                row["step_seconds"],
-                sum(row["collective_bytes"].values()),
-                found["collectives"],
-            )
+            seconds, sent = row["step_seconds"], sum(row["collective_bytes"].values())
+            row |= roofline.weak_scaling(target, shape, seconds, sent, found["collectives"])
     return row
 
 
@@ -143,7 +138,7 @@ def largest_batch(built: Experiment, room: float, images: int, used: float) -> t
     slope = (points[more] - points[less]) / (more - less)
     if slope <= 0:  # the images are so small that padding hides them
         return more, points[more] <= room
-    largest = int(less + (room - points[less]) / slope) // unit * unit
+    largest = max(0, int(less + (room - points[less]) / slope) // unit * unit)
     if largest not in points:
         points[largest] = memory(largest) if largest > 0 else math.inf
     return largest, points[largest] <= room

@@ -77,7 +77,8 @@ def read(text: str) -> Counts:
                 turns = _turns(program, line, computation) if kind == "while" else 1
                 total["unknown_loops"] += turns is None
                 for called in line.called():
-                    total.update({what: (turns or 1) * n for what, n in count(called).items()})
+                    turns = 1 if turns is None else turns
+                    total.update({what: turns * n for what, n in count(called).items()})
                 continue
             total.update(_arithmetic(program, line, computation) | {"kernels": 1})
             total.update(_traffic(program, line, computation))
@@ -248,8 +249,8 @@ def _slices_read(program: _Program, name: str, computation: _Computation) -> lis
                     if more is None:
                         return None
                     slices += more
-        elif not _only_updates(use, called):
-            return None
+        elif use.opcode != "dynamic-update-slice" or called in use.operands[1:]:
+            return None  # such an update, and nothing else, replaces a part in place
     return slices
 
 
@@ -258,9 +259,3 @@ def _uses(name: str, computation: _Computation) -> Iterator[tuple[str, _Instruct
     for key, use in computation.items():
         if name in use.operands:
             yield from _uses(key, computation) if use.opcode == "bitcast" else [(name, use)]
-
-
-def _only_updates(line: _Instruction, name: str) -> bool:
-    """Whether an instruction replaces a part of the value in place and keeps the rest."""
-    is_updated = line.opcode == "dynamic-update-slice" and line.operands[0] == name
-    return is_updated and name not in line.operands[1:]

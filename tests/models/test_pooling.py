@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from densejax import models
 from densejax.config import UserError
 from densejax.models.pooling import average_pool, max_pool
 from densejax.models.vovnet import ceil_max_pool
@@ -89,6 +90,26 @@ def test_average_pool_is_the_mean_of_windows_and_odd_edges_drop_out(shape):
 def test_a_map_of_one_pixel_cannot_be_halved():
     with pytest.raises(UserError, match="feature maps of 1x4 cannot be halved.*data.image_size"):
         average_pool(jnp.zeros((1, 1, 4, 1)))
+
+
+@pytest.mark.parametrize(
+    "name, changes, size, message",
+    [
+        ("densenet_bc_100_12", {"depth": None, "blocks": (1, 1)}, 1, "1x1 cannot be halved"),
+        ("rdnet_tiny", {"growth_rates": (8, 8), "downsampling": (2,)}, 4, "1x1 cannot be halved"),
+        ("rdnet_tiny", {}, 3, "3x3 cannot be divided into patches of 4x4"),
+        (
+            "hardnet68",
+            {"blocks": (4,), "growth_rates": (8,), "output_widths": (8,), "downsampling": (1,)},
+            4,
+            "1x1 cannot be halved",
+        ),
+    ],
+)
+def test_a_network_that_halves_images_too_often_is_refused(name, changes, size, message):
+    network = models.create(models.fields(name, **changes), 10)
+    with pytest.raises(UserError, match=f"feature maps of {message}.*data.image_size"):
+        jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
 
 
 def test_pools_keep_bfloat16():
