@@ -1,5 +1,6 @@
 """Folders of real JPEGs, as ImageNet has them: many sizes, and the odd ones."""
 
+import functools
 import io
 
 import numpy as np
@@ -7,15 +8,20 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 
+@functools.cache
+def whole(name):
+    """One of scikit-learn's two photographs; scikit-learn reads both at every call."""
+    return Image.fromarray(load_sample_image(name))
+
+
 def photo(width, height, seed=0):
     """A piece of one of scikit-learn's two photographs, RGB."""
-    random = np.random.default_rng(seed)
-    whole = Image.fromarray(load_sample_image(("china.jpg", "flower.jpg")[seed % 2]))
-    if width > whole.width or height > whole.height:
-        return whole.resize((width, height), Image.Resampling.BICUBIC)
-    left = int(random.integers(whole.width - width + 1))
-    top = int(random.integers(whole.height - height + 1))
-    return whole.crop((left, top, left + width, top + height))
+    random, image = np.random.default_rng(seed), whole(("china.jpg", "flower.jpg")[seed % 2])
+    if width > image.width or height > image.height:
+        return image.resize((width, height), Image.Resampling.BICUBIC)
+    left = int(random.integers(image.width - width + 1))
+    top = int(random.integers(image.height - height + 1))
+    return image.crop((left, top, left + width, top + height))
 
 
 def encode(image, kind="JPEG", **options):

@@ -1,5 +1,6 @@
 """The tiny run that the tests of whole runs share: digits, two dense layers, ten steps."""
 
+import contextlib
 import functools
 import os
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from densejax import config as schema
 from densejax import models
-from densejax.runs import checkpoint
+from densejax.runs import checkpoint, files
 from densejax.training import experiment, loop, parallel
 from densejax.training.step import train_step
 from tests.session import ENVIRONMENT as ENVIRONMENT  # of a test's subprocess
@@ -59,6 +60,16 @@ def build(config, devices=4):
     built = experiment.build(config, jax.devices()[:devices])
     _ = built.data
     return built
+
+
+def saved(path, config, *checkpoints):
+    """Makes a run's directory of (step, state, metrics); returns it."""
+    path.mkdir()
+    files.write_json(path / "config.json", config.to_dict())
+    with contextlib.closing(experiment.open_checkpoints(config, path)) as store:
+        for one in checkpoints:
+            store.save(*one)
+    return path
 
 
 @functools.cache

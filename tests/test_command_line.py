@@ -121,7 +121,6 @@ CASES = {
         "train.epochs = : give a value of type int",
     ),
     "depth 41": ([CIFAR + ":depth=41"], "model.depth = 41: "),
-    "unknown variant": ([CIFAR + ":variant=x"], "variant = 'x': allowed are plain, b, c, bc"),
     "an argument twice": (
         [CIFAR + ":depth=40,depth=46"],
         "config argument 'depth=46': give key=value pairs of model=densenet_bc_100_12, augment=",
@@ -130,7 +129,6 @@ CASES = {
         [CIFAR + ":variant=[]"],
         "config argument variant = []: give a value of type int or float or str",
     ),
-    "unknown argument": ([CIFAR + ":width=3"], "config argument 'width=3': give key=value pairs"),
     "an argument that is nearly one": (
         [CIFAR + ":growthrate=3"],
         "config argument 'growthrate=3' (did you mean growth_rate?): give key=value pairs",
@@ -171,10 +169,6 @@ CASES = {
         [DIGITS, READY, "--config.train.batch_size=30"],
         "train.batch_size = 30: must be a multiple of 4, for the 4 devices, such as 32",
     ),
-    "batch above the set": (
-        [DIGITS, READY, "--config.train.batch_size=1440"],
-        "train.batch_size = 1440: must be at most the 1437 training images",
-    ),
     "everything held out": (
         [DIGITS, READY, "--config.data.validation_size=1437"],
         "data.validation_size = 1437: must be below the 1437 training images",
@@ -191,21 +185,17 @@ CASES = {
         [DIGITS, READY, "--config.data.name=mnist"],
         "data.name = mnist: neither one of fashion_mnist, cifar10, cifar100, svhn, digits",
     ),
-    "unknown split": (
-        [DIGITS, READY, "--config.data.train_split=train+extra"],
-        "data.train_split = 'train+extra': name train once each",
-    ),
     "missing data": (
-        [CIFAR, data("{tmp}/data")],
+        [CIFAR + ":depth=10", data("{tmp}/data")],
         "data.name = cifar10: http://127.0.0.1:9/cifar-10-binary.tar.gz cannot be downloaded (",
     ),
     "missing archive": (
-        [CIFAR, data("{tmp}/data"), "--config.data.manual_dir={tmp}/nowhere"],
+        [CIFAR + ":depth=10", data("{tmp}/data"), "--config.data.manual_dir={tmp}/nowhere"],
         "data.name = cifar10: cifar-10-binary.tar.gz or cifar-10-python.tar.gz not found in "
         "data.manual_dir = '{tmp}/nowhere'; get it from",
     ),
     "archive of other content": (
-        [CIFAR, data("{tmp}/data"), "--config.data.manual_dir={tmp}/other"],
+        [CIFAR + ":depth=10", data("{tmp}/data"), "--config.data.manual_dir={tmp}/other"],
         "data.name = cifar10: {tmp}/other/cifar-10-binary.tar.gz has SHA-256 ",
     ),
     "a file in the way of the data": ([DIGITS, data("{tmp}/file")], "data.name = digits: "),
@@ -213,8 +203,6 @@ CASES = {
         [DIGITS, READY, "--workdir={tmp}/file"],
         "workdir={tmp}/file: [Errno 17] File exists: '{tmp}/file'. Choose a --workdir",
     ),
-    "a file above": ([DIGITS, READY, "--workdir={tmp}/file/x"], "workdir={tmp}/file/x: "),
-    "a place that cannot be written": ([DIGITS, READY, "--workdir=/proc/x"], "workdir=/proc/x: "),
     "a path that is too long": (
         [DIGITS, READY, "--workdir={tmp}/" + 300 * "x"],
         "{tmp}/xxx",
@@ -254,8 +242,6 @@ NEED_DEVICES = {
     "archive of other content",
     "a file in the way of the data",
     "a file in the way",
-    "a file above",
-    "a place that cannot be written",
     "a path that is too long",
 }
 
@@ -424,17 +410,10 @@ def test_a_good_command_trains_and_writes_into_its_run_alone(command, tmp_path, 
 def test_training_that_diverges_has_an_exit_code_of_its_own(command, tmp_path):
     card = small.card(tmp_path, optimizer__learning_rate=2e9, train__max_skipped_steps=3)
     code, _, error = command(f"--config={card}", f"--workdir={tmp_path}/run")
-    assert code == 3 and "train.max_skipped_steps = 3: so many steps in a row" in error
-
-
-def test_the_real_command_says_one_line():
-    command = [sys.executable, "-m", "densejax.main", CIFAR + ":depth=41"]
-    environment = os.environ | small.ENVIRONMENT
-    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert one_line((answer.returncode, answer.stdout, answer.stderr)).startswith(
-        "model.depth = 41: with model.bottleneck = True it must be 6n + 4, n >= 1; "
-        "the nearest are 40 and 46"
-    )
+    last = error.splitlines()[-1]
+    assert code == 3 and "up to 4, " in last and "optimizer.learning_rate" in last
+    assert last.startswith("densejax: train.max_skipped_steps = 3: so many steps in a row")
+    assert not any((tmp_path / "run" / name).exists() for name in ("summary.json", "lock"))
 
 
 def test_closed_outputs_are_no_place_for_files(tmp_path):

@@ -6,7 +6,6 @@ import json
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -243,17 +242,6 @@ def test_rates_of_imagenet():
     np.testing.assert_allclose(found, [0.4 / (5 * epoch), 0.4, 0.0], rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize(
-    ("arg", "width"),
-    [(None, 24), ("variant=plain,depth=40", 16), ("variant=b", 16), ("growth_rate=40", 80)],
-)
-def test_the_first_convolution_has_16_channels_or_2k_for_bc(arg, width):
-    model = experiment.build(card("cifar10", arg)).task.model
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    assert variables["params"]["stem"]["conv"]["kernel"].shape == (3, 3, 3, width)
-
-
 def test_pixels_of_svhn_are_divided_by_255_and_cifars_by_their_statistics():
     images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
     prepared = data.preparation(card("svhn")).evaluation(images)
@@ -292,11 +280,11 @@ def tiny_card(tmp_path, monkeypatch, name, set_name, python=False):
 @pytest.mark.parametrize(
     ("name", "set_name", "python", "steps"),
     [
-        ("cifar10", "cifar10", False, 10),
+        pytest.param("cifar10", "cifar10", False, 10, marks=pytest.mark.slow),
         pytest.param("cifar10", "cifar10", True, 10, marks=pytest.mark.slow),
         pytest.param("cifar100", "cifar100", False, 10, marks=pytest.mark.slow),
         ("svhn", "svhn", False, 10),  # 30 - 6 + 20 images: five batches of 8, and 4 left
-        ("fashion_mnist", "fashion_mnist", False, 6),
+        pytest.param("fashion_mnist", "fashion_mnist", False, 6, marks=pytest.mark.slow),
         ("d2l_fashion_mnist", "fashion_mnist", False, 6),
     ],
 )
@@ -369,22 +357,29 @@ def images_of(array):
     return {image.tobytes() for image in np.asarray(array)}
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_held_out_images_of_svhn_are_of_its_first_part_whatever_the_seed(
-    tmp_path, monkeypatch, seed
-):
+def test_held_out_images_of_svhn_are_of_its_first_part_whatever_the_seed(tmp_path, monkeypatch):
+    """And labels stay with their images."""
     config, arrays = tiny_card(tmp_path, monkeypatch, "svhn", "svhn")
-    config.seed = seed
-    found = created(config)
-    held_out = images_of(found.evaluation["validation"]._arrays["image"])
-    trains = images_of(found.train._arrays["image"])
+    label_of = {
+        image.tobytes(): label
+        for images, labels in arrays.values()
+        for image, label in zip(images, labels, strict=True)
+    }
     first, more = images_of(arrays["train"][0]), images_of(arrays["extra"][0])
-    assert (len(held_out), len(trains)) == (6, 44)
-    assert held_out < first and trains == (first - held_out) | more
     trained_on, kept = data.hold_out(30, 6)
-    assert held_out == images_of(arrays["train"][0][kept])
     assert sorted([*trained_on, *kept]) == list(range(30))
-    assert images_of(found.evaluation["test"]._arrays["image"]) == images_of(arrays["test"][0])
+    for seed in (0, 1):
+        config.seed = seed
+        found = created(config)
+        held_out = images_of(found.evaluation["validation"]._arrays["image"])
+        trains = images_of(found.train._arrays["image"])
+        assert (len(held_out), len(trains)) == (6, 44)
+        assert held_out < first and trains == (first - held_out) | more
+        assert held_out == images_of(arrays["train"][0][kept])
+        assert images_of(found.evaluation["test"]._arrays["image"]) == images_of(arrays["test"][0])
+        for part in (found.train, *found.evaluation.values()):
+            pairs = (np.asarray(part._arrays[name]) for name in ("image", "label"))
+            assert all(label_of[i.tobytes()] == label for i, label in zip(*pairs, strict=True))
 
 
 def digits(seed=0, **changes):
@@ -431,21 +426,6 @@ def test_the_training_set_has_a_size_that_is_there():
     ):
         with pytest.raises(UserError, match=says):
             experiment.build(small.tiny(data__validation_size=100, **changes))
-
-
-def test_labels_stay_with_their_images(tmp_path, monkeypatch):
-    config, arrays = tiny_card(tmp_path, monkeypatch, "svhn", "svhn")
-    found = created(config)
-    label_of = {
-        image.tobytes(): label
-        for split in ("train", "extra", "test")
-        for image, label in zip(*arrays[split], strict=True)
-    }
-    for part in (found.train, *found.evaluation.values()):
-        for image, label in zip(
-            np.asarray(part._arrays["image"]), np.asarray(part._arrays["label"]), strict=True
-        ):
-            assert label_of[image.tobytes()] == label
 
 
 def test_no_split_is_named_twice():

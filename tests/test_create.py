@@ -18,9 +18,10 @@ def test_three_lines_classify_an_image():
     photograph = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
     model, variables = densejax.create("densenet_bc_40_12", num_classes=10, **SMALL)
     image = (photograph - (123.675, 116.28, 103.53)) / (58.395, 57.12, 57.375)
-    logits, features = model.apply(variables, image[None].astype("float32"))
+    logits, features = jax.eval_shape(model.apply, variables, image[None].astype("float32"))
     assert (logits.shape, logits.dtype) == ((1, 10), np.float32)
-    assert list(features) == ["stem", "block1", "transition1", "block2", "final", "pooled"]
+    names = {"stem", "block1", "transition1", "block2", "final", "pooled"}
+    assert features.keys() == names  # test_families.py has their order
 
 
 def test_variables_are_drawn_from_seed_0():
@@ -37,14 +38,15 @@ def test_variables_can_be_drawn_within_a_traced_function():
     def drawn():
         return densejax.create("densenet_bc_40_12", num_classes=10, **SMALL)[1]
 
-    assert jax.tree.map(np.shape, jax.eval_shape(drawn)) == jax.tree.map(np.shape, drawn())
-    options = {"xla_backend_optimization_level": 0}
-    assert small.distance(jax.jit(drawn, compiler_options=options)(), drawn()) < 1e-6
+    alone, options = drawn(), {"xla_backend_optimization_level": 0}
+    assert jax.tree.map(np.shape, jax.eval_shape(drawn)) == jax.tree.map(np.shape, alone)
+    assert small.distance(jax.jit(drawn, compiler_options=options)(), alone) < 1e-6
 
 
 def test_images_may_have_another_number_of_channels():
     model, variables = densejax.create("densenet_bc_40_12", num_classes=0, channels=1, **SMALL)
-    logits, features = model.apply(variables, np.zeros((2, 8, 8, 1), np.float32))
+    images = np.zeros((2, 8, 8, 1), np.float32)
+    logits, features = jax.eval_shape(model.apply, variables, images)
     assert logits is None and features["pooled"].shape == (2, 5)
 
 
@@ -52,8 +54,9 @@ def test_images_may_have_another_number_of_channels():
 def weights(monkeypatch):
     """A directory that densejax.pretrained reads as a network of seven classes."""
     fields = dict(models.fields("densenet_bc_40_12", **SMALL, batch_norm_epsilon=0.5))
-    _, variables = densejax.create("densenet_bc_40_12", num_classes=7, **SMALL)
-    variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), variables)
+    model = models.create(models.fields("densenet_bc_40_12", **SMALL), 7)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+    variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), shapes)
     description = {"model": fields, "num_classes": 7, "image_channels": 3}
     monkeypatch.setattr(store, "load", lambda directory: (description, variables))
     return variables
@@ -71,7 +74,6 @@ def test_weights_bring_what_they_do_not_show(weights):
     ("name", "classes", "fields"),
     [
         ("densenet_bc_40_12", 10, SMALL),
-        ("densenet_bc_40_12", 7, SMALL | {"growth_rate": 3}),
         ("resnet20_cifar", 7, {}),
     ],
 )

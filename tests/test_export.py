@@ -54,7 +54,7 @@ def test_a_stranger_computes_the_network_s_logits(run_export, tmp_path):
 
     network, facts = classifier.load(small.trained()), builders.SETS["digits"]
     normalised = (images[:7].astype(np.float32) - np.float32(facts.mean)) / np.float32(facts.std)
-    expected, _ = network.model.apply(network.variables, normalised)
+    expected, _ = jax.jit(network.model.apply)(network.variables, normalised)
     logits, one = np.load(tmp_path / "logits.npy"), np.load(tmp_path / "one.npy")
     assert logits.dtype == np.float32 and np.ptp(logits) > 0.1
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
@@ -88,6 +88,7 @@ SMALL = {"depth": None, "blocks": (1, 1), "growth_rate": 2}
         ("vovnet27_slim", {"module_depth": 1}, "float32"),
         ("rdnet_cifar", {"growth_rates": (8,), "downsampling": ()}, "bfloat16"),
         ("resnet18", {"blocks": (1, 1), "widths": (2, 4)}, "float32"),
+        ("hardnet68", {"blocks": (1,) * 5}, "float32"),
     ],
 )
 def test_every_family_takes_any_number_of_images(name, changes, dtype):
@@ -106,15 +107,9 @@ def test_resizing_is_part_of_it():
     network = drawn(models.fields("densenet_bc_40_12", **SMALL), (8, 8, 1), image_size=12)
     exported = jax.export.deserialize(serialising.serialise(network, ("cpu",)))
     images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 1)).astype(np.uint8)
+    assert exported.platforms == ("cpu",)
     expected = jax.jit(network.logits)(network.variables, images)
     np.testing.assert_allclose(exported.call(images), expected, rtol=1e-5)
-
-
-def test_it_runs_only_on_the_platforms_that_were_asked_for():
-    network = drawn(models.fields("densenet_bc_40_12", **SMALL), (8, 8, 1))
-    exported = jax.export.deserialize(serialising.serialise(network, ("tpu",)))
-    with pytest.raises(ValueError, match="platforms '\\('tpu',\\)' but it is used on '.*cpu"):
-        exported.call(np.zeros((1, 8, 8, 1), np.uint8))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from densejax.models.connections import CONCATENATING
 from densejax.training import experiment, parallel
 from tests import small
 from tests.models.test_connections import LEARNED, OWN
-from tests.training.test_averaging import logged, stop_by_a_signal
+from tests.test_train import logged, stop_by_a_signal
 
 pytestmark = pytest.mark.slow
 PREACTIVATION = {"blocks": (3, 2), "widths": (4, 6), "block": "basic", "stride_on": "3x3"}

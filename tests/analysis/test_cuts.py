@@ -155,12 +155,12 @@ def test_a_cut_of_vovnet_is_a_kernel_without_the_source_and_a_shifted_norm():
     assert len(results) == 6
     params, stats = network.variables["params"], network.variables["batch_stats"]
     x = network.preparation.evaluation(IMAGES)
-    (_, features), block = network.model.apply(network.variables, x), "stage1_module1"
+    (_, features), block = jax.jit(network.model.apply)(network.variables, x), "stage1_module1"
     kernel = params[block]["aggregation"]["conv"]["kernel"]
     mean = np.asarray(features["stem"]).mean((0, 1, 2))
     stats[block]["aggregation"]["norm"]["mean"] -= mean @ kernel[0, 0, :7]
     kernel[:, :, :7] = 0
-    logits = network.logits(network.variables, IMAGES)
+    logits = jax.jit(network.logits)(network.variables, IMAGES)
     expected = float(losses.cross_entropy(logits, LABELS).mean())
     assert results[0]["loss"] == pytest.approx(expected, rel=1e-5)  # of the module's input
     assert abs(uncut["loss"] - expected) > 1e-3

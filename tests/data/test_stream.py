@@ -222,7 +222,7 @@ def test_two_real_processes_hold_the_batch_of_one(root, reference, tmp_path):
             np.testing.assert_array_equal(np.concatenate(parts), expected)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_test_image_comes_once_and_in_order(root, workers):
     test = create(root, data__workers=workers).evaluation["test"]
     examples = encoded.open_splits("photos", "", str(root))[1]["test"]

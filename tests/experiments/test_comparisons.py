@@ -60,7 +60,7 @@ def test_better_is_said_of_what_eight_seeds_show():
     assert (first.n, first.difference) == (8, pytest.approx(100 * (0.1 + 2 * sum(noise) / 8)))
     # Four were written down: the smallest p, of whichever, is multiplied by all of them.
     smallest = min((one for one in found if one.n == 8 and one.t == one.t), key=lambda one: one.t)
-    assert smallest.corrected >= 3 * smallest.t
+    assert smallest.corrected == pytest.approx(4 * smallest.t)
     assert comparisons.compare("train_size", groups) == []
     few = [group("dense", [0.9, 0.8]), group("exponential", [0.7, 0.5])]
     said = {one.name: one.conclusion for one in comparisons.compare("patterns", few)}

@@ -72,21 +72,20 @@ def test_runs_of_a_sweep(sweep, base, card):
     assert len({tuple(run.axes) for run in found}) == 1  # the columns of one table
     for run in found:
         experiment.build(read(run, card))
-        allowed = 0.1 if run.name == "hardnet" else 0.02  # its widths are even
-        assert run.mismatch is None or abs(run.mismatch) <= allowed
 
 
 def test_layers_make_up_for_the_growth_rate():
     sweep = sweeps.SWEEPS["growth_rate_equal_multiply_adds"]
-    base = sweeps.Base(small.tiny(**CHANGES | {"model__blocks": (1, 1)}))
+    plain = CHANGES | {"model__blocks": (1, 1), "model__bottleneck": False}
+    base = sweeps.Base(small.tiny(**plain))
     narrow, same = sweep(base, values=(6, 12))
     assert same.mismatch == 0 and same.overrides == {}
     layers = narrow.overrides["model.blocks"]
     assert narrow.overrides["model.growth_rate"] == 6 and len(set(layers)) == 1
 
     def multiply_adds(layers, k):
-        changes = CHANGES | {"model__blocks": layers, "model__growth_rate": k}
-        return counts.of_network(experiment.build(small.tiny(**changes)).task.model, (8, 8, 1))[1]
+        config = small.tiny(**plain | {"model__blocks": layers, "model__growth_rate": k})
+        return counts.of_network(experiment.build(config).task.model, (8, 8, 1))[1]
 
     wanted = multiply_adds((1, 1), 12)
     off = {n: multiply_adds((n,) * 2, 6) / wanted - 1 for n in range(layers[0] - 1, layers[0] + 2)}
@@ -152,8 +151,13 @@ def test_axes_that_cannot_be(sweep, values, words, message):
         sweeps.runs(sweep, small.tiny(**CHANGES), 1, values, axes)
 
 
-def test_depths_are_those_of_networks_as_they_are_built():
+def test_depths_are_those_of_networks_as_they_are_built(monkeypatch):
     """Three blocks of n: 6n + 2 layers with weights, in a DenseNet-BC 6n + 4."""
+
+    def equal(base, kind):  # the search for widths, which depths do not depend on
+        return base.network(kind, (4, 8, 16), (3, 3, 3)), 0.0
+
+    monkeypatch.setattr(sweeps.Base, "_equal", equal)
     found = sweeps.degradation(sweeps.Base(small.tiny(**CHANGES)))
     depths = {"plain": (20, 32, 56), "residual": (20, 32, 56), "dense": (22, 34, 58)}
     names = {f"{kind}{depth}" for kind in depths for depth in depths[kind]}

@@ -10,8 +10,7 @@ import pytest
 from densejax import models
 from densejax.config import UserError
 from densejax.inference import classifier
-from densejax.runs import files
-from densejax.training import experiment, loop
+from densejax.training import experiment
 from tests import small
 
 
@@ -21,24 +20,13 @@ def first_state():
     return experiment.build(small.tiny()).init()
 
 
-def saved(path, config, *checkpoints):
-    """Makes a run's directory of (step, state, metrics)."""
-    path.mkdir()
-    files.write_json(path / "config.json", config.to_dict())
-    store = loop.open_checkpoints(config, path)
-    for checkpoint in checkpoints:
-        store.save(*checkpoint)
-    store.close()
-    return path
-
-
 def shifted(state, by):
     return state.replace(params=jax.tree.map(lambda leaf: leaf + by, state.params))
 
 
 def test_the_newest_checkpoint_is_taken(tmp_path, first_state):
     states = [(step, shifted(first_state, float(step)), {}) for step in (1, 2)]
-    network = classifier.load(saved(tmp_path / "run", small.tiny(), *states))
+    network = classifier.load(small.saved(tmp_path / "run", small.tiny(), *states))
     small.assert_same_bits(network.variables["params"], states[-1][1].params)
     small.assert_same_bits(network.variables["batch_stats"], first_state.batch_stats)
     assert network.image_shape == (8, 8, 1)
@@ -53,20 +41,20 @@ def test_the_best_checkpoint_is_taken_where_the_run_chose_it(tmp_path, first_sta
         (step, shifted(first_state, float(step)), {"validation_error": error})
         for step, error in ((1, 0.3), (2, 0.1), (3, 0.2))
     ]
-    network = classifier.load(saved(tmp_path / "run", config, *states))
+    network = classifier.load(small.saved(tmp_path / "run", config, *states))
     small.assert_same_bits(network.variables["params"], states[1][1].params)
 
 
 def test_the_preparation_is_the_run_s_without_augmentation(tmp_path, first_state):
     config = small.tiny(data__normalization="scale", data__image_size=16)
-    path = saved(tmp_path / "run", config, (1, first_state, {}))
+    path = small.saved(tmp_path / "run", config, (1, first_state, {}))
     images = np.full((2, 8, 8, 1), 51, np.uint8)
     prepared = classifier.load(path).preparation.evaluation(images)
     np.testing.assert_allclose(prepared, np.full((2, 16, 16, 1), 0.2), rtol=1e-6)
 
 
 def test_a_run_that_is_older_than_a_key_is_opened(tmp_path, first_state):
-    path = saved(tmp_path / "run", small.tiny(), (1, first_state, {}))
+    path = small.saved(tmp_path / "run", small.tiny(), (1, first_state, {}))
     config = json.loads((path / "config.json").read_text())
     del config["model"]["connect"], config["model"]["stem"], config["log"]["seconds"]
     (path / "config.json").write_text(json.dumps(config))
@@ -80,7 +68,7 @@ def test_a_run_that_is_older_than_a_key_is_opened(tmp_path, first_state):
 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="run: there is no checkpoint in it yet; train first"):
-        classifier.load(saved(tmp_path / "run", small.tiny()))
+        classifier.load(small.saved(tmp_path / "run", small.tiny()))
 
 
 @pytest.mark.parametrize(

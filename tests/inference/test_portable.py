@@ -129,7 +129,9 @@ def test_a_project_has_the_network_that_computes_the_same(
     assert {name for peers in PEERS.values() for name in peers} <= set(models.MODELS)
 
 
-def test_timm_reads_a_configuration(tmp_path):
+def test_timm_reads_a_configuration(tmp_path, monkeypatch):
+    few = {"blocks": (1, 1), "growth_rate": 4, "stem_width": 8}  # by the same name
+    monkeypatch.setitem(models.MODELS, "densenet121", models.MODELS["densenet121"] | few)
     network = stand_in("densenet121", channels=1)
     pretrained.save(
         tmp_path / "source",

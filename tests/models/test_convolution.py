@@ -97,21 +97,24 @@ def test_bfloat16_has_parameter_gradients_in_float32(size, forward, backward):
         assert np.abs(np.asarray(ours, np.float32) - exact).max() < 0.02 * np.abs(exact).max()
 
 
+SHAPES = [  # size and stride of the kernel, size and channels of the images
+    (3, 1, (5, 4), 3),
+    (3, 2, (6, 5), 3),
+    (7, 2, (12, 9), 3),
+    (7, 2, (9, 8), 1),
+    (5, 3, (7, 11), 2),
+    (3, 1, (16, 16), 5),
+    (3, 2, (17, 16), 5),
+]
+
+
 @pytest.mark.parametrize(
-    "platform, piece_bytes",
-    [("cpu", 1), ("cpu", 2000), ("cpu", float("inf")), ("cuda", float("inf"))],
-    ids=["image by image", "some images", "at once", "convolution"],
-)
-@pytest.mark.parametrize(
-    "size, stride, shape, channels",
+    "platform, piece_bytes, size, stride, shape, channels",
     [
-        (3, 1, (5, 4), 3),
-        (3, 2, (6, 5), 3),
-        (7, 2, (12, 9), 3),
-        (7, 2, (9, 8), 1),
-        (5, 3, (7, 11), 2),
-        (3, 1, (16, 16), 5),
-        (3, 2, (17, 16), 5),
+        *(("cpu", 1, *case) for case in SHAPES),  # image by image
+        ("cpu", 8000, *SHAPES[1]),  # two images, of 3072 bytes each
+        ("cpu", float("inf"), *SHAPES[1]),
+        ("cuda", float("inf"), *SHAPES[1]),  # XLA's convolution itself
     ],
 )
 def test_convolutions_of_few_channels_or_many_pixels_have_xlas_gradients(
@@ -133,8 +136,9 @@ def test_convolutions_of_few_channels_or_many_pixels_have_xlas_gradients(
 
         both = functools.partial(pulled, (ours, theirs))
         first, second = jax.jit(both)(x, kernel)
-        has_products = "dot_general" in str(jax.make_jaxpr(both)(x, kernel))
-    assert has_products == (platform == "cpu")
+        program = str(jax.make_jaxpr(both)(x, kernel))
+    assert ("dot_general" in program) == (platform == "cpu")
+    assert ("length=2 " in program) == (piece_bytes == 8000)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-11, 1e-11), first, second)
 
 
@@ -166,9 +170,15 @@ def test_pieces_are_smaller_where_each_device_is_a_core(monkeypatch, cores, imag
     assert convolution.Plan(16, core_bytes=8).most_bytes() == 16
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda"])
 @pytest.mark.parametrize(
-    "size, stride, shape", [(3, 1, (5, 4)), (3, 2, (6, 5)), (7, 1, (4, 5)), (2, 2, (5, 4))]
+    "platform, size, stride, shape",
+    [
+        ("cpu", 3, 1, (5, 4)),
+        ("cpu", 3, 2, (6, 5)),
+        ("cpu", 7, 1, (4, 5)),
+        ("cpu", 2, 2, (5, 4)),
+        ("cuda", 3, 2, (6, 5)),
+    ],
 )
 def test_depthwise_convolutions_are_xlas(monkeypatch, platform, size, stride, shape):
     monkeypatch.setattr(convolution, "ROWS_AT_ONCE", 2)

@@ -15,9 +15,9 @@ from densejax.config import UserError
 from densejax.models import DenseBlock
 from tests import small
 from tests.models.oracle import random_variables
+from tests.models.test_in_place import compiled, on_a_cpu  # noqa: F401
 
 PAGE = pathlib.Path(models.__file__).parents[2] / "docs" / "extending.md"
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,13 @@
 """The model table: exact parameter counts and multiply-adds of every name, and its errors."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import pytest
 
 from densejax import models
 from densejax.config import UserError
 from densejax.models import counts
+from densejax.models.resnet import ResNet
 
 # Closed forms, for what nobody printed.
 
@@ -41,8 +41,10 @@ def densenet(blocks, k, stem, *, bottleneck=False, theta=1, classes=10, one_shot
     return total(convolutions, norms, width, classes)
 
 
-def resnet(blocks, widths, *, classes=10, bottleneck=False, preact=False, projection=False):
-    """Multiply-adds are right where the stride is on the first convolution of a block."""
+def resnet(
+    blocks, widths, *, classes=10, bottleneck=False, preact=False, projection=False, late=False
+):
+    """`late`: the stride is on a bottleneck's 3x3, as in torchvision, and not on the first 1x1."""
     size, convolutions, norms = 32, [(32**2, 9 * 3 * widths[0])], [] if preact else [widths[0]]
     if classes == 1000:
         size, convolutions = 56, [(112**2, 49 * 3 * widths[0])]
@@ -59,7 +61,10 @@ def resnet(blocks, widths, *, classes=10, bottleneck=False, preact=False, projec
             if projection and index == 0 and reads != gives:
                 weights.append(reads * gives)
                 norms += [] if preact else [gives]
-            convolutions += [(size**2, number) for number in weights]
+            pixels = [size**2] * len(weights)
+            if late and stage and index == 0:
+                pixels[0] *= 4
+            convolutions += zip(pixels, weights, strict=True)
             reads = gives
     return total(convolutions, [*norms, reads] if preact else norms, reads, classes)
 
@@ -137,9 +142,7 @@ TABLE = {
 # The same nets with other fields: the authors' code has stems of 2k, the paper's text of 16.
 CHANGED = [
     ("densenet_40_12", {"stem_width": 24}, 10, 1_059_298, "282.9M"),
-    pytest.param(
-        *("densenet_100_24", {"stem_width": 48}, 10, 28_071_706, "7.266G"), marks=pytest.mark.slow
-    ),
+    ("densenet_100_24", {"stem_width": 48}, 10, 28_071_706, "7.266G"),
     ("densenet_c_40_12", {"stem_width": 24}, 10, 599_050, "205.9M"),
     ("densenet_b_100_12", {"stem_width": 24}, 10, 1_210_066, "376.8M"),
 ]
@@ -151,10 +154,6 @@ HUNDRED_CLASSES = {
     "densenet_bc_250_24": 15_480_556,
     "densenet_bc_190_40": 25_821_620,
 }
-PARAMETERS = [
-    ("densenet_40_12", {}, 100, HUNDRED_CLASSES["densenet_40_12"]),
-    ("densenet121", {"growth_rate": 8}, 1000, 709_064),
-]
 
 
 def rounded(number, published):
@@ -167,41 +166,47 @@ def test_every_name_is_in_the_table():
     assert list(models.MODELS) == list(TABLE)
 
 
-@pytest.mark.parametrize(
-    "name, form",
-    [
-        ("densenet_40_12", densenet((12,) * 3, 12, 16)),
-        ("densenet_bc_100_12", densenet((16,) * 3, 12, 24, **BC)),
-        ("densenet121", densenet((6, 12, 24, 16), 32, 64, **BC, classes=1000)),
-        ("resnet20_cifar", resnet((3, 3, 3), CIFAR_WIDTHS)),
-    ],
-)
-def test_closed_forms_give_the_printed_numbers_too(name, form):
-    *_, parameters, multiply_adds = TABLE[name]
-    assert form[0] == parameters and rounded(form[1], multiply_adds) == multiply_adds
-
-
 def test_one_shot_width_27_comes_nearest_to_the_parameters_of_densenet_40():
     numbers = {k: densenet((12,) * 3, k, 16, one_shot=True)[0] for k in range(1, 60)}
     target = TABLE["densenet_40_12"][3]
     assert min(numbers, key=lambda k: abs(numbers[k] - target)) == 27
 
 
-# Their traces take a minute; smaller networks of the same form are counted in every test run.
-LARGE = (
-    "densenet_100_24 densenet_bc_190_40 densenet_bc_250_24 densenet232 densenet264 densenet264_48"
-)
-LARGE += (
-    " rdnet_base rdnet_large hardnet85 densenet201 resnet152 resnet1202_cifar preact_resnet1001"
-)
-SLOW = {name: pytest.mark.slow for name in LARGE.split()}
+FORMS = [
+    name
+    for name, fields in models.MODELS.items()
+    if fields["family"] in ("densenet", "resnet")
+    and name not in ("densenet_d2l", "sparsenet_bc_100_24")
+]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW.get(n, ())) for n in TABLE])
-def test_counts(name):
-    classes, size, channels, parameters, multiply_adds = TABLE[name]
-    network = models.create(models.fields(name), classes)
-    found = counts.of_network(network, (size, size, channels))
+def by_fields(name, classes, **changes):
+    """(parameters, multiply-adds) by the closed form, from a network's fields."""
+    network = models.create(models.fields(name, **changes), classes)
+    if isinstance(network, ResNet):
+        is_bottleneck = network.block == "bottleneck"
+        return resnet(
+            network.blocks,
+            network.widths,
+            classes=classes,
+            bottleneck=is_bottleneck,
+            preact=network.preactivation,
+            projection=(network.connect, network.shortcut) == ("add", "projection"),
+            late=is_bottleneck and network.stride_on == "3x3",
+        )
+    return densenet(
+        network.block_depths(),
+        network.growth_rate,
+        network.widths()[0],
+        bottleneck=network.bottleneck,
+        theta=network.compression,
+        classes=classes,
+        one_shot=network.connect == "one_shot",
+    )
+
+
+def assert_printed(name, found):
+    *_, parameters, multiply_adds = TABLE[name]
     assert found[0] == parameters
     if isinstance(multiply_adds, str):
         assert rounded(found[1], multiply_adds) == multiply_adds
@@ -209,52 +214,54 @@ def test_counts(name):
         assert found[1] == multiply_adds
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_fields_of_a_name_give_the_printed_numbers(name):
+    assert_printed(name, by_fields(name, TABLE[name][0]))
+
+
+@pytest.mark.parametrize(
+    "name, changes, classes",
+    [
+        ("densenet_40_12", {"depth": 10, "stem_width": 24}, 100),
+        ("densenet_b_100_12", {"depth": 16}, 10),
+        ("densenet_c_40_12", {"depth": 10}, 10),
+        ("densenet_bc_100_12", {"depth": 16, "growth_rate": 8}, 10),
+        ("densenet_one_shot_40_20", {"depth": 10}, 10),
+        ("densenet121", {"blocks": (2, 1, 1, 2)}, 1000),
+        ("resnet18", {"blocks": (1, 2, 1, 1)}, 1000),
+        ("resnet50", {"blocks": (2, 1, 1, 1)}, 1000),
+        ("plain18", {"blocks": (1, 1, 1, 1)}, 1000),
+        ("plain20_cifar", {"blocks": (1, 2, 1)}, 10),
+        ("preact_resnet164", {"blocks": (2, 1, 1)}, 10),
+    ],
+)
+def test_a_network_has_the_counts_of_its_closed_form(name, changes, classes):
+    size = 224 if classes == 1000 else 32
+    network = models.create(models.fields(name, **changes), classes)
+    assert counts.of_network(network, (size, size, 3)) == by_fields(name, classes, **changes)
+
+
+TRACED = ("densenet_bc_40_12", "resnet20_cifar")  # the other forms are traced a few layers deep
+SLOW = {name: pytest.mark.slow for name in FORMS if name not in TRACED}
+SLOW |= dict.fromkeys(("rdnet_base", "rdnet_large", "hardnet85"), pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW.get(n, ())) for n in TABLE])
+def test_counts(name):
+    classes, size, channels, *_ = TABLE[name]
+    network = models.create(models.fields(name), classes)
+    assert_printed(name, counts.of_network(network, (size, size, channels)))
+
+
 def test_a_hundred_classes_have_the_printed_numbers():
-    """By the closed form, which gives those of ten classes too; one of them is traced below."""
     for name, number in HUNDRED_CLASSES.items():
-        *_, depth, k = (int(part) for part in name.split("_") if part.isdigit())
-        is_bc = "_bc_" in name
-        form = BC if is_bc else {}
-        blocks, stem = ((depth - 4) // (6 if is_bc else 3),) * 3, 2 * k if is_bc else 16
-        parameters = [densenet(blocks, k, stem, classes=n, **form)[0] for n in (10, 100)]
-        assert parameters == [TABLE[name][3], number]
+        assert by_fields(name, 100)[0] == number
 
 
 @pytest.mark.parametrize("name, changes, classes, parameters, multiply_adds", CHANGED)
 def test_counts_of_other_stems(name, changes, classes, parameters, multiply_adds):
-    network = models.create(models.fields(name, **changes), classes)
-    found = counts.of_network(network, (32, 32, 3))
+    found = by_fields(name, classes, **changes)
     assert (found[0], rounded(found[1], multiply_adds)) == (parameters, multiply_adds)
-
-
-@pytest.mark.parametrize("name, changes, classes, parameters", PARAMETERS)
-def test_parameters(name, changes, classes, parameters):
-    network = models.create(models.fields(name, **changes), classes)
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    variables = jax.eval_shape(network.init, jax.random.key(0), image)
-    assert counts.parameters(variables) == parameters
-
-
-def test_fields_hold_every_field_of_the_family():
-    section = models.fields("densenet_bc_100_12", dropout_rate=0.2)
-    assert section.to_dict() == {
-        "family": "densenet",
-        "depth": 100,
-        "blocks": None,
-        "growth_rate": 12,
-        "bottleneck": True,
-        "bottleneck_width": 4,
-        "compression": 0.5,
-        "stem": "cifar",
-        "stem_width": None,
-        "dropout_rate": 0.2,
-        "survival": 1.0,
-        "convolution_bias": False,
-        "batch_norm_epsilon": 1e-5,
-        "connect": "dense",
-        "block": "in_place",
-        "recompute": "none",
-    }
 
 
 def test_fields_take_each_of_their_types():
@@ -354,12 +361,10 @@ def test_errors_are_one_line(call, said):
 @pytest.mark.parametrize(
     ("name", "changes", "layers"),
     [
-        ("densenet_bc_100_12", {}, 100),
         ("densenet_bc_100_12", {"depth": None, "blocks": (3, 3, 3)}, 22),
         ("densenet121", {}, 121),
         ("resnet20_cifar", {}, 20),
         ("resnet50", {}, 50),  # the projections of four shortcuts lie beside the longest path
-        ("plain34", {}, 34),
     ],
 )
 def test_depth_is_the_number_in_the_papers_names(name, changes, layers):

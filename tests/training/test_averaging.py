@@ -1,19 +1,13 @@
 """The average of the variables against its formula, and through a whole run."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-import densejax
-from densejax.inference import classifier
-from densejax.training import experiment, parallel
+from densejax.training import experiment
 from densejax.training.averaging import Average
-from densejax.weights import store
 from tests import small
-from tests.test_train import logged, stop_by_a_signal
+from tests.programs import shared_programs  # noqa: F401
 
 
 def test_the_average_follows_its_formula():
@@ -52,28 +46,6 @@ def test_a_step_averages_what_it_makes_and_evaluates_the_average():
     broken = after.replace(params=jax.tree.map(lambda leaf: leaf * jnp.nan, after.params))
     skipped, _ = take_step(broken, built.data.train.batch(2))
     small.assert_same_bits(skipped.average, after.average)
-
-
-def newest(config, path):
-    with contextlib.closing(experiment.open_checkpoints(config, path)) as checkpoints:
-        return experiment.select(experiment.build(config), checkpoints)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
-def test_a_run_resumes_bit_for_bit_and_the_average_is_what_predicts(tmp_path, monkeypatch, mode):
-    monkeypatch.setattr(parallel, "start", lambda: None)
-    config = small.tiny(train__average_decay=0.9, parallel__mode=mode, optimizer__name="adamw")
-    config.optimizer.learning_rate = 0.01
-    with jax.numpy_dtype_promotion("standard"):  # optax's AdamW itself promotes
-        assert densejax.train(config, str(tmp_path / "whole"))["steps"] == 10
-        assert densejax.train(config, str(tmp_path / "parts"), [stop_by_a_signal]) is None
-        assert densejax.train(config, str(tmp_path / "parts"))["steps"] == 10
-    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
-    whole, parts = (newest(config, tmp_path / name) for name in ("whole", "parts"))
-    small.assert_same_bits(whole, parts)
-    small.assert_same_bits(whole.average, classifier.load(tmp_path / "whole").variables)
-    small.assert_same_bits(whole.average, store.load(tmp_path / "whole")[1])
 
 
 def test_a_run_from_weights_averages_from_them(tmp_path):

@@ -1,20 +1,23 @@
 """Everything of a modern recipe at once: on any devices, resumed bit for bit, lowered for a TPU."""
 
+import contextlib
 import functools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import densejax
 from densejax.data.augment import example_keys
+from densejax.inference import classifier
 from densejax.training import experiment, parallel
 from densejax.training.step import train_step
+from densejax.weights import store
 from tests import small
 from tests.test_train import logged, stop_by_a_signal
-from tests.training.test_averaging import newest
 
 EVERYTHING = {
     "augmentation__alternate_flip": True,
@@ -69,11 +72,12 @@ def prepared(devices, mode):
     return [np.asarray(part).reshape(256, *part.shape[2:]) for part in found]
 
 
-@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
-def test_images_and_targets_are_the_same_on_any_devices(mode):
-    (images, targets), (others, other_targets) = prepared(1, "shard_map"), prepared(4, mode)
-    np.testing.assert_array_equal(images, others)
-    np.testing.assert_array_equal(targets, other_targets)
+def test_images_and_targets_are_the_same_on_any_devices():
+    images, targets = prepared(1, "shard_map")
+    for mode in ("shard_map", "pmap"):
+        others, other_targets = prepared(4, mode)
+        np.testing.assert_array_equal(images, others)
+        np.testing.assert_array_equal(targets, other_targets)
     assert images.shape == (256, 8, 8, 1) and targets.shape == (256, 10)
     mixed = (targets > 0).sum(1) == 2  # partners of one class make one-hot targets
     assert 0.8 < mixed.mean() <= 1 and len(np.unique(images, axis=0)) == 256
@@ -91,6 +95,13 @@ def test_a_step_is_the_same_on_any_devices():
     for state in states[1:]:
         assert small.distance(state.metrics, states[0].metrics) < 1e-5
         assert small.distance(state.batch_stats, states[0].batch_stats) < 1e-5
+        means = [optax.tree_utils.tree_get(one.opt_state, "mu") for one in (state, states[0])]
+        assert small.distance(*means) < 1e-5  # AdamW's mean of gradients
+
+
+def newest(config, path):
+    with contextlib.closing(experiment.open_checkpoints(config, path)) as checkpoints:
+        return experiment.select(experiment.build(config), checkpoints)
 
 
 @pytest.mark.slow
@@ -103,7 +114,10 @@ def test_a_run_with_everything_resumes_bit_for_bit(tmp_path, monkeypatch, mode):
         assert densejax.train(config, str(tmp_path / "parts"), [stop_by_a_signal]) is None
         assert densejax.train(config, str(tmp_path / "parts"))["steps"] == 10
     assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
-    small.assert_same_bits(*(newest(config, tmp_path / name) for name in ("whole", "parts")))
+    whole, parts = (newest(config, tmp_path / name) for name in ("whole", "parts"))
+    small.assert_same_bits(whole, parts)
+    small.assert_same_bits(whole.average, classifier.load(tmp_path / "whole").variables)
+    small.assert_same_bits(whole.average, store.load(tmp_path / "whole")[1])
     assert json.loads((tmp_path / "parts" / "summary.json").read_text())["test_examples"] == 360
 
 

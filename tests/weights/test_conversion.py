@@ -8,6 +8,7 @@ from densejax import models
 from densejax.config import UserError
 from densejax.weights import conversion
 from densejax.weights.conversion import from_keras, from_torch, to_torch
+from tests.weights.test_store import traced_once  # noqa: F401
 
 DENSENET = {"blocks": (2, 1), "growth_rate": 4, "stem_width": 8, "stem": "imagenet"}
 THREE = {"blocks": (1, 1, 1), "growth_rate": 4, "stem_width": 8}

@@ -1,10 +1,10 @@
 """Directories of weights: complete or refused, and what runs make of them."""
 
-import contextlib
 import functools
 import hashlib
 import json
 import os
+import pathlib
 import shutil
 from typing import Any
 
@@ -28,6 +28,7 @@ from densejax.weights import conversion, store
 from densejax.weights.names import LAYOUTS
 from tests import small
 from tests.models import oracle
+from tests.programs import shared_programs  # noqa: F401
 
 SMALL = {
     **{"family": "densenet", "stem": "imagenet", "blocks": (2, 1), "growth_rate": 4},
@@ -40,27 +41,47 @@ def variables_of(model, channels=3, seed=0):
     return oracle.random_variables(model, image, seed=seed)
 
 
+ABSTRACT = functools.cache(conversion.abstract)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def traced_once():
+    """The shapes of a network's variables are found once: networks are values, and hashable."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "abstract", ABSTRACT)
+        yield
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A state_dict of a few layers, and where its file and its directory are: to be copied."""
+    path = tmp_path_factory.mktemp("small")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.MODELS, "small", SMALL)
+        model = models.create(models.fields("small"), 7)
+        state_dict = pretrained.to_torch(model, variables_of(model))
+        (path / "small.safetensors").write_bytes(safetensors.numpy.save(state_dict))
+        store.convert_file("small", str(path / "small.safetensors"), str(path / "folder"))
+    return state_dict, path
+
+
 @pytest.fixture
-def state_dict(monkeypatch):
+def state_dict(converted, monkeypatch):
     """A preset of a few layers, "small", and a state_dict of it."""
     monkeypatch.setitem(models.MODELS, "small", SMALL)
-    model = models.create(models.fields("small"), 7)
-    return pretrained.to_torch(model, variables_of(model))
+    return dict(converted[0])
 
 
 @pytest.fixture
-def file(state_dict, tmp_path):
+def file(state_dict, converted, tmp_path):
     """The state_dict in a file."""
-    path = tmp_path / "small.safetensors"
-    path.write_bytes(safetensors.numpy.save(state_dict))
-    return path
+    return pathlib.Path(shutil.copy(converted[1] / "small.safetensors", tmp_path))
 
 
 @pytest.fixture
-def folder(file, tmp_path):
+def folder(state_dict, converted, tmp_path):
     """A directory of the small network."""
-    store.convert_file("small", str(file), str(tmp_path / "folder"))
-    return tmp_path / "folder"
+    return shutil.copytree(converted[1] / "folder", tmp_path / "folder")
 
 
 # Directories that are not what was written.
@@ -218,12 +239,9 @@ def test_a_run_starts_from_the_checkpoint_of_another_runs_result(tmp_path, selec
     config = small.tiny(
         checkpoint__select=select, data__validation_size=200, evaluate__split="validation"
     )
-    state, first = small.build(config).init(), tmp_path / "first"
-    first.mkdir()
-    files.write_json(first / "config.json", config.to_dict())
-    with contextlib.closing(loop.open_checkpoints(config, first)) as checkpoints:
-        for number, error in ((1, 0.3), (2, 0.1), (3, 0.2)):
-            checkpoints.save(number, shifted(state, number), {"validation_error": error})
+    state, errors = small.build(config).init(), {1: 0.3, 2: 0.1, 3: 0.2}
+    states = [(n, shifted(state, n), {"validation_error": error}) for n, error in errors.items()]
+    first = small.saved(tmp_path / "first", config, *states)
     config.train.weights = str(first)
     started = small.build(config).start()
     small.assert_same_bits(started.params, shifted(state.params, step))
@@ -248,12 +266,17 @@ def test_evaluation_alone_needs_no_run(tmp_path, capsys):
 def test_a_run_reads_them_once_and_then_its_own_checkpoints(tmp_path):
     _, config = start_from(tmp_path / "weights")
     config.train.epochs = 1
-    assert loop.run(config, str(tmp_path / "run"), "train") == 0
+    for _ in range(2):  # the second time it is finished
+        assert loop.run(config, str(tmp_path / "run"), "train") == 0
     first, drawn = (
         json.loads((path / "metrics.jsonl").read_text().splitlines()[0])
         for path in (tmp_path / "run", small.trained())
     )
     assert first["step"] == drawn["step"] and first["train_loss"] != drawn["train_loss"]
+    shutil.rmtree(tmp_path / "weights")
+    start_from(tmp_path / "weights", seed=2)
+    with pytest.raises(UserError, match="of other code, data, weights .*versions.weights: "):
+        loop.run(config, str(tmp_path / "run"), "train")
     shutil.rmtree(tmp_path / "weights")
     config.train.epochs = 2
     assert loop.run(config, str(tmp_path / "run"), "train") == 0
@@ -414,6 +437,8 @@ def test_a_network_without_batch_norm(tmp_path, monkeypatch):
     config.model = models.fields("patches")
     run, folder = str(tmp_path / "run"), str(tmp_path / "folder")
     assert loop.run(config, run, "train") == 0
+    of_run = classifier.load(run)
+    assert len(of_run.class_names) == 10 and len(export.serialise(of_run, ("cpu",))) > 1000
 
     description, variables = store.load(run)
     assert list(variables) == ["params"] and variables["params"].keys() == {"patches", "classifier"}
