@@ -43,9 +43,6 @@ def create(name: str, num_classes: int = 1000, weights: str = "", channels: int 
 
     model = models.create(models.fields(name, **fields), num_classes)
 
-    def shapes(variables):
-        return jax.tree.map(jnp.shape, variables)
-
     def draw(channels):
         return model.init(jax.random.key(0), jnp.zeros((1, 224, 224, channels)))
 
@@ -60,7 +57,7 @@ def create(name: str, num_classes: int = 1000, weights: str = "", channels: int 
 
     description, variables = store.load(weights)
     expected = jax.eval_shape(lambda: draw(description["image_channels"]))
-    if shapes(variables) != shapes(expected):
+    if jax.tree.map(jnp.shape, variables) != jax.tree.map(jnp.shape, expected):
         raise UserError(f"weights={weights}: not of a {name} with {num_classes} classes")
     return models.create(description["model"] | fields, num_classes), variables
 
@@ -108,4 +105,6 @@ def train(config, workdir: str = "", callbacks=(), force: bool = False):
     found = result.read(path)
     # A run that was stopped may have the result of an earlier configuration or code.
     is_new = found and run_directory.same_run(found["config"], config)
-    return found if is_new and found["versions"]["code"] == run_directory.code_digest() else None
+    return (
+        found if is_new and found["versions"].get("code") == run_directory.code_digest() else None
+    )

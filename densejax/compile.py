@@ -14,9 +14,7 @@ TOPOLOGY = flags.DEFINE_string("topology", "", "Devices, such as cpu:8, h100:8 o
 LARGEST = flags.DEFINE_bool(
     "largest_batch", False, "Find the largest batch, by two more compilations."
 )
-FORMAT = flags.DEFINE_enum(
-    "format", "table", ["table", "json"], "How to print.", allow_override=True
-)
+FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "How to print.")
 
 
 def main() -> int:

@@ -507,15 +507,11 @@ KEYS = {
 
 def default() -> config_dict.ConfigDict:
     """Every key of `KEYS` with its default, and an empty section `model`."""
-    config = {}
+    config = {"name": "", "seed": 0, "model": {}}  # the order of cards and of config.json
     for key, field in KEYS.items():
-        *sections, name = key.split(".")
-        section = config
-        for part in sections:
-            section = section.setdefault(part, {})
-        section[name] = field.default
-        if name == "seed":
-            config["model"] = {}
+        section, _, name = key.rpartition(".")
+        values = config.setdefault(section, {}) if section else config
+        values[name] = field.default
     return config_dict.ConfigDict(config)
 
 
@@ -565,70 +561,53 @@ def _conflicts(
     What one value of another key alone reads stays at its default elsewhere.
     """
     data, evaluate, parallel = config.data, config.evaluate, config.parallel
+    augmentation = config.augmentation
     are_files, files = data.storage != "memory", "data.storage = 'stream' or 'auto'"
     by_statistics = data.normalization == "statistics"
-    # An added optimizer may read these, too.
+    # An added optimizer or schedule may read these, too.
     is_adaptive = config.optimizer.name not in ("sgd", "muon")
-    without_drops = config.optimizer.schedule in ("cosine", "linear", "constant")
-    augmentation, single = config.augmentation, not evaluate.crop_size
+    drops = config.optimizer.schedule not in ("cosine", "linear", "constant")
     knows_labels = data.storage != "stream" or bool(data.manual_dir)
-    draws_operations = augmentation.policy == "randaugment"
-    for key, is_read, reader in (
-        ("augmentation.alternate_flip", augmentation.flip, "augmentation.flip = True"),
-        ("augmentation.operations", draws_operations, "augmentation.policy = 'randaugment'"),
-        ("augmentation.magnitude", draws_operations, "augmentation.policy = 'randaugment'"),
-        ("augmentation.erasing_area", augmentation.erasing > 0, "augmentation.erasing above 0"),
-        ("evaluate.mirror", single, "evaluate.crop_size = 0"),
-        ("evaluate.shift", single, "evaluate.crop_size = 0"),
-        ("optimizer.beta2", is_adaptive, "optimizer.name = 'adamw'"),
-        ("optimizer.epsilon", is_adaptive, "optimizer.name = 'adamw'"),
-        ("optimizer.drop_at", not without_drops, "optimizer.schedule = 'step'"),
-        ("optimizer.drop_factor", not without_drops, "optimizer.schedule = 'step'"),
-        ("data.workers", are_files, files),
-        ("data.corrupt_images", are_files, files),
-        ("data.test_share", are_files, files),
-        ("data.channels", are_files, files),
-        ("data.memory_gigabytes", data.storage == "auto", "data.storage = 'auto'"),
-        ("data.mean", by_statistics, "data.normalization = 'statistics'"),
-        ("data.std", by_statistics, "data.normalization = 'statistics'"),
-        ("augmentation.crop_area", are_files, files),
-        ("evaluate.resize_size", are_files, files),
-        ("evaluate.train_images", not are_files, "data.storage = 'memory'"),
-        ("train.class_weights", knows_labels, "a set in memory, or a folder,"),
-        ("train.new_classifier", bool(config.train.weights), "a run with train.weights"),
+    draws = augmentation.policy == "randaugment"
+    operations = "augmentation.operations", "augmentation.magnitude"
+    for reader, is_read, *keys in (
+        ("augmentation.flip = True", augmentation.flip, "augmentation.alternate_flip"),
+        ("augmentation.policy = 'randaugment'", draws, *operations),
+        ("augmentation.erasing above 0", augmentation.erasing > 0, "augmentation.erasing_area"),
+        ("evaluate.crop_size = 0", not evaluate.crop_size, "evaluate.mirror", "evaluate.shift"),
+        ("optimizer.name = 'adamw'", is_adaptive, "optimizer.beta2", "optimizer.epsilon"),
+        ("optimizer.schedule = 'step'", drops, "optimizer.drop_at", "optimizer.drop_factor"),
+        (files, are_files, "data.workers", "data.corrupt_images", "data.test_share"),
+        (files, are_files, "data.channels", "augmentation.crop_area", "evaluate.resize_size"),
+        ("data.storage = 'auto'", data.storage == "auto", "data.memory_gigabytes"),
+        ("data.storage = 'memory'", not are_files, "evaluate.train_images"),
+        ("data.normalization = 'statistics'", by_statistics, "data.mean", "data.std"),
+        ("a set in memory, or a folder,", knows_labels, "train.class_weights"),
+        ("a run with train.weights", bool(config.train.weights), "train.new_classifier"),
     ):
-        yield key, key in changed and not is_read, f"only {reader} reads it"
-    yield (
-        "data.manual_dir",
-        data.storage == "auto" and not data.manual_dir,
-        "data.storage = 'auto' needs the folder with your images",
-    )
+        for key in keys:
+            yield key, key in changed and not is_read, f"only {reader} reads it"
+    folderless = data.storage == "auto" and not data.manual_dir
+    yield "data.manual_dir", folderless, "data.storage = 'auto' needs the folder with your images"
     yield "data.mean", bool(data.mean) != bool(data.std), "give data.mean and data.std, or neither"
     cropped = data.storage == "stream" and config.augmentation.shift > 0
     yield "augmentation.shift", cropped, "set it to 0, data.storage = 'stream' crops otherwise"
     sizeless = are_files and data.image_size == 0
     yield "data.image_size", sizeless, f"{files} needs a size, such as 224"
     largest = evaluate.resize_size
-    for key, size in (
-        ("data.image_size", data.image_size),
-        ("evaluate.crop_size", evaluate.crop_size),
-    ):
+    sizes = {"data.image_size": data.image_size, "evaluate.crop_size": evaluate.crop_size}
+    for key, size in sizes.items():
         yield key, are_files and size > largest, f"must be at most evaluate.resize_size = {largest}"
     nameless = data.normalization == "weights" and not config.train.weights
     yield "data.normalization", nameless, "needs train.weights; set 'statistics' or 'scale'"
     still = config.optimizer.nesterov and not config.optimizer.momentum
     yield "optimizer.nesterov", still, "set optimizer.momentum above 0"
     grouped = parallel.batch_norm == "groups"
-    yield (
-        "parallel.batch_norm_group_size",
-        grouped != (parallel.batch_norm_group_size > 0),
-        "parallel.batch_norm = 'groups', and no other, reads it and needs it above 0",
-    )
-    yield (
-        "parallel.mode",
-        grouped and parallel.mode == "pmap",
-        "has no groups of devices; with parallel.batch_norm = 'groups' set 'shard_map'",
-    )
+    is_odd = grouped != (parallel.batch_norm_group_size > 0)
+    remedy = "parallel.batch_norm = 'groups', and no other, reads it and needs it above 0"
+    yield "parallel.batch_norm_group_size", is_odd, remedy
+    remedy = "has no groups of devices; with parallel.batch_norm = 'groups' set 'shard_map'"
+    yield "parallel.mode", grouped and parallel.mode == "pmap", remedy
     idle = config.train.head_epochs > 0 and "head" in config.train.frozen
     yield "train.head_epochs", idle, "the head is in train.frozen, and would not learn"
     # Whether a folder has images for validation, densejax.data finds out.
@@ -661,10 +640,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> config_dict.ConfigDict:
     Raises:
       UserError: an unknown key, a pair without "=", or a value of another type.
     """
-    values = config_dict.ConfigDict(defaults)
-    with values.ignore_type():
-        values.update(parse_pairs(arg or "", ",", defaults, "config argument"))
-    return values
+    given = parse_pairs(arg or "", ",", defaults, "config argument")
+    return config_dict.ConfigDict(defaults | given)
 
 
 def parse_pairs(text: str, separator: str, defaults: Mapping[str, Any], what: str) -> dict:

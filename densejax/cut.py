@@ -3,27 +3,20 @@
 import contextlib
 import json
 
-import jax
 import numpy as np
 from absl import flags
 from etils import epath
 
 from densejax import command_line
 from densejax.analysis import cuts, reuse
-from densejax.config import UserError
 from densejax.data.memory import permutation
 from densejax.inference import classifier
-from densejax.runs import formats
+from densejax.runs import files, formats
 from densejax.training import parallel
 from densejax.training.experiment import Experiment
 
-# An override lets the tests import several commands into one process.
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "A run's directory; latest: the newest.", allow_override=True
-)
-OUTPUT = flags.DEFINE_string(
-    "output", None, "Folder for cut.json and cut.png; default: workdir.", allow_override=True
-)
+WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory; latest: the newest.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder for cut.json and cut.png; default: workdir.")
 IMAGES = flags.DEFINE_integer("images", 2000, "How many images at most.", lower_bound=1)
 
 
@@ -34,8 +27,6 @@ def main() -> int:
 
     parallel.start()
     path = epath.Path(command_line.run_directory(WORKDIR))
-    if (path / "model.json").exists():
-        raise UserError(f"--workdir={path}: weights have no images of their own; give a run")
     experiment, network = classifier.experiment_of(path), classifier.load(path)
     params = network.variables["params"]
     connections = cuts.connections(network.model, params)
@@ -55,12 +46,10 @@ def main() -> int:
     outcome |= {"rank_correlation": correlation, "connections": records}
     figure = plots.heat_maps(maps, cuts.heat_maps(maps, connections, damages))
     folder = epath.Path(OUTPUT.value or path)
-    try:
+    with files.writing(f"--output={folder}", "give a folder to write"):
         folder.mkdir(parents=True, exist_ok=True)
         plots.save(figure, folder / "cut.png")
         (folder / "cut.json").write_text(json.dumps(outcome, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--output={folder}: {error.strerror}; give a folder to write") from error
     worst = max(records, key=lambda record: record["loss_increase"])
     print(
         f"{formats.plural(len(images), f'{split} image')}: accuracy "
@@ -85,15 +74,12 @@ def held_out(
     They are held-out training images where there are some, else test images; drawn once, since a
     set may be in the order of its classes.
     """
-    split = "validation" if experiment.config.data.validation_size else "test"
     with contextlib.closing(classifier.data_of(experiment, path)) as data:
-        source, pairs = data.evaluation[split], []
-        left = permutation(seed=0, epoch=0, size=source.size) < number
-        for batch in map(jax.device_get, source.evaluation()):
-            chosen, left = np.split(left, [len(batch["mask"])])
-            rows = np.flatnonzero(chosen)
-            pairs.append((batch["image"][rows], batch["label"][rows]))
-    return split, *map(np.concatenate, zip(*pairs, strict=True))
+        split = "validation" if "validation" in data.evaluation else "test"
+        source = data.evaluation[split]
+        chosen = np.flatnonzero(permutation(seed=0, epoch=0, size=source.size) < number)
+        images, labels, _ = zip(*source.examples(chosen.tolist()), strict=True)
+    return split, np.stack(images), np.array(labels, np.int32)
 
 
 if __name__ == "__main__":

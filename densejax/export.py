@@ -14,23 +14,20 @@ from etils import epath
 
 from densejax import command_line
 from densejax.config import UserError
-from densejax.inference import classifier, export, portable
-from densejax.runs import formats
+from densejax.inference import classifier, portable
+from densejax.runs import files, formats
 from densejax.training import parallel
 
-# An override lets the tests import several commands into one process.
 WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "A run's directory (latest: the newest), or one of weights.",
-    allow_override=True,
+    "workdir", None, "A run's directory (latest: the newest), or one of weights."
 )
-OUTPUT = flags.DEFINE_string("output", None, "The file or folder to write.", allow_override=True)
+OUTPUT = flags.DEFINE_string("output", None, "The file or folder to write.")
 NAMES = flags.DEFINE_string(
     "names", None, "Whose names weights get: torchvision, timm or authors; none: StableHLO."
 )
+ALLOWED = ("cpu", "cuda", "rocm", "tpu")
 PLATFORMS = flags.DEFINE_list(
-    "platforms", ["cpu", "cuda", "tpu"], f"Where it must run; any of {', '.join(export.PLATFORMS)}."
+    "platforms", ["cpu", "cuda", "tpu"], f"Where it must run; any of {', '.join(ALLOWED)}."
 )
 
 
@@ -42,9 +39,9 @@ def main() -> int:
         raise UserError(
             f"--names={NAMES.value}: weights are for any platform; give --platforms or this"
         )
-    if set(PLATFORMS.value) - set(export.PLATFORMS):
+    if set(PLATFORMS.value) - set(ALLOWED):
         given = ",".join(PLATFORMS.value)
-        raise UserError(f"--platforms={given}: allowed are {', '.join(export.PLATFORMS)}")
+        raise UserError(f"--platforms={given}: allowed are {', '.join(ALLOWED)}")
     parallel.start()
     network = classifier.load(directory)
     if NAMES.value:
@@ -52,11 +49,9 @@ def main() -> int:
         said = peer or "names; no network of theirs is known to compute the same"
         print(f"{OUTPUT.value}: {NAMES.value} {said}, {len(network.class_names)} classes")
         return 0
-    content = export.serialise(network, tuple(PLATFORMS.value))
-    try:
+    content = network.serialised(tuple(PLATFORMS.value))
+    with files.writing(f"--output={OUTPUT.value}", "name another file"):
         epath.Path(OUTPUT.value).write_bytes(content)
-    except OSError as error:
-        raise UserError(f"--output={OUTPUT.value}: {error.strerror}") from error
     shape = ", ".join(map(str, network.image_shape))
     print(
         f"{OUTPUT.value}: {formats.si(len(content))}B, uint8 [batch, {shape}] -> "

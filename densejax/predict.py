@@ -11,17 +11,11 @@ from densejax.inference import classifier, prediction
 from densejax.runs import formats, screen
 from densejax.training import parallel
 
-# An override lets the tests import several commands into one process.
 WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "A run's directory (latest: the newest), or one of weights.",
-    allow_override=True,
+    "workdir", None, "A run's directory (latest: the newest), or one of weights."
 )
 TOP = flags.DEFINE_integer("top", 5, "Classes to name for each image.", lower_bound=1)
-FORMAT = flags.DEFINE_enum(
-    "format", "table", ["table", "json"], "How to print.", allow_override=True
-)
+FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "How to print.")
 
 
 def main(*paths: str) -> int:

@@ -14,22 +14,17 @@ from densejax.weights.store import convert_file, digest, load, save
 
 __all__ = ["convert_file", "digest", "from_keras", "from_torch", "load", "save", "to_torch"]
 
-# An override lets the tests import several commands into one process.
-MODEL = flags.DEFINE_string("model", None, "A network's name.", allow_override=True)
+MODEL = flags.DEFINE_string("model", None, "A network's name.")
 WEIGHTS = flags.DEFINE_string("weights", None, f"{', '.join(READERS)} or {HUB}owner/name.")
-OUTPUT = flags.DEFINE_string("output", None, "A new directory.", allow_override=True)
+OUTPUT = flags.DEFINE_string("output", None, "A new directory.")
 NUM_CLASSES = flags.DEFINE_integer(
-    "num_classes",
-    None,
-    "0: no classifier; default: as many as the weights have.",
-    lower_bound=0,
-    allow_override=True,
+    "num_classes", None, "0: no classifier; default: as many as the weights have.", lower_bound=0
 )
 IN_CHANNELS = flags.DEFINE_integer(
     "in_channels", None, "Of the images; default: as many as the weights have.", lower_bound=1
 )
 ADAPT = flags.DEFINE_bool("adapt", False, "New classifier, other image channels.")
-SEED = flags.DEFINE_integer("seed", 0, "Of a new classifier.", allow_override=True)
+SEED = flags.DEFINE_integer("seed", 0, "Of a new classifier.")
 SHORTCUT = flags.DEFINE_string(
     "shortcut", "", "Of a ResNet without projections: identity or identity_middle."
 )

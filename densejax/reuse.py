@@ -6,19 +6,15 @@ from etils import epath
 
 from densejax import command_line
 from densejax.analysis import reuse
-from densejax.config import UserError
 from densejax.inference import classifier
+from densejax.runs import files
 from densejax.training import parallel
 
-# An override lets the tests import several commands into one process.
 WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "A run's directory (latest: the newest), or one of weights.",
-    allow_override=True,
+    "workdir", None, "A run's directory (latest: the newest), or one of weights."
 )
 OUTPUT = flags.DEFINE_string(
-    "output", None, "Folder for reuse.npz and reuse.png; default: workdir.", allow_override=True
+    "output", None, "Folder for reuse.npz and reuse.png; default: workdir."
 )
 
 
@@ -33,13 +29,11 @@ def main() -> int:
     maps = reuse.heat_maps(model, variables["params"], variables.get("batch_stats"))
     folder = epath.Path(OUTPUT.value or directory)
     arrays = {f"{one.block}/{key}": array for one in maps for key, array in vars(one).items()}
-    try:
+    with files.writing(f"--output={folder}", "give a folder to write"):
         folder.mkdir(parents=True, exist_ok=True)
         plots.save(plots.heat_maps(maps), folder / "reuse.png")
         with (folder / "reuse.npz").open("wb") as file:
             np.savez(file, **arrays)
-    except OSError as error:
-        raise UserError(f"--output={folder}: {error.strerror}; give a folder to write") from error
     print(f"{folder}/reuse.png shows {len(maps)} blocks; {folder}/reuse.npz has the numbers")
     return 0
 

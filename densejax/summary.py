@@ -11,13 +11,10 @@ from densejax import command_line, models
 from densejax.config import UserError
 from densejax.models import counts
 from densejax.models.connections import Graph
-from densejax.runs import formats
+from densejax.runs import files, formats
 from densejax.training import experiment
 
-# An override lets the tests import several commands into one process.
-MODEL = flags.DEFINE_string(
-    "model", None, "A network's name; or give --config=CARD.", allow_override=True
-)
+MODEL = flags.DEFINE_string("model", None, "A network's name; or give --config=CARD.")
 IMAGE_SHAPE = flags.DEFINE_list(
     "image_shape", None, "height,width,channels; default: 224,224,3 or 32,32,3, by the network."
 )
@@ -25,12 +22,8 @@ NUM_CLASSES = flags.DEFINE_integer(
     "num_classes", None, "0: no classifier; default: 1000 or 10, by the network.", lower_bound=0
 )
 DEPTH = flags.DEFINE_integer("depth", 2, "Parts of a layer's name to show.", lower_bound=1)
-FORMAT = flags.DEFINE_enum(
-    "format", "table", ["table", "json"], "How to print.", allow_override=True
-)
-FIGURE = flags.DEFINE_string(
-    "figure", None, "PNG file for a drawing of what each layer reads.", allow_override=True
-)
+FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "How to print.")
+FIGURE = flags.DEFINE_string("figure", None, "PNG file for a drawing of what each layer reads.")
 LIST = flags.DEFINE_bool("list", False, "Name every network.")
 
 
@@ -58,9 +51,8 @@ def chosen() -> tuple[nn.Module, tuple[int, ...]]:
         return named(MODEL.value)
     if IMAGE_SHAPE.value or NUM_CLASSES.value is not None:
         raise UserError("--config brings image_shape and num_classes with its data: leave them out")
-    built, size = experiment.build(config), config.data.image_size
-    shape = built.info.image_shape
-    return built.task.model, (size, size, shape[-1]) if size else shape
+    task = experiment.build(config).task
+    return task.model, task.network_shape
 
 
 def table(rows: list[counts.Layer]) -> str:
@@ -106,10 +98,8 @@ def draw(graphs: Mapping[str, Graph]) -> None:
     if not graphs:
         raise UserError("--figure: this network says nothing of its connections")
     panels = {", ".join(names): graph for graph, names in _alike(graphs).items()}
-    try:
+    with files.writing(f"--figure={FIGURE.value}", "name a PNG file"):
         plots.save(plots.connections(panels), FIGURE.value)
-    except OSError as error:
-        raise UserError(f"--figure={FIGURE.value}: {error.strerror}; name a PNG file") from error
 
 
 def main() -> int:

@@ -66,7 +66,8 @@ def compile_cell(name: str, place: str, python: str, path: pathlib.Path) -> None
     print(f"{name} on {place}", file=sys.stderr, flush=True)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        print(f"  failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr, flush=True)
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        print(f"  failed: {said[-1]}", file=sys.stderr, flush=True)
         return
     facts = json.loads(done.stdout) | {"network": name, "code": workdir.code_digest()}
     path.write_text(json.dumps(facts, indent=1) + "\n")

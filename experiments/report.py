@@ -8,6 +8,7 @@ versions or precision, that is said, and nothing is written; --select=code=0123 
 """
 
 import argparse
+import collections
 import csv
 import dataclasses
 import functools
@@ -250,10 +251,17 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 
 def require_comparable(root: epath.Path, groups: dict[str, list[Group]]) -> None:
-    """Raises UserError with every group whose runs differ in more than their seed."""
+    """Raises UserError with every group whose runs differ in more than their seed, or not in it."""
     found, remedy = [], "Train all of them again with the same, into another --root of run.py"
     for name, ended in groups.items():
         for group in ended:
+            seeds = collections.Counter(run.sweep["seed"] for run in group.runs)
+            if max(seeds.values()) > 1:
+                alike = ", ".join(run.name for run in group.runs)
+                raise UserError(
+                    f"--root={root}: {name}, {group.label()}: {alike} have a seed in common, which "
+                    f"would count twice; keep one run of each seed"
+                )
             others = differences({run.name: origin(run.name, run.result) for run in group.runs})
             found += [f"{name}, {group.label()}: {others}"] if others else []
             for key in ("jax", "code") if others else ():

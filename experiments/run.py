@@ -43,7 +43,6 @@ from sweeps import (
     Run,
     axis_names,
     differences,
-    image_shape,
     origin,
     parse_axes,
     parse_values,
@@ -79,11 +78,7 @@ EQUAL_TIME = flags.DEFINE_string(
     "equal_time", None, "A run without its seed: all train for its time, by --training_time."
 )
 RESUME = flags.DEFINE_enum(
-    "resume",
-    "same",
-    ["same", "force"],
-    "force: go on with, or measure again, runs of other code.",
-    allow_override=True,  # lets the tests import several commands into one process
+    "resume", "same", ["same", "force"], "force: go on with, or measure again, runs of other code."
 )
 PRINT = flags.DEFINE_enum("print", None, ["shell", "slurm"], "Commands, or an array script.")
 POLL = 2.0  # seconds between two looks at runs that others have claimed, and at the table
@@ -474,8 +469,8 @@ def dry_run(all_works: list[Work]) -> None:
     for number, work in enumerate(all_works, 1):
         config, summary = work.config, work.result()
         steps, hours = experiment.build(config).steps, "finished"
-        parts = (config.model, config.augmentation, config.train.batch_size, config.train.dtype)
-        network = "\n".join(map(str, parts))
+        parts = (config.model, config.data, config.augmentation)
+        network = "\n".join(map(str, (*parts, config.train.batch_size, config.train.dtype)))
         if summary:
             found = summary["parameters"], summary["multiply_adds"]
         else:
@@ -498,7 +493,7 @@ def step_seconds(config: ConfigDict) -> tuple[int, int, float, float]:
     """(parameters, multiply-adds, seconds until a first step, seconds of a step), measured."""
     begin = time.perf_counter()
     built = experiment.build(config)
-    found = counts.of_network(built.task.model, image_shape(config, built.task.image_shape))
+    found = counts.of_network(built.task.model, built.task.network_shape)
     step, state, number = built.map(train_step, donate=True), built.start(), 0
     with contextlib.closing(built.data):
         state, _ = jax.block_until_ready(step(state, built.data.train.batch(0)))
@@ -506,7 +501,7 @@ def step_seconds(config: ConfigDict) -> tuple[int, int, float, float]:
         while time.perf_counter() - start < 3.0:
             number += 1
             state, _ = jax.block_until_ready(step(state, built.data.train.batch(number)))
-    return *found, start - begin, (time.perf_counter() - start) / number
+        return *found, start - begin, (time.perf_counter() - start) / number
 
 
 def latency(all_works: list[Work]) -> None:
@@ -520,9 +515,7 @@ def latency(all_works: list[Work]) -> None:
     for point, work in {work.point: work for work in all_works}.items():
         built = experiment.build(work.config)
         model = built.task.model
-        images = jnp.ones(
-            (64, *image_shape(work.config, built.info.image_shape)), work.config.train.dtype
-        )
+        images = jnp.ones((64, *built.task.network_shape), work.config.train.dtype)
         variables = jax.eval_shape(model.init, jax.random.key(0), images[:1])
         variables = jax.tree.map(weights, variables)
         program = jax.jit(lambda variables, images, model=model: model.apply(variables, images)[0])
@@ -601,22 +594,17 @@ def commands(all_works: list[Work], form: str) -> str:
 
 def main() -> int:
     """Does what the flags say; returns the exit code."""
-    if not (
-        DRY_RUN.value or LATENCY.value or TRAINING_TIME.value
-    ):  # this process only counts and waits: the devices are its children's
+    measures = ((DRY_RUN, dry_run), (LATENCY, latency), (TRAINING_TIME, training_time))
+    asked = [measure for flag, measure in measures if flag.value]
+    if not asked:  # this process only counts and waits: the devices are its children's
         jax.config.update("jax_platforms", "cpu")
     all_works = works()
     if PRINT.value:
         print(commands(all_works, PRINT.value), end="")
         return 0
-    if DRY_RUN.value:
-        dry_run(all_works)
-        return 0
-    if LATENCY.value:
-        latency(all_works)
-        return 0
-    if TRAINING_TIME.value:
-        training_time(all_works)
+    for measure in asked:
+        measure(all_works)
+    if asked:
         return 0
     prepare_data(all_works)
     return work_together(all_works, WORKERS.value)

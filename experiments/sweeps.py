@@ -79,12 +79,6 @@ class Network:
         return Run(name, axes, self.overrides | more, self.model, mismatch)
 
 
-def image_shape(config: ConfigDict, stored: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(height, width, channels) that a card's network reads; `stored` is as images are stored."""
-    size = config.data.image_size
-    return (size, size, stored[-1]) if size else stored
-
-
 class Base:
     """A card's configuration, and what the sweeps ask of its DenseNet.
 
@@ -101,7 +95,7 @@ class Base:
                 f"model.family = {config.model.family!r}: a sweep starts from a DenseNet"
             )
         self.config, self.num_classes = config, info.num_classes
-        self.image_shape = image_shape(config, info.image_shape)
+        self.image_shape = built.task.network_shape
         self.train_images = data.train_size(config, info)
         self.layers, self.growth_rates = model.block_depths(), model.growth_rates()
         # Convolutions of each block: all kinds of networks have the same number of them.

@@ -94,6 +94,12 @@ def test_a_run_is_assessed_at_its_end(tmp_path, monkeypatch, capfd):
     densejax.train(config, str(tmp_path))
 
 
+def test_a_run_without_a_checkpoint_is_refused(tmp_path):
+    config = small.tiny(train__weights=str(small.trained()))
+    with pytest.raises(UserError, match="there is no checkpoint in it yet; train first"):
+        assessment.of_run(small.saved(tmp_path / "run", config))
+
+
 def test_a_stream_names_the_files(tmp_path):
     path, built, state, images = photo_run(tmp_path, 0)
     found = assessment.of_run(path)
@@ -104,7 +110,7 @@ def test_a_stream_names_the_files(tmp_path):
     for one in found["mistakes"]:
         assert one["file"] == str(images[one["image"]]) and f"/{one['class']}/" in one["file"]
     places = [one["image"] for one in found["mistakes"]]
-    for place, (image, _) in zip(
+    for place, (image, *_) in zip(
         places, built.data.evaluation["test"].examples(places), strict=True
     ):
         np.testing.assert_array_equal(image, batch["image"][place])

@@ -14,7 +14,6 @@ from densejax import export, models
 from densejax.data import builders
 from densejax.data.augment import Preparation
 from densejax.inference import classifier
-from densejax.inference import export as serialising
 from tests import small
 from tests.test_command_line import ROOT, command, one_line  # noqa: F401
 
@@ -94,7 +93,7 @@ SMALL = {"depth": None, "blocks": (1, 1), "growth_rate": 2}
 def test_every_family_takes_any_number_of_images(name, changes, dtype):
     network = drawn(models.fields(name, **changes), (32, 32, 3), dtype)
     with jax.numpy_dtype_promotion("standard"):  # Linen's BatchNorm mixes bfloat16 and float32
-        exported = jax.export.deserialize(serialising.serialise(network, ("cpu", "cuda", "tpu")))
+        exported = jax.export.deserialize(network.serialised(("cpu", "cuda", "tpu")))
     assert exported.platforms == ("cpu", "cuda", "tpu")
     (images,), (logits,) = exported.in_avals, exported.out_avals
     assert (images.dtype, images.shape[1:]) == (np.uint8, (32, 32, 3))
@@ -105,7 +104,7 @@ def test_every_family_takes_any_number_of_images(name, changes, dtype):
 
 def test_resizing_is_part_of_it():
     network = drawn(models.fields("densenet_bc_40_12", **SMALL), (8, 8, 1), image_size=12)
-    exported = jax.export.deserialize(serialising.serialise(network, ("cpu",)))
+    exported = jax.export.deserialize(network.serialised(("cpu",)))
     images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 1)).astype(np.uint8)
     assert exported.platforms == ("cpu",)
     expected = jax.jit(network.logits)(network.variables, images)

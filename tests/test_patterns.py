@@ -10,7 +10,7 @@ import densejax
 from densejax import models
 from densejax.analysis import reuse
 from densejax.config import UserError
-from densejax.inference import classifier, export
+from densejax.inference import classifier
 from densejax.models.connections import CONCATENATING
 from densejax.training import experiment, parallel
 from tests import small
@@ -46,7 +46,7 @@ def test_a_run_resumes_bit_for_bit_and_is_opened(tmp_path, monkeypatch, connect,
 
     images = np.random.default_rng(0).integers(0, 17, (2, 8, 8, 1)).astype(np.uint8)
     logits = network.logits(network.variables, images)
-    program = jax.export.deserialize(bytearray(export.serialise(network, ("cpu",))))
+    program = jax.export.deserialize(bytearray(network.serialised(("cpu",))))
     np.testing.assert_allclose(program.call(images), logits, rtol=1e-4, atol=1e-5)
     has_weights = contextlib.nullcontext()
     if connect in ("add", "chain"):

@@ -81,6 +81,10 @@ def test_what_is_unlike_the_training_images_is_named(classify, tmp_path):
         assert any(text.startswith(what) for text in found["unlike"])
 
 
+def test_of_no_image_nothing_is_predicted():
+    assert prediction.predict(classifier.load(small.trained()), []) == []
+
+
 def test_names_cannot_steer_the_terminal(classify, tmp_path, digits):
     path = shutil.copytree(small.trained(), tmp_path / "run")
     stored = files.unseal(json.loads((path / "data.json").read_text()))

@@ -18,8 +18,8 @@ from densejax.analysis import plots
 from densejax.config import UserError
 from densejax.inference import classifier
 from densejax.runs import files, formats, hosts, workdir
-from densejax.training import parallel, result
-from densejax.training.experiment import Experiment, open_checkpoints, select
+from densejax.training import result
+from densejax.training.experiment import Experiment
 from densejax.training.step import TrainState, evaluated_logits
 
 BINS = 15  # as in Guo et al. 2017
@@ -36,7 +36,9 @@ def predictions(
 
     def step(task, state, batch):
         logits = evaluated_logits(task.model, task.preparation, state.variables, batch["image"])
-        return parallel.whole((logits, batch["label"], batch["mask"]), task.axis)
+        found = (logits, batch["label"], batch["mask"])
+        # On every replica, the whole batch.
+        return jax.lax.all_gather(found, task.axis, tiled=True, to="invarying")
 
     step, found = experiment.map(step), []
     with contextlib.closing(experiment.data.evaluation[split].evaluation()) as batches:
@@ -142,31 +144,26 @@ def of_run(path: epath.Path, split: str = "") -> dict[str, Any]:
     with contextlib.closing(classifier.data_of(experiment, path)) as data:
         if split not in data.evaluation:
             raise UserError(f"--split={split}: this run measures {', '.join(data.evaluation)}")
-        with contextlib.closing(open_checkpoints(config, path)) as checkpoints:
-            state = select(experiment, checkpoints)
+        state = classifier.result_state(experiment, path)
         found = assess(*predictions(experiment, state, split), info.class_names)
         found |= {"split": split, "steps": int(state.step), "result": files.digest(summary or {})}
         if jax.process_index():
             return found
         mistakes = found["mistakes"]
         examples = data.evaluation[split].examples([mistake["image"] for mistake in mistakes])
-    for mistake, (_, file) in zip(mistakes, examples, strict=True):
+    for mistake, (*_, file) in zip(mistakes, examples, strict=True):
         mistake["file"] = file
     pictures = {
         "confusion": plots.confusion(np.array(found["confusion"]), info.class_names),
         "reliability": plots.reliability(found["calibration"], found["calibration_error"]),
-        "mistakes": plots.mistakes(mistakes, [image for image, _ in examples], info.white_level),
+        "mistakes": plots.mistakes(mistakes, [image for image, *_ in examples], info.white_level),
     }
     folder = path / "assessment"
-    try:
+    with files.writing(f"workdir={path}", "give a run that can be written"):
         folder.mkdir(exist_ok=True)
         for name, picture in pictures.items():
             plots.save(picture, folder / f"{name}.png")
         files.write(folder / "assessment.json", json.dumps(files.seal(found)) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"workdir={path}: {error.strerror}; give a run that can be written"
-        ) from error
     return found
 
 

@@ -78,9 +78,14 @@ def info(config: ConfigDict) -> SetInfo:
     if section.storage == "memory":
         found = builders.info(section.name, section.directory)
     else:
+        found = STREAMED.get(section.name) or _open_splits(config)[0]  # ImageNet need not be there
+        if found.num_classes == 1:
+            raise UserError(
+                f"data.manual_dir: there are images of one class alone, {found.class_names[0]!r}; "
+                f"name the folder that has a folder for each class"
+            )
         shape = (section.image_size, section.image_size, section.channels)
-        place = section.directory, section.manual_dir, section.test_share
-        found = encoded.info(section.name, *place, image_shape=shape)
+        found = dataclasses.replace(found, image_shape=shape)
     mean, std, channels = found.mean, found.std, found.image_shape[-1]
     if section.normalization == "scale":
         mean, std = (0.0,) * channels, (255.0,) * channels
@@ -294,7 +299,9 @@ def create(config: ConfigDict, replicated: NamedSharding, sharded: NamedSharding
     version = _version_of_arrays((images, labels), arrays)
     hosts.require_same({"digest of the data": version})  # before all make one array of it
     size, sample = config.evaluate.batch_size, images[:: -(-len(images) // 1000)].copy()
-    chosen = _chosen_files(config) if config.data.storage == "auto" else {}
+    are_files = config.data.storage == "auto"
+    found = _open_splits(config)[0] if are_files else info(config)
+    chosen = _chosen_files(config) if are_files else {}
     chosen.pop("train", None)
     files = {name: [str(part.file(n)) for n in places] for name, (part, places) in chosen.items()}
     create_set = functools.partial(
@@ -307,7 +314,7 @@ def create(config: ConfigDict, replicated: NamedSharding, sharded: NamedSharding
         ),
         {name: create_set(*arrays[name], size, files=files.get(name, ())) for name in arrays},
         version,
-        info(config).test_split,
+        found.test_split,
         lambda: sample,
         _notes(config),
     )
@@ -315,16 +322,20 @@ def create(config: ConfigDict, replicated: NamedSharding, sharded: NamedSharding
 
 def _read_arrays(config: ConfigDict) -> tuple[Pair, dict[str, Pair]]:
     """(images and labels that train, those that are evaluated by name)."""
-    section = config.data
-    if section.storage == "auto":
-        return _decode_arrays(config)
+    section, found = config.data, {}
+    if section.storage == "auto":  # a folder whose images fit into memory
+        for name, (examples, indices) in _chosen_files(config).items():
+            size = section.image_size if name == "train" else _evaluation_size(config)
+            skip = name == "train" and section.corrupt_images == "skip"
+            options = size, config.evaluate.resize_size, section.channels, skip
+            found[name] = decoded.read(examples, indices, *options)
+        return found.pop("train"), found
 
     @functools.cache
     def read(split):
         return builders.read(section.name, split, section.directory, section.manual_dir)
 
     first = section.train_split.partition("+")[0]
-    found = {}
     for name, parts in _choose(config, len(read(first)[1])).items():
         pairs = [(read(split)[0][indices], read(split)[1][indices]) for split, indices in parts]
         images, labels = zip(*pairs, strict=True)
@@ -333,18 +344,6 @@ def _read_arrays(config: ConfigDict) -> tuple[Pair, dict[str, Pair]]:
     if count := config.evaluate.train_images:
         found["train"] = images[:count], labels[:count]
     return (images, labels), found
-
-
-def _decode_arrays(config):
-    """The same of a folder whose images fit into memory."""
-    found = {}
-    for name, (examples, indices) in _chosen_files(config).items():
-        trains = name == "train"
-        size = config.data.image_size if trains else _evaluation_size(config)
-        skip = trains and config.data.corrupt_images == "skip"
-        options = size, config.evaluate.resize_size, config.data.channels, skip
-        found[name] = decoded.read(examples, indices, *options)
-    return found.pop("train"), found
 
 
 def _chosen_files(config):

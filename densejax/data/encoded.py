@@ -217,7 +217,10 @@ def _open_folder(path: epath.Path, share: float, labelled_test: bool) -> tuple[s
         return folders["test"].name, splits
     if "validation" in splits:
         return folders["validation"].name, {"train": train, "test": splits["validation"]}
-    return HELD_OUT, dict(zip(("train", "test"), train.divided(share), strict=True))
+    found = dict(zip(("train", "test"), train.divided(share), strict=True))
+    if not len(found["train"]):
+        raise DataError(f"data.test_share = {share}: no image is left that trains")
+    return HELD_OUT, found
 
 
 @functools.cache
@@ -260,18 +263,3 @@ def open_splits(
         )
     facts = known or SetInfo((0, 0, 3), class_names, sizes, mean=(), std=())
     return dataclasses.replace(facts, test_split=test), splits
-
-
-def info(name: str, *place: str | float, image_shape: tuple[int, int, int]) -> SetInfo:
-    """The facts of a set whose images get the shape `image_shape`; `place` is for `open_splits`.
-
-    A set of `STREAMED` need not be there. For others, DataError as in `open_splits`, and if there
-    is only one class.
-    """
-    facts = STREAMED.get(name) or open_splits(name, *place)[0]
-    if len(facts.class_names) == 1:
-        raise DataError(
-            f"data.manual_dir: there are images of one class alone, {facts.class_names[0]!r}; name "
-            f"the folder that has a folder for each class"
-        )
-    return dataclasses.replace(facts, image_shape=image_shape)

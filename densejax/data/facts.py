@@ -45,11 +45,9 @@ def write(path: epath.Path, info: SetInfo, images: np.ndarray) -> None:
         margin = max((high - low) / 2, images.max(initial=0) / 10)
         ranges[name] = (low - margin, high + margin)
     fields = vars(info) | {"usual_brightness": ranges}
-    try:
-        content = {key: fields[field] for key, field in KEYS.items()}
+    content = {key: fields[field] for key, field in KEYS.items()}
+    with files.writing(f"{path / FILE} cannot be written", "choose another --workdir"):
         files.write_json(path / FILE, files.seal(content))
-    except OSError as error:
-        raise UserError(f"{path / FILE}: cannot be written ({error})") from error
 
 
 def read(path: epath.Path) -> SetInfo | None:
@@ -113,6 +111,7 @@ def of_weights(
     try:
         found = json.loads((path / "model.json").read_text())
         classes, channels = found["num_classes"], found["image_channels"]
+        names = list(map(str, range(classes)))
         is_bgr = (found.get("names"), found["model"]["family"]) == ("keras", "resnet")
     except Exception as error:  # damage leads to errors of many kinds
         raise UserError(f"{path}: no model.json that can be read ({error!r})") from error
@@ -121,7 +120,7 @@ def of_weights(
     found = (IMAGENET if (classes, channels) == (1000, 3) else {}) | found
     if missing := [key for key in keys if key not in found]:
         raise UserError(f"{path}/model.json: add {', '.join(missing)}; images cannot do without")
-    found["class_names"] = found.get("class_names") or list(map(str, range(classes)))
+    found["class_names"] = found.get("class_names") or names
     check(path / "model.json", found, channels, classes, (*keys, "class_names"))
     return without_lists(found)
 

@@ -46,11 +46,12 @@ class Picture:
         eighth of its size: the cosine transform then does the antialiasing.
 
         Of an animation, the first image is taken. A transparent pixel gets the colour that is
-        stored for it. A grey PNG of 16 bits, where 65,535 is white, is divided by 257.
+        stored for it. A grey PNG of 16 bits, where 65,535 is white, is divided by 257. Of colours
+        of 16 bits, Pillow takes the upper 8.
 
         Raises:
           Exception: whatever Pillow or simplejpeg raises for an image that is not whole; ValueError
-            for other pixels of more than 8 bits, since no file says which value is white.
+            for other grey pixels of more than 8 bits, since no file says which value is white.
         """
         least = (min_width, min_height) if self._swapped else (min_height, min_width)
         pixels = self._decode_jpeg(*least)

@@ -108,7 +108,8 @@ class MemorySet:
         for start in range(0, self.size, self.batch_size):
             yield self._take_padded(self._arrays, np.int32(start))
 
-    def examples(self, places: list[int]) -> list[tuple[np.ndarray, str]]:
-        """(image uint8 [height, width, channels], the file that it is from or "") of examples."""
-        images, files = self._arrays["image"].addressable_data(0), self._files
-        return [(np.asarray(images[n]), files[n] if len(files) else "") for n in places]
+    def examples(self, places: list[int]) -> list[tuple[np.ndarray, int, str]]:
+        """(image uint8 [height, width, channels], label, its file or "") of examples by place."""
+        images, labels = (self._arrays[key].addressable_data(0) for key in ("image", "label"))
+        files = self._files or [""] * self.size
+        return [(np.asarray(images[n]), int(labels[n]), files[n]) for n in places]

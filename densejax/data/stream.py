@@ -276,10 +276,10 @@ class StreamSet:
         with contextlib.closing(self._batches()) as iterator:
             yield from itertools.islice(iterator, steps)
 
-    def examples(self, places: list[int]) -> list[tuple[np.ndarray, str]]:
-        """(image as it is evaluated, the file that it is from) of examples by place."""
+    def examples(self, places: list[int]) -> list[tuple[np.ndarray, int, str]]:
+        """(image as it is evaluated, label, the file that it is from) of examples by place."""
         source, indices = self._source, self._source.indices[places]
-        return [(source._read(int(n))[0], source.examples[int(n)][2]) for n in indices]
+        return [(*source._read(int(n)), source.examples[int(n)][2]) for n in indices]
 
     def close(self) -> None:
         """Ends the workers."""

@@ -23,7 +23,7 @@ from densejax.training.experiment import (
     open_checkpoints,
     select,
 )
-from densejax.training.step import evaluated_logits
+from densejax.training.step import TrainState, evaluated_logits
 from densejax.weights import store
 
 
@@ -61,6 +61,17 @@ class Classifier:
             logits = evaluated_logits(self.model, self.preparation, variables, images)
         return logits.astype(jnp.float32)
 
+    def serialised(self, platforms: tuple[str, ...]) -> bytes:
+        """The function from uint8 images to float32 logits for the given platforms, serialised.
+
+        The weights are in it; it needs JAX, but not this package, to run. This machine need not
+        have devices of these platforms.
+        """
+        (batch,) = jax.export.symbolic_shape("batch")
+        images = jax.ShapeDtypeStruct((batch, *self.image_shape), jnp.uint8)
+        function = jax.jit(lambda images: self.logits(self.variables, images))
+        return bytes(jax.export.export(function, platforms=platforms)(images).serialize())
+
 
 def load(directory: epath.PathLike) -> Classifier:
     """Opens a run's directory, or a directory of weights that `densejax.pretrained` wrote.
@@ -88,6 +99,8 @@ def network(directory: epath.PathLike) -> tuple[nn.Module, Any]:
 def experiment_of(directory: epath.PathLike) -> Experiment:
     """What the run in a directory stands for, on one device; UserError where there is no run."""
     path = epath.Path(directory)
+    if (path / "model.json").exists():
+        raise UserError(f"--workdir={path}: weights have no images of their own; give a run")
     try:
         stored = json.loads((path / "config.json").read_text())
         config = ConfigDict(facts.without_lists(workdir.completed(stored)))
@@ -110,14 +123,19 @@ def data_of(experiment: Experiment, path: epath.Path) -> Data:
     return data
 
 
+def result_state(experiment: Experiment, path: epath.Path) -> TrainState:
+    """The state that a run's result is measured on; UserError where there is no checkpoint yet."""
+    with contextlib.closing(open_checkpoints(experiment.config, path)) as checkpoints:
+        if checkpoints.latest_step() is None:
+            raise UserError(f"--workdir={path}: there is no checkpoint in it yet; train first")
+        return select(experiment, checkpoints)
+
+
 def _of_run(path: epath.Path) -> Classifier:
     experiment = experiment_of(path)
     config = experiment.config
     info, task = experiment.info, experiment.computed_task
-    with contextlib.closing(open_checkpoints(config, path)) as checkpoints:
-        if checkpoints.latest_step() is None:
-            raise UserError(f"--workdir={path}: there is no checkpoint in it yet; train first")
-        state = select(experiment, checkpoints)
+    state = result_state(experiment, path)
     resize, image_shape = 0, info.image_shape
     if config.data.storage != "memory":
         resize = config.evaluate.resize_size

@@ -14,7 +14,7 @@ from densejax import config as schema
 from densejax import models
 from densejax.config import UserError, flatten, printable
 from densejax.inference.classifier import Classifier
-from densejax.runs import formats, workdir
+from densejax.runs import files, formats, workdir
 from densejax.training import result
 from densejax.weights import conversion
 from densejax.weights.names import PEERS
@@ -111,13 +111,11 @@ def write(network: Classifier, source: epath.Path, names: str, output: str) -> s
     texts = {"README.md": _card(network, source, names, peer, facts)}
     if names == "timm" and peer:
         texts["config.json"] = json.dumps(_timm_config(network, peer, facts), indent=2) + "\n"
-    try:
+    with files.writing(f"--output={output}", "name another directory"):
         path.mkdir(parents=True)
         (path / "model.safetensors").write_bytes(safetensors.numpy.save(arrays, metadata))
         for name, text in texts.items():
             (path / name).write_text(text)
-    except OSError as error:
-        raise UserError(f"--output={output}: {error.strerror}; name another directory") from error
     return peer
 
 

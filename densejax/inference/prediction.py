@@ -102,7 +102,7 @@ def predict(
     Raises:
       UserError: an image that cannot be read.
     """
-    top, size = min(top, len(network.class_names)), min(BATCH_SIZE, len(paths))
+    top, size = min(top, len(network.class_names)), min(BATCH_SIZE, max(1, len(paths)))
 
     @jax.jit
     def classify(variables, images):
@@ -112,9 +112,7 @@ def predict(
     for start in range(0, len(paths), size):
         show(f"{start:,} of {len(paths):,} images")
         batch = paths[start : start + size]
-        stored = np.zeros(
-            (size, *network.image_shape), np.uint8
-        )  # the last batch ends with black images
+        stored = np.zeros((size, *network.image_shape), np.uint8)  # the last ends in black images
         stored[: len(batch)] = [read(path, network) for path in batch]
         found = jax.device_get(classify(variables, stored))
         for path, image, probabilities, indices in zip(batch, stored, *found, strict=False):

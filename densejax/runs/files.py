@@ -13,6 +13,7 @@ import re
 import secrets
 import stat
 import time
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from etils import epath
@@ -20,6 +21,15 @@ from etils import epath
 from densejax.config import UserError
 
 VISIBILITY_TIMEOUT = 60.0  # seconds within which every host sees what process 0 wrote
+
+
+@contextlib.contextmanager
+def writing(place: str, advice: str) -> Iterator[None]:
+    """UserError where the disk refuses what is written in this context: what, why, what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place}: {error.strerror or error}; {advice}") from error
 
 
 def becomes_visible(path: epath.Path) -> bool:

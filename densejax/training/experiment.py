@@ -23,7 +23,6 @@ from densejax.data.stream import BatchTimeout
 from densejax.runs import hosts
 from densejax.runs.checkpoint import Checkpoints
 from densejax.training import finetuning, losses, metrics, optimizer, parallel
-from densejax.training.averaging import Average
 from densejax.training.step import Task, TrainState, eval_step, init_state
 from densejax.weights import conversion, store
 
@@ -79,11 +78,10 @@ class Experiment:
 
     def map(self, step: Callable, donate: bool = False) -> Callable:
         """A step of one replica, mapped over the devices and compiled at its first call."""
-        step = functools.partial(step, self.computed_task)
 
         def precise(state, batch):
             with jax.default_matmul_precision(matmul_precision(self.config)):
-                return step(state, batch)
+                return step(self.computed_task, state, batch)
 
         return parallel.map_step(precise, self.mesh, self.config.parallel.mode, donate)
 
@@ -233,7 +231,7 @@ def build(
         axis=(parallel.GROUP, parallel.MEMBER) if kind == "groups" else parallel.AXIS,
         batch_norm_axis=getattr(model, "batch_norm_axis", None),
         accumulate_steps=config.train.accumulate_steps,
-        average=Average(config.train.average_decay),
+        average_decay=config.train.average_decay,
     )
     task = finetuning.restrict(task, config, config.train.head_epochs * steps_per_epoch)
     built = Experiment(config, info, task, steps, devices)

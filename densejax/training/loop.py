@@ -176,14 +176,10 @@ def train(
         "config": json.loads(config.to_json()),
     }
     if jax.process_index() == 0:
-        try:
+        advice = "all is saved: the same command writes it once there is room"
+        with files.writing(f"workdir={path}: the result cannot be written", advice):
             guard()
-            result.write(path, outcome)
-        except OSError as error:
-            raise UserError(
-                f"workdir={path}: the result cannot be written ({error}); all is saved: the same "
-                f"command writes it once there is room"
-            ) from error
+            files.write_json(path / "summary.json", files.seal(outcome))
     result.say(result.line(outcome, path))
     return 0
 

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from densejax.config import UserError
 from densejax.models.convolution import tracing_for
+from densejax.runs import files
 
 Axis = str | tuple[str, ...]
 AXIS = "data"  # all devices along one axis
@@ -27,14 +28,10 @@ def start() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = pathlib.Path("~/.cache/densejax/compiled").expanduser() / processor()
-        try:
+        advice = "set JAX_COMPILATION_CACHE_DIR to a folder that can be written"
+        with files.writing(f"the compilation cache {cache}", advice):
             cache.mkdir(parents=True, exist_ok=True, mode=0o700)
             cache.chmod(0o700)  # also if the folder is older: its programs are run
-        except OSError as error:
-            raise UserError(
-                f"the compilation cache {cache} cannot be made ({error.strerror}); "
-                f"set JAX_COMPILATION_CACHE_DIR to a folder that can be written"
-            ) from error
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
@@ -42,8 +39,11 @@ def start() -> None:
 def processor() -> str:
     """A short name of this machine's kind of processor."""
     cpu = pathlib.Path("/proc/cpuinfo")
-    text = cpu.read_text().partition("\n\n")[0] if cpu.exists() else platform.processor()
-    facts = [line for line in text.splitlines() if line.startswith(("flags", "model name"))]
+    kinds = ("flags", "model name", "Features", "CPU implementer", "CPU part")  # of x86 and of ARM
+    facts = [platform.processor()]
+    if cpu.exists():
+        lines = cpu.read_text().partition("\n\n")[0].splitlines()
+        facts = [line for line in lines if line.startswith(kinds)]
     return hashlib.sha256("".join([platform.machine(), *facts]).encode()).hexdigest()[:8]
 
 
@@ -93,11 +93,6 @@ def check_batch_size(key: str, batch_size: int, mesh: Mesh, parts: int = 1) -> N
             f"{key} = {batch_size}: must be a multiple of {mesh.size * parts}, for the "
             f"{mesh.size} devices{each}, such as {batch_size - left + mesh.size * parts}"
         )
-
-
-def whole(arrays: Any, axis: Axis) -> Any:
-    """The whole global batch of arrays [batch, ...] on every replica, from their shares of it."""
-    return jax.lax.all_gather(arrays, axis, tiled=True, to="invarying")
 
 
 def reverse(array: jax.Array, axis: Axis) -> jax.Array:

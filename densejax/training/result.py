@@ -33,9 +33,7 @@ def say(text: str) -> None:
 def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str, Any]:
     """Prints what is about to run; returns the part of it that the result stores."""
     task, config = experiment.task, experiment.config
-    size = config.data.image_size
-    shape = (size, size, task.image_shape[-1]) if size else task.image_shape
-    parameters, multiply_adds = counts.of_network(task.model, shape)
+    parameters, multiply_adds = counts.of_network(task.model, task.network_shape)
     device = f"{experiment.mesh.size} x {jax.devices()[0].device_kind}"
     precision, dtype = matmul_precision(config), experiment.computed_task.preparation.dtype
     if dtype != config.train.dtype:
@@ -115,11 +113,6 @@ def versions(config: ConfigDict) -> dict[str, str]:
     if config.parallel.batch_norm == "replica":  # statistics of each device's part of the batch
         current["devices"] = str(jax.device_count())
     return current
-
-
-def write(path: epath.Path, summary: dict[str, Any]) -> None:
-    """Writes summary.json with a seal, by which `read` notices damage."""
-    files.write_json(path / "summary.json", files.seal(summary))
 
 
 def read(path: epath.Path) -> dict[str, Any] | None:

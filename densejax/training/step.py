@@ -16,7 +16,6 @@ from densejax.config import UserError
 from densejax.data.augment import Preparation, example_keys
 from densejax.models.normalization import at_least_float32
 from densejax.training import losses, metrics
-from densejax.training.averaging import Average
 from densejax.training.losses import Loss
 from densejax.training.optimizer import Schedule
 from densejax.training.parallel import AXIS, Axis, reverse
@@ -39,7 +38,7 @@ class Task:
       batch_norm_axis: the part of it that BatchNorm's statistics are averaged over.
       accumulate_steps: number of micro-batches, one after the other; a step's gradient is the mean
         of theirs.
-      average: of the variables, which is evaluated in their place.
+      average_decay: of the variables' moving average, which is evaluated in their place; 0: none.
       hold: stops the gradients of parameters that do not learn.
       head: the same task where the classifier alone learns, for the first steps; None: there are
         no such steps.
@@ -56,9 +55,15 @@ class Task:
     axis: Axis = AXIS
     batch_norm_axis: Axis | None = AXIS
     accumulate_steps: int = 1
-    average: Average = Average()
+    average_decay: float = 0.0
     hold: Callable[[Any], Any] = lambda params: params
     head: "Task | None" = None
+
+    @property
+    def network_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) that the network reads: images may be resized before it."""
+        size = self.preparation.image_size
+        return (size, size, self.image_shape[-1]) if size else self.image_shape
 
 
 class TrainState(struct.PyTreeNode):
@@ -104,7 +109,7 @@ def init_state(task: Task, seed: jax.Array, dtype: Any = jnp.float32) -> TrainSt
         params=variables["params"],
         batch_stats=variables["batch_stats"],
         opt_state=task.optimizer.init(variables["params"]),
-        average=task.average.start(variables),
+        average=jax.tree.map(jnp.copy, variables) if task.average_decay else {},
         metrics=metrics.zeros(task.model.num_classes, dtype),
         skipped=jnp.zeros(2, jnp.int32),
     )
@@ -190,9 +195,10 @@ def train_step(
     seen = jax.lax.psum(seen, axis)
     params = optax.apply_updates(state.params, updates)
     done = state.step - state.skipped[0]  # as the optimizer and its schedule count
-    average = task.average.update(
-        state.average, {"params": params, "batch_stats": batch_stats}, done
-    )
+    average = state.average
+    if task.average_decay:
+        variables = {"params": params, "batch_stats": batch_stats}
+        average = averaged(average, variables, task.average_decay, done)
     nothing_seen = jax.tree.map(jnp.zeros_like, seen)
     old = (state.params, state.batch_stats, state.opt_state, state.average, nothing_seen)
     new = (params, batch_stats, opt_state, average, seen)
@@ -219,6 +225,19 @@ def train_step(
         skipped=jnp.where(good, state.skipped.at[1].set(0), state.skipped + 1),
     )
     return state, sums | {"learning_rate": rate, "skipped": state.skipped}
+
+
+def averaged(average: Any, variables: Any, decay: float, done: jax.Array) -> Any:
+    """The moving average after a step that made `variables`; `done`: steps before it, int32.
+
+    It moves by 1 - d towards the new variables, with d = min(decay, (1 + t) / (10 + t)) after t
+    steps: so it forgets the random start within a few steps.
+    """
+    done = done.astype(jnp.float32)
+    share = 1 - jnp.minimum(decay, (1 + done) / (10 + done))
+    return jax.tree.map(
+        lambda old, new: old + share.astype(old.dtype) * (new - old), average, variables
+    )
 
 
 def head_step(

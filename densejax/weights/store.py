@@ -46,13 +46,11 @@ def save(directory: str, description: Mapping[str, Any], variables: Mapping[str,
     flat = conversion.flatten(variables)
     data = safetensors.numpy.save({p: np.ascontiguousarray(array) for p, array in flat.items()})
     digest = {"weights_sha256": hashlib.sha256(data).hexdigest()}
-    try:
+    with files.writing(f"--output={directory}", "name another directory"):
         path.mkdir(parents=True)
         (path / "weights.safetensors").write_bytes(data)
         # This file comes last: a directory without it is not complete.
         files.write_json(path / "model.json", {**description, **digest})
-    except OSError as error:
-        raise UserError(f"--output={directory}: {error}") from error
 
 
 def load(directory: str) -> tuple[dict[str, Any], dict[str, Any]]:

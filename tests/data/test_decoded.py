@@ -103,8 +103,9 @@ def test_images_in_memory_and_streamed_are_looked_up_with_their_files(root):
     pixels, labels = evaluated(memory)
     places = [3, 0, len(labels) - 1]
     for split in (memory.evaluation["test"], streamed.evaluation["test"]):
-        for place, (image, file) in zip(places, split.examples(places), strict=True):
+        for place, (image, label, file) in zip(places, split.examples(places), strict=True):
             np.testing.assert_array_equal(image, pixels[place])
+            assert label == labels[place]
             assert os.path.basename(os.path.dirname(file)) == built.info.class_names[labels[place]]
             read = prediction.read(file, stored_as((SIZE, SIZE, 3), resize_size=RESIZE))
             np.testing.assert_array_equal(image, read)

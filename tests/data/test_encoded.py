@@ -3,16 +3,20 @@
 import dataclasses
 import os
 import pickle
+import shutil
 import types
 import unicodedata
 
 import numpy as np
 import pytest
 
+from densejax import data
+from densejax.config import UserError
 from densejax.data import encoded
 from densejax.data.builders import DataError
 from densejax.data.official import STREAMED
 from tests import archives, photos
+from tests.small import tiny
 
 
 def folder(tmp_path, **arguments):
@@ -98,7 +102,9 @@ def test_a_worker_opens_records_without_running_what_their_files_name(tmp_path, 
 
 
 def test_facts_of_imagenet_need_no_data():
-    facts = encoded.info("imagenet2012", "/nowhere", "", image_shape=(160, 160, 3))
+    config = tiny(data__name="imagenet2012", data__storage="stream", data__image_size=160)
+    config.augmentation.shift, config.data.directory = 0, "/nowhere"
+    facts = data.info(config)
     assert facts.image_shape == (160, 160, 3) and facts.num_classes == 1000
     assert facts.splits == {"train": 1281167, "test": 50000}
     np.testing.assert_allclose(np.array(facts.mean) / 255, (0.485, 0.456, 0.406), rtol=1e-9)
@@ -258,8 +264,16 @@ def test_one_class_alone_is_refused(tmp_path):
     for path in ("photos/cat/1.png", "photos/dog/2.png"):  # the folder above the one that is meant
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
-    with pytest.raises(DataError, match="images of one class alone, 'photos'; name the folder"):
-        encoded.info("mine", "", str(tmp_path), 0.2, image_shape=(8, 8, 3))
+    config = tiny(data__storage="auto", data__manual_dir=str(tmp_path), data__image_size=8)
+    with pytest.raises(UserError, match="images of one class alone, 'photos'; name the folder"):
+        data.info(config)
+
+
+def test_a_share_for_test_leaves_images_that_train(tmp_path):
+    root = small(tmp_path)
+    shutil.rmtree(root / "val", ignore_errors=True)
+    with pytest.raises(DataError, match="data.test_share = 1.0: no image is left that trains"):
+        encoded.open_splits("photos", "", str(root), 1.0)
 
 
 def test_a_class_without_an_image_is_named(tmp_path):

@@ -302,6 +302,14 @@ def test_runs_of_one_version_are_selected(pair, capsys):
     assert call(root, "--formats=png,bmp") == 2
 
 
+def test_no_seed_counts_twice(tmp_path, capsys):
+    write_run(tmp_path, "grid", {"depth": 22}, 0, DENSE[0], 0.9, 0.95)
+    shutil.copytree(tmp_path / "grid" / "22_seed0", tmp_path / "grid" / "depth=22_seed0")
+    assert call(tmp_path) == 2
+    said = "grid, depth 22: 22_seed0, depth=22_seed0 have a seed in common"
+    assert said in capsys.readouterr().err and not (tmp_path / "report").exists()
+
+
 @pytest.mark.usefixtures("without_figures")
 def test_patterns_are_ranked_compared_and_named_alike(tmp_path):
     for kind, accuracy in {"chain": 0.75, "one_shot": 0.8, "dense": 0.9}.items():

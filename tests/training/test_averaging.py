@@ -5,23 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from densejax.training import experiment
-from densejax.training.averaging import Average
+from densejax.training.step import averaged
 from tests import small
 from tests.programs import shared_programs  # noqa: F401
 
 
 def test_the_average_follows_its_formula():
     values = np.random.default_rng(0).normal(size=(30, 3))
-    average = Average(0.9)
-    found = average.start({"a": jnp.asarray(values[0], jnp.float32)})
-    expected = values[0]
+    found, expected = {"a": jnp.asarray(values[0], jnp.float32)}, values[0]
     for done, value in enumerate(values[1:]):
         decay = min(0.9, (1 + done) / (10 + done))
         expected = decay * expected + (1 - decay) * value
         new = {"a": jnp.asarray(value, jnp.float32)}
-        found = average.update(found, new, jnp.asarray(done, jnp.int32))
+        found = averaged(found, new, 0.9, jnp.asarray(done, jnp.int32))
     np.testing.assert_allclose(found["a"], expected, rtol=1e-5)
-    assert Average(0.0).start(found) == {}
 
 
 def test_a_step_averages_what_it_makes_and_evaluates_the_average():

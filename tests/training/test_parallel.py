@@ -155,6 +155,15 @@ def test_the_compilation_cache_is_private_and_yields_to_the_environment(monkeypa
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
+def test_processors_have_names_of_their_own(monkeypatch):
+    names = {parallel.processor()}
+    for part in ("0xd0c", "0xd49"):  # of ARM, whose lines have other names than those of x86
+        text = f"processor\t: 0\nFeatures\t: fp asimd\nCPU part\t: {part}\n\nprocessor\t: 1\n"
+        monkeypatch.setattr(pathlib.Path, "read_text", lambda path, text=text: text)
+        names.add(parallel.processor())
+    assert len(names) == 3
+
+
 def test_a_home_that_cannot_be_written_is_one_line(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("HOME", str(tmp_path / "file"))

@@ -19,7 +19,7 @@ from densejax import models, pretrained
 from densejax.analysis import gradients, reuse
 from densejax.config import UserError
 from densejax.data import facts
-from densejax.inference import classifier, export, portable
+from densejax.inference import classifier, portable
 from densejax.models import counts
 from densejax.runs import files
 from densejax.topology import compiled
@@ -438,7 +438,7 @@ def test_a_network_without_batch_norm(tmp_path, monkeypatch):
     run, folder = str(tmp_path / "run"), str(tmp_path / "folder")
     assert loop.run(config, run, "train") == 0
     of_run = classifier.load(run)
-    assert len(of_run.class_names) == 10 and len(export.serialise(of_run, ("cpu",))) > 1000
+    assert len(of_run.class_names) == 10 and len(of_run.serialised(("cpu",))) > 1000
 
     description, variables = store.load(run)
     assert list(variables) == ["params"] and variables["params"].keys() == {"patches", "classifier"}
@@ -457,7 +457,7 @@ def test_a_network_without_batch_norm(tmp_path, monkeypatch):
     opened = classifier.load(folder)
     np.testing.assert_allclose(opened.logits(opened.variables, images), expected, atol=1e-5)
     assert len(classifier.load(run).class_names) == 10
-    assert len(export.serialise(opened, ("cpu",))) > 1000
+    assert len(opened.serialised(("cpu",))) > 1000
     network, _ = classifier.network(run)
     with pytest.raises(UserError, match="Patches: its layers read only one source"):
         reuse.heat_maps(network, variables["params"])
