@@ -91,11 +91,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def code(value: object) -> str:
-    """A value as code; nothing for an empty text."""
-    return f"`{value!r}`"
-
-
 # --- Tables.
 
 
@@ -357,7 +352,7 @@ def configuration() -> str:
         rows = []
         for key, field in keys:
             words = field.allowed.words if field.allowed else ""
-            rows.append((f"`{key}`", code(field.default), field.meaning, words))
+            rows.append((f"`{key}`", code_of(repr(field.default)), field.meaning, words))
         head = ("Key", "Default", "Meaning", "Allowed")
         parts += [f"### {section}", table(head, rows)]
     return "\n\n".join(parts)
@@ -367,14 +362,11 @@ def fields() -> str:
     """The keys of `config.model`, by family."""
     parts = []
     for name, family in models.FAMILIES.items():
-        attributes = inspect.getdoc(family).partition("Attributes:\n")[2]
-        meanings = dict(
-            re.findall(r"^  (\w+): (.*?)(?=^  \w+: |\Z)", attributes, re.MULTILINE | re.DOTALL)
-        )
+        defaults = {field.name: field.default for field in dataclasses.fields(family)}
         rows = [
-            (f"`model.{field.name}`", code(field.default), meanings[field.name])
-            for field in dataclasses.fields(family)
-            if field.name not in models.RUN_FIELDS
+            (f"`model.{key}`", code_of(repr(defaults[key])), meaning)
+            for key, meaning in models.meanings(name).items()
+            if key != "family"
         ]
         head = ("Key", "Default", "Meaning")
         parts += [f"### {family.__name__}: `model.family = {name!r}`", table(head, rows)]
@@ -615,13 +607,6 @@ def draw_terminal() -> None:
     (IMAGES / "terminal.svg").write_text("\n".join([head, *texts, "</svg>\n"]))
 
 
-DRAWINGS = {
-    "dense_block": draw_dense_block,
-    "architecture": draw_architecture,
-    "result": draw_result,
-}
-
-
 def main() -> None:
     """Writes what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -634,8 +619,8 @@ def main() -> None:
     if "pictures" in chosen:
         IMAGES.mkdir(exist_ok=True)
         draw_patterns()
-        for name, draw in DRAWINGS.items():
-            plots.save(draw(), IMAGES / f"{name}.png")
+        for draw in (draw_dense_block, draw_architecture, draw_result):
+            plots.save(draw(), IMAGES / f"{draw.__name__.removeprefix('draw_')}.png")
     if "terminal" in chosen:
         draw_terminal()
 

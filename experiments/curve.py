@@ -1,13 +1,10 @@
 """Draws a run's learning curve: python experiments/curve.py --workdir=DIR --output=FILE.png."""
 
-import matplotlib
 import script
 from etils import epath
 
+from densejax.analysis import plots
 from densejax.config import UserError
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 def draw(workdir: epath.Path, output: epath.Path) -> None:
@@ -16,38 +13,34 @@ def draw(workdir: epath.Path, output: epath.Path) -> None:
     config, summary = (script.read_json(workdir / f"{name}.json") for name in ("config", "summary"))
     if not (records and config):
         raise UserError(f"--workdir={workdir}: it is no run that has taken steps")
-    augmented = config["augmentation"]["shift"] or config["augmentation"]["flip"]
-    training = "training" + (", augmented" if augmented else "")
+    augmentation = config["augmentation"]
+    parts = ("shift", "flip", "policy", "cutout", "erasing", "mixup", "cutmix")
+    training = "training"
+    training += ", augmented" if any(map(augmentation.get, parts)) else ""
     training += ", smoothed labels" if config["train"]["label_smoothing"] else ""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, quantity in zip(axes, ("loss", "error"), strict=True):
-        colors = {"train": "tab:blue", "validation": "tab:orange", "test": "tab:red"}
-        for split, color in colors.items():
-            key = f"{split}_loss" if quantity == "loss" else f"{split}_accuracy"
-            points = [(record["epoch"], record[key]) for record in records if key in record]
-            if not points:
-                continue
-            epochs, values = zip(*points, strict=True)
-            if quantity == "error":
-                values = [100 * (1 - value) for value in values]
-            label = training if split == "train" else split
-            marker = "." if len(points) < 50 else ""
-            axis.plot(epochs, values, color=color, marker=marker, label=label)
-        for split in ("validation", "test"):
-            if summary and f"{split}_{quantity}" in summary:
+    figure, panels = plots.figure(2, width=4.5, height=3.6)
+    for axes, quantity in zip(panels, ("loss", "error"), strict=True):
+        key = "loss" if quantity == "loss" else "accuracy"
+        for number, split in enumerate(("train", "validation", "test")):
+            points = [(r["epoch"], r[f"{split}_{key}"]) for r in records if f"{split}_{key}" in r]
+            if points:
+                epochs, values = zip(*points, strict=True)
+                values = [100 * (1 - value) for value in values] if quantity == "error" else values
+                look = plots.style(number) | ({} if len(points) < 50 else {"marker": ""})
+                axes.plot(epochs, values, label=training if split == "train" else split, **look)
+            if split != "train" and summary and f"{split}_{quantity}" in summary:
                 value = summary[f"{split}_{quantity}"] * (100 if quantity == "error" else 1)
                 shown = f"{value:.2f} %" if quantity == "error" else f"{value:.3f}"
                 label = f"{split}, result: {shown}"
-                axis.plot([records[-1]["epoch"]], [value], "rD", label=label)
-        axis.set_xlabel("epoch")
-        axis.set_ylabel("cross-entropy (nats)" if quantity == "loss" else "error (%)")
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+                axes.plot([records[-1]["epoch"]], [value], "rD", label=label)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("cross-entropy (nats)" if quantity == "loss" else "error (%)")
+        axes.set_ylim(bottom=0)
+        axes.legend()
     if summary:
         config = summary["config"]
         figure.suptitle(f"{config['name']}: {summary['parameters']:,} parameters", fontsize=11)
-    figure.savefig(output, dpi=150, format="png")
+    plots.save(figure, output)
 
 
 def main() -> None:

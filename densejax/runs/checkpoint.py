@@ -74,14 +74,18 @@ class Checkpoints:
         self._to_delete: set[int] = set()  # damaged, on disk until the next save
         self._saving: int | None = None
         self._last_problem = ""
-        self._handler = _Handler()
-        self._handler.guard = guard
+        self._manifest: dict = {}  # of the save that is under way
+        self._handler = ocp.StandardCheckpointHandler()
+        # No subclass: orbax knows the arguments of registered classes of handlers alone.
+        self._handler.finalize = self._finalize
         logging.get_absl_logger().addFilter(_is_no_orbax_error)
+        # Orbax would change its metadata file after the manifest has its SHA-256: it writes none.
+        no_metadata = metadata.metadata_store(enable_write=False, blocking_write=True)
         self._writer = ocp.AsyncCheckpointer(
             self._handler,
             # Otherwise a directory that cannot be made blocks orbax's threads for 300 s.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-            checkpoint_metadata_store=_NoMetadata(),
+            checkpoint_metadata_store=no_metadata,
         )
         self._saved = _steps_of_process_0(self._directory)
 
@@ -146,10 +150,10 @@ class Checkpoints:
         self._guard()
         metrics = {name: float(value) for name, value in metrics.items()}
         facts = {"step": step, "metrics": metrics, "records": records or {}}
-        self._handler.manifest = facts | {"leaves": _leaves(state)}
+        self._manifest = facts | {"leaves": _leaves(state)}
         if self._has_failed(step, problem or _problem_of(self._make_room)):
             return
-        path, args = self._directory / str(step), _Save(state)
+        path, args = self._directory / str(step), ocp.args.StandardSave(state)
         if not self._has_failed(step, _problem_of(self._writer.save, path, args=args, force=True)):
             self._saving, self._saved[step] = step, facts
 
@@ -216,7 +220,7 @@ class Checkpoints:
             # state of another version of this package need not have them.
             wanted = dict(_named(abstract_state))
             replicated = NamedSharding(Mesh(np.array(jax.devices()), "all"), PartitionSpec())
-            tree = self._writer.metadata(path).item_metadata.tree
+            tree = self._handler.metadata(path).tree
             saved = [
                 jax.ShapeDtypeStruct(
                     *(leaf.shape, leaf.dtype),
@@ -225,7 +229,7 @@ class Checkpoints:
                 for name, leaf in _named(tree)
             ]
             saved = jax.tree.unflatten(jax.tree.structure(tree), saved)
-            state = self._writer.restore(path, args=_Restore(saved))
+            state = self._writer.restore(path, args=ocp.args.StandardRestore(saved))
             wrong = sorted(set(manifest["leaves"].items()) - set(_leaves(state).items()))
             problem = f"{len(wrong)} leaves are not as saved: {wrong[0][0]} ..." if wrong else ""
             if abstract_state is not None and not problem:
@@ -248,6 +252,14 @@ class Checkpoints:
             self.wait()
         finally:
             self._writer.close()
+
+    def _finalize(self, directory: epath.Path) -> None:
+        """What orbax calls before a save gets its final name; it also writes the manifest."""
+        type(self._handler).finalize(self._handler, _LiteralPath(directory))
+        paths = {str(path.relative_to(directory)): path for path in _files(directory)}
+        digests = {name: _file_digest(path) for name, path in paths.items()}
+        self._guard()
+        _write_manifest(directory, self._manifest | {"files": digests})
 
     def _best_first(self) -> list[int]:
         values = {step: self.metrics(step).get(self._keep_best, math.nan) for step in self.steps()}
@@ -324,39 +336,11 @@ class Checkpoints:
                 logging.warning("Step %d could not be deleted: %s", step, problem)
 
 
-class _NoMetadata(metadata.MetadataStore):
-    """Keeps orbax from changing its metadata file after the manifest has its SHA-256."""
-
-
 class _LiteralPath(type(epath.Path())):
     """A path in which orbax may search by patterns although its own name has a `[` or `*`."""
 
     def glob(self, pattern: str) -> Iterator[epath.Path]:
         return epath.Path(glob.escape(str(self))).glob(pattern)
-
-
-class _Handler(ocp.StandardCheckpointHandler):
-    """Orbax's handler; it also writes the manifest, before the directory gets its final name."""
-
-    manifest: dict
-    guard: Callable[[], None]
-
-    def finalize(self, directory: epath.Path) -> None:
-        super().finalize(_LiteralPath(directory))
-        paths = {str(path.relative_to(directory)): path for path in _files(directory)}
-        digests = {name: _file_digest(path) for name, path in paths.items()}
-        self.guard()
-        _write_manifest(directory, self.manifest | {"files": digests})
-
-
-@ocp.args.register_with_handler(_Handler, for_save=True)
-class _Save(ocp.args.StandardSave):
-    pass
-
-
-@ocp.args.register_with_handler(_Handler, for_restore=True)
-class _Restore(ocp.args.StandardRestore):
-    pass
 
 
 def _is_no_orbax_error(record) -> bool:

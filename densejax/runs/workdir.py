@@ -146,10 +146,7 @@ def history(path: epath.Path) -> list[dict]:
         if not all(isinstance(start["changes"], list) for start in starts):
             raise ValueError("changes are not a list")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise WorkdirError(
-            f"workdir={path}: history.jsonl is damaged ({error}); restore it or choose another "
-            f"--workdir"
-        ) from error
+        raise _unusable(path, f"history.jsonl is damaged ({error})") from error
     return starts
 
 
@@ -280,23 +277,16 @@ def _accepted_changes(path, config, current, force, accepted=RESUMABLE) -> list[
     if stored is None:
         left = [name for name in RUN_FILES if (path / name).exists()]
         if left and not force:
-            raise WorkdirError(
-                f"workdir={path}: it has {' and '.join(left)} but no config.json, which says what "
-                f"run that is; restore it or choose another --workdir"
-            )
+            names = " and ".join(left)
+            raise _unusable(path, f"it has {names} but no config.json, which says what run that is")
         return None
     try:
         changes = difference(completed(files.parse_json(stored)), config)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise WorkdirError(
-            f"workdir={path}: config.json is damaged ({error}); restore it or choose another "
-            f"--workdir"
-        ) from error
+        raise _unusable(path, f"config.json is damaged ({error})") from error
     if current and not starts:
-        raise WorkdirError(
-            f"workdir={path}: history.jsonl, which says what code the run is of, is missing; "
-            f"restore it or choose another --workdir"
-        )
+        text = "history.jsonl, which says what code the run is of, is missing"
+        raise _unusable(path, text)
     changes += version_changes(starts[-1]["versions"], current) if current else []
     refused = [line for line in changes if not _is_below(accepted, line.partition(":")[0])]
     if refused and not force:
@@ -326,6 +316,10 @@ def _record_start(path, config, current, changes) -> None:
     files.write(file, (files.read_text(file) or "") + json.dumps(files.seal(start)) + "\n")
     if changes != []:  # new, or changed
         files.write_json(path / "config.json", config)
+
+
+def _unusable(path: epath.Path, problem: str) -> WorkdirError:
+    return WorkdirError(f"workdir={path}: {problem}; restore it or choose another --workdir")
 
 
 def _flat(tree: dict) -> dict[str, str]:

@@ -79,32 +79,25 @@ def text(rows: list[dict[str, Any]], title: str) -> str:
 
 def draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
     """Writes a PNG: bytes over depth, both logarithmic, with guides of slope 1 and 2."""
-    import matplotlib
-    import matplotlib.ticker
+    from densejax.analysis import plots  # matplotlib may be missing
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    figure, (axes,) = plots.figure(width=8, height=4.4)
     depths = np.array(sorted({row["depth"] for row in rows}))
     for number, (name, points) in enumerate(by_name(rows).items()):
         x, y = np.array(points).T
         slope = growth(points)[0]
         label = name if slope is None else f"{name} (slope {slope:.2f})"
-        axis.plot(x, y / 2**20, marker="os^vDP*X"[number % 8], label=label)
+        axes.plot(x, y / 2**20, label=label, **plots.style(number))
     lowest = min(row["temp_bytes"] for row in rows if row["depth"] == depths[0]) / 2**20
-    for slope, style in ((1, ":"), (2, "--")):
+    for slope, dashes in ((1, ":"), (2, "--")):
         guide = 0.8 * lowest * (depths / depths[0]) ** slope
-        axis.plot(depths, guide, style, color="gray", label=f"guide of slope {slope}")
-    axis.set(xscale="log", yscale="log", xlabel="depth L", ylabel="temporary memory (MiB)")
-    axis.set_xticks(depths, depths)
-    axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter("{x:,.0f}")
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
-    axis.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=150, format="png")
+        axes.plot(depths, guide, dashes, color="gray", label=f"guide of slope {slope}")
+    plots.logarithmic(axes.xaxis, "{:g}".format)
+    plots.logarithmic(axes.yaxis, "{:,.0f}".format)
+    axes.set_xticks(depths, depths)
+    axes.set(xlabel="depth L", ylabel="temporary memory (MiB)", title=title)
+    figure.legend(loc="outside right upper")
+    plots.save(figure, path)
 
 
 def depths(text: str) -> list[int]:

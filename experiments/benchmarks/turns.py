@@ -12,18 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 
 class Unavailable(Exception):
     """An implementation that cannot be measured here, and why."""
-
-
-class Child(Protocol):
-    """A process that has built an implementation and waits."""
-
-    def ask(self, steps: int) -> dict[str, Any]:
-        """Takes that many steps and says how they went."""
 
 
 class Process:
@@ -80,7 +73,7 @@ class Process:
 
 
 def alternate(
-    children: Mapping[str, Child], rounds: int, steps: int
+    children: Mapping[str, Process], rounds: int, steps: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Lets children take turns: each takes `steps` steps, then the next, `rounds` times over.
 
