@@ -239,6 +239,26 @@ def study_patterns() -> str:
     return of_sweeps("study_connections/study", ("equal", "kind"), ("Equal", "Pattern"))
 
 
+def study_time() -> str:
+    """Results of the connection study at equal training time."""
+    folder = RESULTS / "study_connections" / "time"
+    seconds = json.loads((folder / "training_time.json").read_text())["seconds"]
+    runs = csv.DictReader((folder / "runs.csv").read_text().splitlines())
+    steps = {run["kind"]: int(run["steps"]) for run in runs}
+    rows = []
+    for row in report_rows("study_connections/time"):
+        kind = row["kind"]
+        shares = [_share(row, name) for name in ("accuracy", "train_accuracy")]
+        sizes = (
+            formats.count(int(float(row["parameters"]))),
+            formats.si(float(row["multiply_adds"])),
+        )
+        step = f"{1000 * seconds[kind]:.0f}"
+        rows.append((kind, row["n"], *shares, step, formats.count(steps[kind]), *sizes))
+    head = ("Pattern", "n", "Test accuracy, %", "Training accuracy, %", "A step, ms", "Steps")
+    return table((*head, "Parameters", "Multiply-adds"), rows)
+
+
 def study_comparisons() -> str:
     """The comparisons that were written down before the runs, at equal multiply-adds."""
     report = (RESULTS / "study_connections" / "study" / "report.md").read_text()
@@ -433,7 +453,7 @@ PARTS = {
     for function in (
         *(cards, patterns, networks, configuration, fields, names, sweeps),
         *(measured_patterns, measured_on_intel),
-        *(study_patterns, study_comparisons, study_depth, study_growth_rates),
+        *(study_patterns, study_comparisons, study_time, study_depth, study_growth_rates),
         *(laboratory_degradation, laboratory_train_size, laboratory_growth_schedule),
         *(laboratory_depth_width, records),
         *(shortcuts, commands, scripts),
