@@ -15,7 +15,6 @@ KEYS = {  # of the file, and the field of SetInfo that each holds
     **{key: key for key in ("image_shape", "class_names", "splits", "mean", "std")},
     **{"white": "white_level", "usual": "usual_brightness"},
 }
-MEASURES = ("mean value", "border")  # of an image's brightness
 # The images of weights of 1,000 classes whose model.json says nothing else; in uint8 units.
 IMAGENET = {key: getattr(STREAMED["imagenet2012"], key) for key in ("image_shape", "mean", "std")}
 
@@ -27,8 +26,7 @@ def brightness(images: np.ndarray) -> dict[str, np.ndarray]:
     """
     is_border = np.ones(images.shape[1:3], bool)
     is_border[1:-1, 1:-1] = False
-    values = images.mean((1, 2, 3)), images[:, is_border].mean((1, 2))
-    return dict(zip(MEASURES, values, strict=True))
+    return {"mean value": images.mean((1, 2, 3)), "border": images[:, is_border].mean((1, 2))}
 
 
 def write(path: epath.Path, info: SetInfo, images: np.ndarray) -> None:
@@ -60,14 +58,7 @@ def read(path: epath.Path) -> SetInfo | None:
         return None
     try:
         stored = without_lists(files.unseal(files.parse_json(text)))
-        info = SetInfo(**{field: stored[key] for key, field in KEYS.items()})
-        check(path / FILE, stored, info.image_shape[-1], info.num_classes)
-        integers = (*info.splits.values(), info.white_level)
-        ranges = [info.usual_brightness[measure] for measure in MEASURES]
-        bounds = [bound for low, high in ranges for bound in (low, high)]
-        if {*map(type, integers)} != {int} or {*map(type, bounds)} != {float}:
-            raise ValueError(f"splits, white or usual are no numbers: {integers}, {bounds}")
-        return info
+        return SetInfo(**{field: stored[key] for key, field in KEYS.items()})
     except Exception as error:  # damage leads to errors of many kinds
         raise UserError(f"{path / FILE}: it is damaged ({error}); restore it") from error
 
@@ -121,18 +112,6 @@ def of_weights(
     if missing := [key for key in keys if key not in found]:
         raise UserError(f"{path}/model.json: add {', '.join(missing)}; images cannot do without")
     found["class_names"] = found.get("class_names") or names
-    check(path / "model.json", found, channels, classes, (*keys, "class_names"))
-    return without_lists(found)
-
-
-def check(
-    file: epath.Path,
-    facts: dict[str, Any],
-    channels: int,
-    classes: int,
-    keys: tuple[str, ...] = (*IMAGENET, "class_names"),
-) -> None:
-    """Raises UserError if a file's facts about images do not fit its network."""
     numbers, positive = f"{channels} numbers from 0 to 255", f"{channels} above 0"
     for key, is_one, length, allowed in (
         ("image_shape", lambda n: type(n) is int and n > 0, 3, "[height, width, channels]"),
@@ -140,10 +119,12 @@ def check(
         ("std", lambda level: _is_level(level) and level > 0, channels, positive),
         ("class_names", lambda name: isinstance(name, str), classes, f"{classes} names"),
     ):
-        value = facts.get(key)
+        value = found.get(key)
         fits = isinstance(value, list | tuple) and len(value) == length and all(map(is_one, value))
-        if key in keys and (not fits or (key == "image_shape" and value[-1] != channels)):
-            raise UserError(f"{file}: {key} = {value!r}: give {allowed}")
+        fits = fits and (key != "image_shape" or value[-1] == channels)
+        if key in (*keys, "class_names") and not fits:
+            raise UserError(f"{path}/model.json: {key} = {value!r}: give {allowed}")
+    return without_lists(found)
 
 
 def without_lists(value: Any) -> Any:

@@ -9,7 +9,6 @@ import pytest
 from densejax.config import UserError
 from densejax.data import facts
 from densejax.data.official import SetInfo
-from densejax.runs import files
 
 INFO = SetInfo((4, 6, 3), ("cat", "dog"), {"train": 5, "test": 2}, (1.0, 2.0, 3.5), (4.0, 5.0, 6.0))
 
@@ -41,28 +40,8 @@ def test_it_is_read_as_it_was_written(tmp_path):
     assert low < 0 and high > 255
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"class_names": ["cat", 3]},
-        {"class_names": None},
-        {"splits": {"train": "many"}},
-        {"splits": 3},
-        {"image_shape": [4, 6]},
-        {"mean": [1.0]},
-        {"std": [4.0, 0.0, 6.0]},
-        {"white": "white"},
-        {"usual": {"border": [1.0, "x"]}},
-        {"usual": [3]},
-        "[3]",
-        "no JSON",
-        "",
-    ],
-)
-def test_a_damaged_file_is_one_line(tmp_path, changes):
-    facts.write(tmp_path, INFO, grey(100))
-    content = files.unseal(json.loads((tmp_path / "data.json").read_text()))
-    text = changes if isinstance(changes, str) else json.dumps(files.seal(content | changes))
+@pytest.mark.parametrize("text", ["[3]", "no JSON", ""])
+def test_a_damaged_file_is_one_line(tmp_path, text):
     (tmp_path / "data.json").write_text(text)
     with pytest.raises(UserError, match="data.json: it is damaged") as caught:
         facts.read(tmp_path)
