@@ -14,17 +14,22 @@ from densejax.weights.store import convert_file, digest, load, save
 
 __all__ = ["convert_file", "digest", "from_keras", "from_torch", "load", "save", "to_torch"]
 
-MODEL = flags.DEFINE_string("model", None, "A network's name.")
+# An override lets programs that import this module define such flags of their own.
+MODEL = flags.DEFINE_string("model", None, "A network's name.", allow_override=True)
 WEIGHTS = flags.DEFINE_string("weights", None, f"{', '.join(READERS)} or {HUB}owner/name.")
-OUTPUT = flags.DEFINE_string("output", None, "A new directory.")
+OUTPUT = flags.DEFINE_string("output", None, "A new directory.", allow_override=True)
 NUM_CLASSES = flags.DEFINE_integer(
-    "num_classes", None, "0: no classifier; default: as many as the weights have.", lower_bound=0
+    "num_classes",
+    None,
+    "0: no classifier; default: as many as the weights have.",
+    lower_bound=0,
+    allow_override=True,
 )
 IN_CHANNELS = flags.DEFINE_integer(
     "in_channels", None, "Of the images; default: as many as the weights have.", lower_bound=1
 )
 ADAPT = flags.DEFINE_bool("adapt", False, "New classifier, other image channels.")
-SEED = flags.DEFINE_integer("seed", 0, "Of a new classifier.")
+SEED = flags.DEFINE_integer("seed", 0, "Of a new classifier.", allow_override=True)
 SHORTCUT = flags.DEFINE_string(
     "shortcut", "", "Of a ResNet without projections: identity or identity_middle."
 )

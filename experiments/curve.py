@@ -14,9 +14,9 @@ def draw(workdir: epath.Path, output: epath.Path) -> None:
     if not (records and config):
         raise UserError(f"--workdir={workdir}: it is no run that has taken steps")
     augmentation = config["augmentation"]
-    parts = ("shift", "flip", "policy", "cutout", "erasing", "mixup", "cutmix")
-    training = "training"
-    training += ", augmented" if any(map(augmentation.get, parts)) else ""
+    parts = ("shift", "flip", "cutout", "erasing", "mixup", "cutmix", "jitter", "lighting")
+    augmented = any(map(augmentation.get, parts)) or augmentation.get("policy", "none") != "none"
+    training = "training" + (", augmented" if augmented else "")
     training += ", smoothed labels" if config["train"]["label_smoothing"] else ""
     figure, panels = plots.figure(2, width=4.5, height=3.6)
     for axes, quantity in zip(panels, ("loss", "error"), strict=True):

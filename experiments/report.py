@@ -257,7 +257,7 @@ def require_comparable(root: epath.Path, groups: dict[str, list[Group]]) -> None
         for group in ended:
             seeds = collections.Counter(run.sweep["seed"] for run in group.runs)
             if max(seeds.values()) > 1:
-                alike = ", ".join(run.name for run in group.runs)
+                alike = ", ".join(r.name for r in group.runs if seeds[r.sweep["seed"]] > 1)
                 raise UserError(
                     f"--root={root}: {name}, {group.label()}: {alike} have a seed in common, which "
                     f"would count twice; keep one run of each seed"

@@ -13,6 +13,11 @@ or data, which is said; what a dead process left is taken over and resumed.
 numbers are not finite has diverged: that is its result, and it is not tried again.
 """
 
+if __name__ == "__main__":
+    from densejax.runs import large_pages
+
+    large_pages.use()  # as the runs do: otherwise --training_time would measure other steps
+
 import collections
 import concurrent.futures
 import contextlib
@@ -75,7 +80,9 @@ TRAINING_TIME = flags.DEFINE_bool(
     "training_time", False, "Time a training step; let nothing else run beside."
 )
 EQUAL_TIME = flags.DEFINE_string(
-    "equal_time", None, "A run without its seed: all train for its time, by --training_time."
+    "equal_time",
+    None,
+    "A run, without its seed: all get its time, by what --training_time measured.",
 )
 RESUME = flags.DEFINE_enum(
     "resume", "same", ["same", "force"], "force: go on with, or measure again, runs of other code."
@@ -265,7 +272,7 @@ def of_equal_time(work: Work, point: str) -> Work:
             f"--training_time measures the runs that --only names"
         )
     longer = seconds[point] / seconds[work.point]
-    steps = round(longer * experiment.build(work.config).steps)
+    steps = max(1, round(longer * experiment.build(work.config).steps))
     changes = {
         "train.max_steps": steps,
         "train.epochs": math.ceil(longer * work.config.train.epochs),

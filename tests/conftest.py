@@ -18,7 +18,7 @@ define = flags.FlagValues.__setitem__
 
 def redefine(values, name, flag):
     """Defines a flag; the tests import several commands, which have flags of the same names."""
-    flag.allow_override = True
+    flag.allow_override |= values.find_module_defining_flag(name, "").startswith("densejax.")
     define(values, name, flag)
 
 

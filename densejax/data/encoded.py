@@ -219,7 +219,9 @@ def _open_folder(path: epath.Path, share: float, labelled_test: bool) -> tuple[s
         return folders["validation"].name, {"train": train, "test": splits["validation"]}
     found = dict(zip(("train", "test"), train.divided(share), strict=True))
     if not len(found["train"]):
-        raise DataError(f"data.test_share = {share}: no image is left that trains")
+        raise DataError(
+            f"data.test_share = {share}: no image is left that trains; lower it, or add images"
+        )
     return HELD_OUT, found
 
 

@@ -279,7 +279,10 @@ class StreamSet:
     def examples(self, places: list[int]) -> list[tuple[np.ndarray, int, str]]:
         """(image as it is evaluated, label, the file that it is from) of examples by place."""
         source, indices = self._source, self._source.indices[places]
-        return [(*source._read(int(n)), source.examples[int(n)][2]) for n in indices]
+        try:
+            return [(*source._read(int(n)), source.examples[int(n)][2]) for n in indices]
+        except ImageError as error:
+            raise DataError(f"{error}; replace or remove it") from error
 
     def close(self) -> None:
         """Ends the workers."""

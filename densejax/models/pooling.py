@@ -18,8 +18,8 @@ def require_divisible(x: jax.Array, size: int) -> None:
     if min(height, width) < size:
         divided = "halved" if size == 2 else f"divided into patches of {size}x{size}"
         raise UserError(
-            f"feature maps of {height}x{width} cannot be {divided}: the network has too many "
-            f"blocks for these images; set data.image_size to enlarge them"
+            f"feature maps of {height}x{width} cannot be {divided}: the images are too small for "
+            f"this network; set data.image_size to enlarge them"
         )
 
 

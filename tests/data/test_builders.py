@@ -13,6 +13,7 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +214,19 @@ def test_a_tar_is_never_extracted(tiny, read, tmp_path, monkeypatch):
     monkeypatch.setitem(builders.SETS, "cifar100", facts)
     with pytest.raises(builders.DataError, match="cifar-100-binary/test.bin"):
         builders.read("cifar100", "train", str(tmp_path / "other"), str(tmp_path / "manual"))
+
+
+def test_an_archive_that_would_fill_the_memory_is_not_unpacked(tiny, read, tmp_path):
+    tiny("fashion_mnist")
+    path = tmp_path / "manual/t10k-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(bytes(20_000_000)))  # 20 kB
+    tracemalloc.start()
+    try:
+        with pytest.raises(builders.DataError, match="t10k-labels-idx1-ubyte.gz has SHA-256"):
+            read("fashion_mnist")
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "cifar10", "cifar100", "svhn"])

@@ -72,6 +72,21 @@ def test_runs_of_a_sweep(sweep, base, card):
     assert len({tuple(run.axes) for run in found}) == 1  # the columns of one table
     for run in found:
         experiment.build(read(run, card))
+        allowed = 0.1 if run.name == "hardnet" else 0.02  # its widths are even
+        assert run.mismatch is None or abs(run.mismatch) <= allowed
+
+
+def test_widths_that_are_fast_on_a_cpu_are_the_nearest_to_those_of_equal_multiply_adds(base):
+    equal = {run.axes["kind"]: run for run in sweeps.patterns(base) if run.model}
+    found = {run.axes["kind"]: run for run in sweeps.patterns_equal_time(base)}
+    assert found.keys() == {"dense", "residual", "laurel", "hyper", "weighted"}
+    assert found.pop("dense").overrides == {}
+    for kind, run in found.items():
+        widths = (one.overrides["model.widths"] for one in (run, equal[kind]))
+        assert all(
+            new % 8 == 0 and (abs(new - old) <= 4 or new == 8)
+            for new, old in zip(*widths, strict=True)
+        )
 
 
 def test_layers_make_up_for_the_growth_rate():

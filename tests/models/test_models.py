@@ -183,6 +183,7 @@ FORMS = [
 def by_fields(name, classes, **changes):
     """(parameters, multiply-adds) by the closed form, from a network's fields."""
     network = models.create(models.fields(name, **changes), classes)
+    assert (network.stem == "imagenet") == (classes == 1000) and not network.convolution_bias
     if isinstance(network, ResNet):
         is_bottleneck = network.block == "bottleneck"
         return resnet(
@@ -194,6 +195,7 @@ def by_fields(name, classes, **changes):
             projection=(network.connect, network.shortcut) == ("add", "projection"),
             late=is_bottleneck and network.stride_on == "3x3",
         )
+    assert network.bottleneck_width == 4
     return densenet(
         network.block_depths(),
         network.growth_rate,
