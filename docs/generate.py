@@ -210,11 +210,7 @@ def of_sweeps(
     names = {"growth_rate": "depth", "patterns_equal_parameters": "parameters"}
     rows = []
     for row in report_rows(part, sweep):
-        shares = [_share(row, name) for name in ("accuracy", "train_accuracy")]
-        sizes = (
-            formats.count(int(float(row["parameters"]))),
-            formats.si(float(row["multiply_adds"])),
-        )
+        shares, sizes = _shares_and_sizes(row)
         paths = row["edges"], row["longest_path"]
         row["equal"] = names.get(row["sweep"], "multiply-adds")
         row["kind"] = row.get("kind", "").replace("_", "-")
@@ -222,6 +218,13 @@ def of_sweeps(
     rows = sorted(rows) if by_name else rows
     head = ("n", "Test accuracy, %", "Training accuracy, %", "Parameters", "Multiply-adds")
     return table((*titles, *head, "Edges", "Longest path"), rows)
+
+
+def _shares_and_sizes(row: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Accuracies on test and training images; parameters and multiply-adds."""
+    shares = [_share(row, name) for name in ("accuracy", "train_accuracy")]
+    parameters, multiply_adds = (float(row[name]) for name in ("parameters", "multiply_adds"))
+    return shares, [formats.count(int(parameters)), formats.si(multiply_adds)]
 
 
 def _share(row: dict[str, str], name: str) -> str:
@@ -248,11 +251,7 @@ def study_time() -> str:
     rows = []
     for row in report_rows("study_connections/time"):
         kind = row["kind"]
-        shares = [_share(row, name) for name in ("accuracy", "train_accuracy")]
-        sizes = (
-            formats.count(int(float(row["parameters"]))),
-            formats.si(float(row["multiply_adds"])),
-        )
+        shares, sizes = _shares_and_sizes(row)
         step = f"{1000 * seconds[kind]:.0f}"
         rows.append((kind, row["n"], *shares, step, formats.count(steps[kind]), *sizes))
     head = ("Pattern", "n", "Test accuracy, %", "Training accuracy, %", "A step, ms", "Steps")

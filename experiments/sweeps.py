@@ -315,10 +315,8 @@ def patterns(base: Base, what: str = "multiply_adds") -> Iterator[Run]:
         make = functools.partial(_connected, base, connect, unit)
         network, mismatch = base.search(make, base.growth_rates, what, tolerance)
         yield network.run(connect, {"kind": connect}, mismatch)
-    doubling = tuple(2**stage for stage in range(len(base.blocks)))
     for connect in connections.ADDING:
-        make, kind = functools.partial(_preactivated, base, connect), ADDING.get(connect, connect)
-        network, mismatch = base.search(make, doubling, what)
+        kind, network, mismatch = _equal_preactivated(base, connect, what)
         yield network.run(kind, {"kind": kind}, mismatch)
 
 
@@ -334,17 +332,22 @@ def patterns_equal_time(base: Base) -> Iterator[Run]:
     3x3 convolution of 7 channels takes twice as long as that of 8.
     """
     yield base.dense().run("dense", {"kind": "dense"}, 0.0)
-    doubling = tuple(2**stage for stage in range(len(base.blocks)))
     for connect in ("add", "laurel", "hyper", "weighted"):
-        make, kind = functools.partial(_preactivated, base, connect), ADDING.get(connect, connect)
-        equal, _ = base.search(make, doubling, "multiply_adds")
+        kind, equal, _ = _equal_preactivated(base, connect, "multiply_adds")
         widths = [max(1, round(width / 8)) * 8 for width in equal.fields["widths"]]
-        yield make(widths).run(kind, {"kind": kind})
+        yield _preactivated(base, connect, widths).run(kind, {"kind": kind})
 
 
 def _connected(base: Base, connect: str, unit: int, widths: Sequence[int]) -> Network:
     changed = {} if connect == base.config.model.connect else {"connect": connect}
     return base.dense((), [unit * width for width in widths], **changed)
+
+
+def _equal_preactivated(base: Base, connect: str, what: str) -> tuple[str, Network, float]:
+    """(kind, network whose count comes near the card's, its relative difference)."""
+    doubling = tuple(2**stage for stage in range(len(base.blocks)))
+    make = functools.partial(_preactivated, base, connect)
+    return ADDING.get(connect, connect), *base.search(make, doubling, what)
 
 
 def _preactivated(base: Base, connect: str, widths: Sequence[int]) -> Network:
