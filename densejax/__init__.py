@@ -105,6 +105,5 @@ def train(config, workdir: str = "", callbacks=(), force: bool = False):
     found = result.read(path)
     # A run that was stopped may have the result of an earlier configuration or code.
     is_new = found and run_directory.same_run(found["config"], config)
-    return (
-        found if is_new and found["versions"].get("code") == run_directory.code_digest() else None
-    )
+    is_new = is_new and found["versions"].get("code") == run_directory.code_digest()
+    return found if is_new else None
