@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# The short sweeps of docs/results.md, two epochs each: depth without shortcuts, few images,
-# growth rates that double, and depth against width.
+# The short sweeps of docs/results.md, two epochs each: depth without shortcuts, and few images.
 # Start one for each core, or on each machine that shares ROOT; start it again after an interruption:
 #   taskset -c 0 experiments/laboratory.sh ROOT & taskset -c 1 experiments/laboratory.sh ROOT
 # More arguments go to every sweep: --dry_run lists the runs and the hours that they would take.
@@ -12,8 +11,5 @@ shift
 two=(--config.train.epochs=2)
 sweep learning_rate "$root" "${two[@]}" --seeds=1 "$@" # on held-out images
 tune "$root/learning_rate" "$@"
-small=(--config.model.growth_rate=6)
-sweep degradation "$root" "${two[@]}" "${tuned[@]}" "${small[@]}" "$@"
+sweep degradation "$root" "${two[@]}" "${tuned[@]}" --config.model.growth_rate=6 "$@"
 sweep train_size "$root" "${two[@]}" "${tuned[@]}" --only='*_plain_images_*' "$@"
-sweep growth_schedule "$root" "${two[@]}" "${tuned[@]}" "${small[@]}" "$@"
-sweep depth_width "$root" "${two[@]}" "${tuned[@]}" "${small[@]}" "$@"

@@ -23,6 +23,10 @@ wide=(--config.model.blocks="(2,4,4)" --config.model.growth_rate=18)
 sweep growth_rate "$root/growth" "${wide[@]}" "${ten[@]}" "${tuned[@]}" --values=6,12,18,24,32 "$@"
 sweep growth_rate_equal_multiply_adds "$root/growth" "${wide[@]}" "${ten[@]}" "${tuned[@]}" "$@"
 
+# Growth rates that double with each block, and depth against width: the network of the card.
+sweep growth_schedule "$root/shapes" "${ten[@]}" "${tuned[@]}" "$@"
+sweep depth_width "$root/shapes" "${ten[@]}" "${tuned[@]}" "$@"
+
 # More seeds of each pattern; eight of those whose comparison was written down (sweeps.COMPARISONS).
 sweep patterns "$root/study" "${eight[@]}" "${ten[@]}" "${tuned[@]}" --seeds=3 "$@"
 sweep patterns "$root/study" "${eight[@]}" "${ten[@]}" "${tuned[@]}" --seeds=8 \

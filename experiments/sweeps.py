@@ -364,11 +364,21 @@ def variants(base: Base) -> Iterator[Run]:
 
 
 def growth_schedule(base: Base) -> Iterator[Run]:
-    """One growth rate for all blocks, or twice the rate in each block, at equal parameters."""
-    for name, factor in (("constant", 1), ("doubling", 2)):
+    """One growth rate for all blocks, or twice the rate in each block, at equal parameters.
+
+    The rates that double have a second point, at equal multiply-adds: later blocks have smaller
+    feature maps, where a wide layer needs many parameters and few multiply-adds.
+    """
+    points = (
+        ("constant", 1, "parameters"),
+        ("doubling", 2, "parameters"),
+        ("doubling", 2, "multiply_adds"),
+    )
+    for name, factor, what in points:
         ratios = tuple(factor**block for block in range(len(base.layers)))
-        network, mismatch = base.search(lambda k: base.dense((), k), ratios, "parameters")
-        yield network.run(name, {"schedule": name}, mismatch)
+        network, mismatch = base.search(lambda k: base.dense((), k), ratios, what)
+        axes = {"schedule": name, "equal": what}
+        yield network.run(f"{name}_equal_{what}", axes, mismatch)
 
 
 def train_size(base: Base) -> Iterator[Run]:

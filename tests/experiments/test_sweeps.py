@@ -137,13 +137,15 @@ def test_a_sweep_at_each_value_of_an_axis_is_equal_to_the_card_with_that_value()
     for run in sweeps.runs("growth_schedule", config, seeds=1, axes=axes):
         with config.ignore_type():
             config.model.growth_rate = run.overrides["model.growth_rate"]
-        parameters, _ = counts.of_network(experiment.build(config).task.model, (8, 8, 1))
+        found = counts.of_network(experiment.build(config).task.model, (8, 8, 1))
         with config.ignore_type():
             config.model.growth_rate = run.axes["growth_rate"]
-        wanted, _ = counts.of_network(experiment.build(config).task.model, (8, 8, 1))
-        assert parameters / wanted - 1 == pytest.approx(run.mismatch, abs=1e-12)
+        wanted = counts.of_network(experiment.build(config).task.model, (8, 8, 1))
+        which = ("parameters", "multiply_adds").index(run.axes["equal"])
+        assert found[which] / wanted[which] - 1 == pytest.approx(run.mismatch, abs=1e-12)
         assert abs(run.mismatch) <= 0.02 and run.overrides["train.batch_size"] == 128
-        assert run.name.startswith(f"{run.axes['schedule']}_growth_rate={run.axes['growth_rate']}_")
+        point = f"{run.axes['schedule']}_equal_{run.axes['equal']}"
+        assert run.name.startswith(f"{point}_growth_rate={run.axes['growth_rate']}_")
 
 
 @pytest.mark.parametrize(
