@@ -22,12 +22,12 @@ train: $(READY) ## Train the digits example; more flags: make train ARGS="--conf
 	$(BIN)/python -m densejax.main --config=configs/digits.py $(ARGS)
 
 results: $(READY) ## Write the study's tables and figures from its runs: make results ROOT=FOLDER
-	for part in study depth growth time; do folder=experiments/results/study_connections/$$part; \
+	for part in study depth growth shapes time; do folder=experiments/results/study_connections/$$part; \
 	  $(BIN)/python experiments/report.py --root=$(ROOT)/$$part --output=$$folder || exit 1; \
 	  rm $$folder/index.html $$folder/*training_seconds*; done # runs shared a machine: no times
 	cp $(ROOT)/time/patterns_equal_time/training_time.json experiments/results/study_connections/time
 	$(BIN)/python docs/generate.py --only study_patterns study_comparisons study_time study_depth \
-	  study_growth_rates
+	  study_growth_rates study_growth_schedule study_depth_width
 
 docs: $(READY) ## Write the tables and pictures of docs/ that the code knows
 	$(BIN)/python docs/generate.py $(ARGS)

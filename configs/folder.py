@@ -7,7 +7,8 @@ Data:      FOLDER/class/image.jpg: a fifth of each class is held out for the tes
            the device; otherwise they are streamed.
 Command:   python -m densejax.main --config=configs/folder.py --config.data.manual_dir=FOLDER
            ... --config=configs/folder.py:model=densenet_bc_40_12,image_size=32  (small images)
-           ... --config.train.weights=DIR --config.data.normalization=weights
+           ... --config.train.weights=FILE --config.train.new_classifier \
+               --config.data.normalization=weights                       (fine-tuning)
            ... --config.data.channels=1                                          (grey)
            python -m densejax.predict --workdir=runs/folder-... photo.jpg
 Hardware:  one accelerator for 224x224; two CPU cores for a few thousand images of 32x32.

@@ -3,7 +3,10 @@
 import sys
 import time
 
-if any(word == "-m" or word.endswith("/densejax") for word in sys.argv[:1]):
+_command = sys.argv[0] if sys.argv else ""
+if _command == "-m":  # Python has not replaced it by the module's file yet
+    _command = sys.orig_argv[-len(sys.argv)].removeprefix("-m").partition(".")[0]
+if _command == __name__ or _command.endswith("/densejax"):
     # A command, whose imports take seconds.
     from densejax.runs import interrupt
 
@@ -84,20 +87,23 @@ def train(config, workdir: str = "", callbacks=(), force: bool = False):
       densejax.config.UserError: a mistake in the configuration, data or directory, in one line.
     """
     import copy
+    import os
 
     from densejax.config import check
+    from densejax.data import encoded
     from densejax.runs import files
     from densejax.runs import workdir as run_directory
     from densejax.training import loop, parallel, result
 
     global STARTED
     STARTED = time.monotonic()  # of this run: another one may have been before it
+    encoded.open_splits.cache_clear()  # files may have changed since an earlier run
     config = copy.deepcopy(config)
     check(config)  # it fills in what a default depends on, which the directory's name is of
     if config.evaluate.assess:
         from densejax.analysis import assessment  # matplotlib may be missing
     parallel.start()
-    directory = workdir or run_directory.default(config.name, config)
+    directory = os.fspath(workdir) or run_directory.default(config.name, config)
     loop.run(config, directory, force=force, callbacks=callbacks)
     path = files.path_of("workdir", directory)
     if config.evaluate.assess:

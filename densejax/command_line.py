@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 from densejax import models
 from densejax.config import KEYS, UserError, default, did_you_mean, flatten, unknown_key
-from densejax.runs import interrupt, screen, workdir
+from densejax.runs import files, interrupt, screen, workdir
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -37,6 +37,8 @@ def run(main: Callable[..., int], config: str = "required", arguments: bool = Fa
     sys.stdin = sys.stdin or open(os.devnull)
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in sys.stdout, sys.stderr:  # names that the terminal's encoding lacks are escaped
+        stream.reconfigure(errors="backslashreplace")
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)  # orbax tells a story about every save
@@ -76,7 +78,7 @@ def require(*holders: flags.FlagHolder) -> None:
 def run_directory(holder: flags.FlagHolder) -> str:
     """The directory that a flag names, or None; "latest" is the newest run, which is said."""
     if holder.value != "latest":
-        return holder.value
+        return holder.value and str(files.path_of(f"--{holder.name}", holder.value))
     found = workdir.latest()
     screen.say(f"densejax: --{holder.name}=latest is {found}")
     return found

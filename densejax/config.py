@@ -157,7 +157,7 @@ KEYS = {
         0.2,
         "For a folder without val and test: the share of each class's images that is held out "
         "and tested on. They are the same images for every seed.",
-        _SHARE,
+        _Range(lambda value: 0 < value < 1, "a number above 0 and below 1"),
     ),
     "data.channels": Key(
         3,
@@ -326,8 +326,8 @@ KEYS = {
     ),
     "train.new_classifier": Key(
         False,
-        "If train.weights have another number of classes, a new classifier is drawn; if they "
-        "have another number of image channels, the first kernels are fitted.",
+        "A new classifier is drawn in place of that of train.weights; if they have another number "
+        "of image channels, the first kernels are fitted.",
     ),
     "train.frozen": Key(
         (),
@@ -374,7 +374,7 @@ KEYS = {
         _NOT_NEGATIVE,
     ),
     "optimizer.momentum": Key(
-        0.9, "The momentum of SGD (without dampening), or beta 1 of AdamW.", _FRACTION
+        0.9, "The momentum of SGD (without dampening) and of Muon, or beta 1 of AdamW.", _FRACTION
     ),
     "optimizer.nesterov": Key(True, "Whether the momentum is Nesterov's."),
     "optimizer.beta2": Key(
@@ -385,8 +385,9 @@ KEYS = {
     ),
     "optimizer.weight_decay": Key(
         1e-4,
-        "The weight decay. 'sgd' adds this share of the weights to the gradient; 'adamw' adds it "
-        "to the update, and so does 'muon' for the kernels of convolutions.",
+        "The weight decay. 'sgd' adds this share of each weight to its gradient. 'adamw' subtracts "
+        "the learning rate times this share of the weight; 'muon' does the same for kernels of "
+        "convolutions, at a tenth of the rate.",
         _NOT_NEGATIVE,
     ),
     "optimizer.decay_all": Key(
@@ -443,8 +444,8 @@ KEYS = {
     ),
     "evaluate.resize_size": Key(
         0,
-        "For streams and folders: the shorter side in pixels before the middle is cropped; 0: "
-        "256/224 of data.image_size, as is usual.",
+        "For streams and folders: the image is resized until its shorter side has so many pixels; "
+        "then the middle is cropped. 0: data.image_size x 256/224.",
         _NOT_NEGATIVE,
     ),
     "evaluate.crop_size": Key(

@@ -1,7 +1,6 @@
 """Measures which connections a trained network needs: python -m densejax.cut --workdir=DIR."""
 
 import contextlib
-import json
 
 import numpy as np
 from absl import flags
@@ -30,6 +29,9 @@ def main() -> int:
     experiment, network = classifier.experiment_of(path), classifier.load(path)
     params = network.variables["params"]
     connections = cuts.connections(network.model, params)
+    folder = files.path_of("--output", OUTPUT.value or path)
+    with files.writing(f"--output={folder}", "name another folder"):  # before the measurement
+        folder.mkdir(parents=True, exist_ok=True)
     split, images, labels = held_out(experiment, path, IMAGES.value)
     size, loss = experiment.config.evaluate.batch_size, experiment.task.evaluation_loss
     uncut, results = cuts.measure(network, loss, images, labels, size)
@@ -45,11 +47,9 @@ def main() -> int:
     outcome = {"split": split, "images": len(images), "uncut": uncut}
     outcome |= {"rank_correlation": correlation, "connections": records}
     figure = plots.heat_maps(maps, cuts.heat_maps(maps, connections, damages))
-    folder = epath.Path(OUTPUT.value or path)
-    with files.writing(f"--output={folder}", "give a folder to write"):
-        folder.mkdir(parents=True, exist_ok=True)
+    with files.writing(f"--output={folder}", "name another folder"):
+        files.write_json(folder / "cut.json", outcome)
         plots.save(figure, folder / "cut.png")
-        (folder / "cut.json").write_text(json.dumps(outcome, indent=2) + "\n")
     worst = max(records, key=lambda record: record["loss_increase"])
     print(
         f"{formats.plural(len(images), f'{split} image')}: accuracy "

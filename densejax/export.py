@@ -23,7 +23,10 @@ WORKDIR = flags.DEFINE_string(
 )
 OUTPUT = flags.DEFINE_string("output", None, "The file or folder to write.")
 NAMES = flags.DEFINE_string(
-    "names", None, "Whose names weights get: torchvision, timm or authors; none: StableHLO."
+    "names",
+    None,
+    "Writes weights with the names of torchvision, timm or authors; without this flag, a program "
+    "in StableHLO.",
 )
 ALLOWED = ("cpu", "cuda", "rocm", "tpu")
 PLATFORMS = flags.DEFINE_list(
@@ -37,7 +40,7 @@ def main() -> int:
     directory = command_line.run_directory(WORKDIR)
     if NAMES.value and PLATFORMS.present:
         raise UserError(
-            f"--names={NAMES.value}: weights are for any platform; give --platforms or this"
+            f"--names={NAMES.value}: weights are for any platform; leave out --platforms"
         )
     if set(PLATFORMS.value) - set(ALLOWED):
         given = ",".join(PLATFORMS.value)
@@ -51,7 +54,7 @@ def main() -> int:
         return 0
     content = network.serialised(tuple(PLATFORMS.value))
     with files.writing(f"--output={OUTPUT.value}", "name another file"):
-        epath.Path(OUTPUT.value).write_bytes(content)
+        files.path_of("--output", OUTPUT.value).write_bytes(content)
     shape = ", ".join(map(str, network.image_shape))
     print(
         f"{OUTPUT.value}: {formats.si(len(content))}B, uint8 [batch, {shape}] -> "

@@ -28,20 +28,23 @@ def main(*paths: str) -> int:
     parallel.start()
     results = prediction.predict(classifier.load(directory), files, TOP.value, screen.show)
     screen.show()
+    errors = [result["error"] for result in results if "error" in result]
+    for error in errors:
+        screen.say(f"densejax: {error}")
     for result in results:
         for difference in result["unlike"]:
             text = f"{result['image']} is unlike the training images, its class may be wrong"
             print(f"densejax: {printable(text)}: {difference}", file=sys.stderr)
     if FORMAT.value == "json":
         print(json.dumps(results, indent=2))
-        return 0
-    for result in results:
+    for result in results if FORMAT.value == "table" else ():
         rows = [
             ("", formats.percent(found["probability"]), printable(found["name"]))
             for found in result["classes"]
         ]
-        print(printable(result["image"]), formats.table(rows), sep="\n")
-    return 0
+        if rows:
+            print(printable(result["image"]), formats.table(rows), sep="\n")
+    return UserError.exit_code if errors else 0
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ NUM_CLASSES = flags.DEFINE_integer(
 IN_CHANNELS = flags.DEFINE_integer(
     "in_channels", None, "Of the images; default: as many as the weights have.", lower_bound=1
 )
-ADAPT = flags.DEFINE_bool("adapt", False, "New classifier, other image channels.")
+ADAPT = flags.DEFINE_bool("adapt", False, "Fit the weights to --num_classes and --in_channels.")
 SEED = flags.DEFINE_integer("seed", 0, "Of a new classifier.", allow_override=True)
 SHORTCUT = flags.DEFINE_string(
     "shortcut", "", "Of a ResNet without projections: identity or identity_middle."

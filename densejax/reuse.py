@@ -2,7 +2,6 @@
 
 import numpy as np
 from absl import flags
-from etils import epath
 
 from densejax import command_line
 from densejax.analysis import reuse
@@ -27,9 +26,9 @@ def main() -> int:
     parallel.start()
     model, variables = classifier.network(directory)
     maps = reuse.heat_maps(model, variables["params"], variables.get("batch_stats"))
-    folder = epath.Path(OUTPUT.value or directory)
+    folder = files.path_of("--output", OUTPUT.value or directory)
     arrays = {f"{one.block}/{key}": array for one in maps for key, array in vars(one).items()}
-    with files.writing(f"--output={folder}", "give a folder to write"):
+    with files.writing(f"--output={folder}", "name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         plots.save(plots.heat_maps(maps), folder / "reuse.png")
         with (folder / "reuse.npz").open("wb") as file:

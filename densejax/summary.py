@@ -23,17 +23,19 @@ NUM_CLASSES = flags.DEFINE_integer(
 )
 DEPTH = flags.DEFINE_integer("depth", 2, "Parts of a layer's name to show.", lower_bound=1)
 FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "How to print.")
-FIGURE = flags.DEFINE_string("figure", None, "PNG file for a drawing of what each layer reads.")
+FIGURE = flags.DEFINE_string(
+    "figure", None, "File (.png, .svg or .pdf) for a drawing of what each layer reads."
+)
 LIST = flags.DEFINE_bool("list", False, "Name every network.")
 
 
 def named(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     """A network of the table and an image's shape, by the flags or as its paper has them."""
     fields = models.fields(name)
-    size, classes = (32, 10) if fields.get("stem") == "cifar" else (224, 1000)
+    usual, classes = models.usual_images(name)
     classes = classes if NUM_CLASSES.value is None else NUM_CLASSES.value
     try:
-        shape = tuple(map(int, IMAGE_SHAPE.value or (size, size, 3)))
+        shape = tuple(map(int, IMAGE_SHAPE.value or usual))
     except ValueError:
         shape = ()
     if len(shape) != 3 or min(shape) < 1:
@@ -97,9 +99,12 @@ def draw(graphs: Mapping[str, Graph]) -> None:
 
     if not graphs:
         raise UserError("--figure: this network says nothing of its connections")
+    form = FIGURE.value.rpartition(".")[2].lower()
+    if form not in ("png", "svg", "pdf"):
+        raise UserError(f"--figure={FIGURE.value}: the name must end in .png, .svg or .pdf")
     panels = {", ".join(names): graph for graph, names in _alike(graphs).items()}
-    with files.writing(f"--figure={FIGURE.value}", "name a PNG file"):
-        plots.save(plots.connections(panels), FIGURE.value)
+    with files.writing(f"--figure={FIGURE.value}", "name another file"):
+        plots.save(plots.connections(panels), FIGURE.value, form)
 
 
 def main() -> int:

@@ -212,7 +212,8 @@ def of_sweeps(
     for row in report_rows(part, sweep):
         shares, sizes = _shares_and_sizes(row)
         paths = row["edges"], row["longest_path"]
-        row["equal"] = names.get(row["sweep"], "multiply-adds")
+        equal = row.get("equal") or names.get(row["sweep"], "multiply-adds")
+        row["equal"] = equal.replace("_", "-")
         row["kind"] = row.get("kind", "").replace("_", "-")
         rows.append((*(row[axis] for axis in axes), row["n"], *shares, *sizes, *map(_whole, paths)))
     rows = sorted(rows) if by_name else rows
@@ -276,6 +277,18 @@ def study_growth_rates() -> str:
     return of_sweeps("study_connections/growth", ("equal", "growth_rate"), ("Equal", "k"))
 
 
+def study_growth_schedule() -> str:
+    """One growth rate for all blocks, or twice the rate in each block."""
+    axes, titles = ("equal", "schedule"), ("Equal", "Growth rates")
+    return of_sweeps("study_connections/shapes", axes, titles, True, "growth_schedule")
+
+
+def study_depth_width() -> str:
+    """Dense networks of equal parameters from shallow to deep, and two other kinds."""
+    axes, titles = ("kind", "depth"), ("Kind", "Depth")
+    return of_sweeps("study_connections/shapes", axes, titles, True, "depth_width")
+
+
 def records() -> str:
     """The records: parameters, accuracy after the last stage, and seconds where these count."""
     rows = []
@@ -327,33 +340,16 @@ def laboratory_train_size() -> str:
     return laboratory("train_size", "train_size", shown)
 
 
-def laboratory_growth_schedule() -> str:
-    """One growth rate for all blocks, or twice the rate in each block."""
-    return of_sweeps(
-        "laboratory", ("schedule",), ("Growth rates",), by_name=True, sweep="growth_schedule"
-    )
-
-
-def laboratory_depth_width() -> str:
-    """Dense networks of equal parameters from shallow to deep, and two other kinds."""
-    axes, titles = ("kind", "depth"), ("Kind", "Depth")
-    return of_sweeps("laboratory", axes, titles, by_name=True, sweep="depth_width")
-
-
 def networks() -> str:
     """Every named network with its counts."""
     parts = []
     for family, names in itertools.groupby(models.MODELS, lambda n: models.MODELS[n]["family"]):
         rows = []
         for name in names:
-            fields = models.fields(name)
-            is_small = fields.get("stem") == "cifar" or name.endswith("_cifar")
-            size, classes, channels = (32, 10, 3) if is_small else (224, 1000, 3)
-            if name == "densenet_d2l":
-                size, classes, channels = 96, 10, 1
-            found = counts.of_network(models.create(fields, classes), (size, size, channels))
-            parameters, multiply_adds = found
-            image = f"{size}x{size}x{channels}, {classes:,} classes"
+            shape, classes = models.usual_images(name)
+            network = models.create(models.fields(name), classes)
+            parameters, multiply_adds = counts.of_network(network, shape)
+            image = f"{'x'.join(map(str, shape))}, {classes:,} classes"
             row = formats.count(parameters), formats.si(multiply_adds), SOURCES[name]
             rows.append((f"`{name}`", image, *row))
         head = ("Name", "Image", "Parameters", "Multiply-adds", "The count equals")
@@ -453,9 +449,8 @@ PARTS = {
         *(cards, patterns, networks, configuration, fields, names, sweeps),
         *(measured_patterns, measured_on_intel),
         *(study_patterns, study_comparisons, study_time, study_depth, study_growth_rates),
-        *(laboratory_degradation, laboratory_train_size, laboratory_growth_schedule),
-        *(laboratory_depth_width, records),
-        *(shortcuts, commands, scripts),
+        *(study_growth_schedule, study_depth_width, laboratory_degradation, laboratory_train_size),
+        *(records, shortcuts, commands, scripts),
     )
 }
 SLOW = ("networks", "commands", "scripts")  # seconds to minutes

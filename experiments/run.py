@@ -59,7 +59,7 @@ from densejax.config import UserError, check
 from densejax.models import counts
 from densejax.runs import files, formats, lock, workdir
 from densejax.training import experiment, parallel, result
-from densejax.training.loop import Diverged
+from densejax.training.experiment import Diverged
 from densejax.training.step import train_step
 
 SWEEP = flags.DEFINE_enum("sweep", None, list(SWEEPS), "What is varied.")

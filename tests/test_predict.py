@@ -317,7 +317,7 @@ def test_a_damaged_checkpoint_is_refused(classify, digits, tmp_path):
         if file.is_file() and "record" not in str(file):
             file.write_bytes(file.read_bytes()[:10])
     code, output, error = classify(digits[0][0], f"--workdir={path}")
-    assert (code, output) == (2, "") and "No checkpoint is intact" in error
+    assert (code, output) == (2, "") and "no checkpoint is intact" in error
 
 
 def test_a_folder_gives_the_images_below_it(classify, digits, tmp_path):

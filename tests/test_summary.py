@@ -44,6 +44,8 @@ def test_rows_add_up_to_the_exact_counts(name, changes):
         names = [row.name for row in rows]
         assert len(set(names)) == len(names) and all(names)
         assert all(name.count("/") < depth for name in names)
+        for row in rows:  # what multiplies has a place in the network, and weights
+            assert not row.multiply_adds or (row.output_shape and row.parameters)
 
 
 def test_rows_of_densenet121_are_those_of_the_paper(summarise):
@@ -152,4 +154,6 @@ def test_connections_are_drawn(summarise, tmp_path):
     assert "connections: 177; layers on a path from input to output: at most 48" in output
     assert (tmp_path / "connections.png").read_bytes().startswith(b"\x89PNG")
     refused = one_line(summarise("--model=densenet_40_12", f"--figure={tmp_path}"))
-    assert refused.startswith(f"--figure={tmp_path}: ")
+    assert refused.startswith(f"--figure={tmp_path}: the name must end in .png, .svg or .pdf")
+    refused = one_line(summarise("--model=densenet_40_12", f"--figure={tmp_path}/none/a.svg"))
+    assert refused.startswith(f"--figure={tmp_path}/none/a.svg: No such file or directory; name")

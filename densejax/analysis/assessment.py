@@ -168,7 +168,7 @@ def of_run(path: epath.Path, split: str = "") -> dict[str, Any]:
 
 
 def read(path: epath.Path) -> dict[str, Any]:
-    """What `of_run` found of the result that a run has now; {} where there is nothing.
+    """The assessment of the run's present result; {} if there is none.
 
     Raises:
       UserError: it is damaged.

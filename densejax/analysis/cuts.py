@@ -1,10 +1,9 @@
 """What a trained network loses where one connection is cut: which sources its layers need.
 
-The weights tell what a layer reads (densejax.analysis.reuse), a cut tells what that is good for: in
-this layer's input alone, the source's maps are replaced by their mean, of each channel over the
-measured images. Zeros in their place would do more than take the source's information away: the
-norm that follows expects the mean, so that they would shift the layer's input as well, and the
-damage would measure the shift.
+Weights say what a layer reads (densejax.analysis.reuse). A cut says whether the layer needs it. In
+the input of this one layer, the maps of one source are replaced by their mean over the measured
+images, channel by channel. Zeros would also shift the layer's input, because the next norm expects
+the mean.
 """
 
 import dataclasses
@@ -26,7 +25,6 @@ from densejax.inference.classifier import Classifier
 from densejax.models.normalization import at_least_float32
 from densejax.training import metrics
 from densejax.training.losses import Loss
-from densejax.training.step import evaluated_logits
 
 Means = dict[str, float]  # "loss" in nats, "accuracy" and perhaps "top5_accuracy" in [0, 1]
 
@@ -98,13 +96,13 @@ def measure(
     """
     found = connections(network.model, network.variables["params"])
     uncut = {one.module: np.zeros_like(one.channels) for one in found}
-    model = models.reference(network.model)  # it concatenates
+    concatenating = dataclasses.replace(network, model=models.reference(network.model))
     variables = jax.device_put(network.variables)
     batches = [jax.device_put(batch) for batch in _batches(images, labels, batch_size)]
 
     def logits(variables, images, change):
         with nn.intercept_methods(_changing(uncut, change)):
-            return evaluated_logits(model, network.preparation, variables, images)
+            return concatenating.logits(variables, images)
 
     @jax.jit  # masks are its arguments: one program cuts every connection
     def cut(variables, batch, means, masks):

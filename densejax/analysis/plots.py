@@ -99,7 +99,7 @@ def heat_maps(maps: Sequence[Any], damages: Sequence[Any] = ()) -> Figure:
     most. A box marks the target that comes after the block. If damages of the same connections are
     given, they are drawn likewise in a second row; they may be negative.
     """
-    rows = {"mean |weight|": maps} | ({"increase of loss by a cut": damages} if damages else {})
+    rows = {maps[0].measure: maps} | ({"increase of loss by a cut": damages} if damages else {})
     widths = [max(len(one.targets), 4) + 3 for one in maps]
     height = 0.19 * max(len(one.sources) for one in maps) + 1.7
     size = (0.19 * sum(widths) + 1.3, height * len(rows))

@@ -28,14 +28,16 @@ class HeatMap:
       block: the name of the block, stage or module.
       sources: "input" and the block's layers.
       targets: the layers that read several sources; the last one comes after the block.
-      weights: float [sources, targets]: the mean of |weight|, or for outputs that are added the
-        root mean square of their coefficients; NaN where a target does not read a source.
+      weights: float [sources, targets]; NaN where a target does not read a source.
+      measure: what the weights are: the mean of |weight|, or for outputs that are added the root
+        mean square of their coefficients.
     """
 
     block: str
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     weights: np.ndarray
+    measure: str = "mean |weight|"
 
 
 def mean_weights(kernel: Any, widths: Sequence[int]) -> list[float]:
@@ -138,7 +140,8 @@ def _stages(model: ResNet, variables: Any) -> Iterator[HeatMap]:
             for target, read in enumerate((*graph.reads, graph.emits)):
                 reads[list(read), target] = True
             sources = _sources(len(graph.reads))
-            yield HeatMap(name, sources, (*sources[1:], "end"), np.where(reads, sizes, np.nan))
+            weights = np.where(reads, sizes, np.nan)
+            yield HeatMap(name, sources, (*sources[1:], "end"), weights, "size of coefficients")
 
 
 if __name__ == "__main__":  # the name of the command in earlier versions

@@ -80,10 +80,9 @@ def info(config: ConfigDict) -> SetInfo:
     else:
         found = STREAMED.get(section.name) or _open_splits(config)[0]  # ImageNet need not be there
         if found.num_classes == 1:
-            raise UserError(
-                f"data.manual_dir: there are images of one class alone, {found.class_names[0]!r}; "
-                f"name the folder that has a folder for each class"
-            )
+            hint = "; name the folder that has a folder for each class" * bool(section.manual_dir)
+            what = "data.manual_dir" if section.manual_dir else f"data.name = {section.name}"
+            raise UserError(f"{what}: all images are of one class, {found.class_names[0]!r}{hint}")
         shape = (section.image_size, section.image_size, section.channels)
         found = dataclasses.replace(found, image_shape=shape)
     mean, std, channels = found.mean, found.std, found.image_shape[-1]
@@ -91,7 +90,8 @@ def info(config: ConfigDict) -> SetInfo:
         mean, std = (0.0,) * channels, (255.0,) * channels
     elif section.normalization == "weights":
         learned = facts.of_weights(config.train.weights, ("mean", "std"))
-        mean, std = learned["mean"], learned["std"]
+        scale = found.white_level / learned.get("white_level", 255)
+        mean, std = (tuple(scale * x for x in learned[key]) for key in ("mean", "std"))
         if len(mean) != channels:
             raise UserError(
                 f"data.normalization = 'weights': {config.train.weights} are for images of "
@@ -369,7 +369,8 @@ def _create_streams(config: ConfigDict, sharded: NamedSharding) -> Data:
         from densejax.data import crops, images
     except ImportError as error:
         raise UserError(
-            f"data.storage = 'stream' needs {error.name}: pip install 'densejax-lab[imagenet]'"
+            f"data.storage = {config.data.storage!r}: the images are read from the disk during "
+            f"training, which needs {error.name}: pip install 'densejax-lab[imagenet]'"
         ) from error
     facts, splits = _open_splits(config)
     version = _version_of_splits(splits)

@@ -44,8 +44,8 @@ def training_crop(
 ) -> np.ndarray:
     """A random crop of an image, uint8 [size, size, 3].
 
-    The resize is bilinear between the four nearest pixels (OpenCV's), without antialiasing: after
-    `Picture.decode`, at least one direction shrinks by a factor of less than two.
+    A crop that is more than twice as large as needed is first made smaller by averaging (a JPEG by
+    its decoder). Then the resize is bilinear between the four nearest pixels.
     """
     picture = Picture(encoded)
     height, width = picture.height, picture.width
@@ -54,4 +54,7 @@ def training_crop(
     factor = image.shape[0] * 8 // height / 8  # what decode reduced by, rounding sizes up
     rows = slice(round(top * factor), round((top + h) * factor))
     columns = slice(round(left * factor), round((left + w) * factor))
-    return cv2.resize(image[rows, columns], (size, size), interpolation=cv2.INTER_LINEAR)
+    crop = image[rows, columns]
+    if (factor := min(crop.shape[:2]) // size) > 1:
+        crop = cv2.resize(crop, None, fx=1 / factor, fy=1 / factor, interpolation=cv2.INTER_AREA)
+    return cv2.resize(crop, (size, size), interpolation=cv2.INTER_LINEAR)

@@ -202,6 +202,12 @@ def _open_folder(path: epath.Path, share: float, labelled_test: bool) -> tuple[s
     except OSError as error:
         _refuse(error)
     names = {split: [n for n in SPLITS[split] if n in children] for split in SPLITS}
+    for found in names.values():
+        if len(found) > 1:
+            raise DataError(
+                f"data.manual_dir: {path} has {' and '.join(found)}, which mean the same; put the "
+                f"images into one of them"
+            )
     folders = {split: children[found[0]] for split, found in names.items() if found}
     if not labelled_test:
         folders.pop("test", None)
@@ -249,10 +255,12 @@ def open_splits(
         builder = builders.prepare(name, directory)
         features = builder.info.features
         try:
-            class_names, _ = tuple(features["label"].names), features["image"]
+            class_names, image = tuple(features["label"].names), features["image"]
         except Exception as error:  # TFDS has many kinds of them
             needs = f"needs image and label, a ClassLabel; has {one_line(features)}"
             raise DataError(f"data.name = {name}: {needs}") from error
+        if not getattr(image, "encoding_format", True):
+            raise DataError(f"data.name = {name}: its images are arrays; set data.storage='memory'")
         test = builders.test_split(builder) or "test"
         folder = str(builder.data_path)
         splits = {"train": Records(folder, "train"), "test": Records(folder, test)}

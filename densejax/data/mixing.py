@@ -46,8 +46,9 @@ class Erasing:
     def _rectangle(self, sides, uniforms):
         least, greatest = self.area
         area = sides[0] * sides[1] * (least + (greatest - least) * uniforms[:, 0])
-        highest = jnp.minimum(1 / ASPECT, sides[0] ** 2 / area)
-        lowest = jnp.minimum(jnp.maximum(ASPECT, area / sides[1] ** 2), highest)
+        tallest = sides[0] ** 2 / area
+        lowest = jnp.minimum(jnp.maximum(ASPECT, area / sides[1] ** 2), tallest)
+        highest = jnp.maximum(jnp.minimum(1 / ASPECT, tallest), lowest)
         aspect = lowest * (highest / lowest) ** uniforms[:, 1]
         height, width = (jnp.round(jnp.sqrt(area * ratio)) for ratio in (aspect, 1 / aspect))
         top = jnp.floor(uniforms[:, 2] * (sides[0] - height + 1))

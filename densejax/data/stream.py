@@ -52,7 +52,8 @@ class ChunkSource:
       crop: makes uint8 [image_size, image_size, 3] from an encoded image and the size. A shuffled
         source also gives it the bit generator of this example in this epoch.
       image_size: pixels.
-      seed: of order and crops; None: the order of `indices`, once, then padding without end.
+      seed: of order and crops. None: each example once, in the order of `indices`; all later rows
+        are padding.
       skip: whether an image that cannot be read is replaced by the one after it.
       alternates: chunks say which examples are `memory.mirrored`.
       channels: 3 for colour, 1 for grey.

@@ -160,11 +160,13 @@ def _of_weights(path: epath.Path) -> Classifier:
     if classes == 0:
         raise UserError(f"{path}: a network without a classifier names no class")
     found = facts.of_weights(path)
+    height, width, _ = shape = found["image_shape"]
     return Classifier(
         model=models.create(description["model"], classes),
         variables=variables,
         preparation=Preparation(found["mean"], found["std"]),
-        image_shape=found["image_shape"],
+        image_shape=shape,
         class_names=found["class_names"],
-        resize_size=round(min(found["image_shape"][:2]) * 256 / 224),  # as torchvision evaluates
+        # As torchvision evaluates. Sets of small images, such as CIFAR, are evaluated uncropped.
+        resize_size=round(min(height, width) * 256 / 224) if min(height, width) > 64 else 0,
     )

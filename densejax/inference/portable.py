@@ -97,7 +97,7 @@ def write(network: Classifier, source: epath.Path, names: str, output: str) -> s
     Raises:
       UserError: the project has no names for such a network, or the folder cannot be written.
     """
-    if (path := epath.Path(output)).exists():
+    if (path := files.path_of("--output", output)).exists():
         raise UserError(f"--output={output}: exists; name a new directory")
     arrays = conversion.to_torch(network.model, network.variables, names)
     size = network.preparation.crop_size or network.preparation.image_size

@@ -22,9 +22,9 @@ BATCH_SIZE = 64  # a constant: any number of files needs one program and little 
 def read(path: epath.PathLike, network: classifier.Classifier) -> np.ndarray:
     """Reads an image file as the network's images are stored, uint8 [height, width, channels].
 
-    The image is turned as its camera says, made grey or RGB, and then prepared as an evaluation
-    does it. Of a run in memory, whose images have one size, the largest middle with their aspect
-    ratio is resized bilinearly.
+    The image is turned upright and made grey or RGB. Then it is resized and cropped as in an
+    evaluation. If the network's images were arrays of one size, the largest middle part of their
+    shape is cut out and resized (bilinear).
 
     Raises:
       UserError: the file is missing or has no intact image, or the network's images have a number
@@ -75,6 +75,7 @@ def image_files(paths: Sequence[str]) -> list[str]:
             continue
         names = sorted(glob.glob("**", root_dir=path, recursive=True))
         below = [os.path.join(path, n) for n in names if n.lower().endswith(SUFFIXES)]
+        below = [name for name in below if not os.path.isdir(name)]
         if not below:
             raise UserError(f"{path}: there is no image in this folder ({', '.join(SUFFIXES)})")
         found += below
@@ -97,10 +98,11 @@ def predict(
 
     Returns:
       For each file {"image": path, "classes": [{"index", "name", "probability"}, ...], "unlike":
-      the texts of `unusual_brightness`}.
+      the texts of `unusual_brightness`}; for a file that cannot be read, it has no class, and
+      "error" says why.
 
     Raises:
-      UserError: an image that cannot be read.
+      UserError: none of the files can be read; the first error.
     """
     top, size = min(top, len(network.class_names)), min(BATCH_SIZE, max(1, len(paths)))
 
@@ -113,13 +115,24 @@ def predict(
         show(f"{start:,} of {len(paths):,} images")
         batch = paths[start : start + size]
         stored = np.zeros((size, *network.image_shape), np.uint8)  # the last ends in black images
-        stored[: len(batch)] = [read(path, network) for path in batch]
+        errors = {}
+        for image, path in zip(stored, batch, strict=False):
+            try:
+                image[:] = read(path, network)
+            except UserError as error:
+                errors[path] = error
         found = jax.device_get(classify(variables, stored))
         for path, image, probabilities, indices in zip(batch, stored, *found, strict=False):
+            if path in errors:
+                results.append({"image": str(path), "classes": [], "unlike": []})
+                results[-1]["error"] = str(errors[path])
+                continue
             classes = [
                 {"index": int(i), "name": network.class_names[i], "probability": float(p)}
                 for p, i in zip(probabilities, indices, strict=True)
             ]
             unlike = unusual_brightness(network, image)
             results.append({"image": str(path), "classes": classes, "unlike": unlike})
+    if results and all("error" in result for result in results):
+        raise UserError(results[0]["error"])
     return results

@@ -186,7 +186,7 @@ def described(section: Mapping[str, Any]) -> str:
         if defaults | known == values | {"family": family}:
             return name
     changed = [f"{name} = {values[name]}" for name in defaults if values[name] != defaults[name]]
-    return f"{family} with {', '.join(changed)}"
+    return f"{family} with {', '.join(changed) or 'the default fields'}"
 
 
 def fields(name: str, **changes) -> config_dict.ConfigDict:
@@ -212,6 +212,14 @@ def fields(name: str, **changes) -> config_dict.ConfigDict:
             value = config_dict.FieldReference(value, field_type=object)
         section[field.name] = value
     return section
+
+
+def usual_images(name: str) -> tuple[tuple[int, int, int], int]:
+    """(image shape, number of classes) with which a named network is counted."""
+    if name == "densenet_d2l":
+        return (96, 96, 1), 10
+    is_small = fields(name).get("stem") == "cifar" or name == "rdnet_cifar"
+    return ((32, 32, 3), 10) if is_small else ((224, 224, 3), 1000)
 
 
 def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -289,7 +297,7 @@ def feature_info(
 
 
 def depth(model: nn.Module) -> int:
-    """The number of layers with weights on the longest path: all but projections in shortcuts."""
+    """The number of layers with weights, as papers count it: without projections in shortcuts."""
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)["params"]
     paths = flatten_dict(params)

@@ -26,7 +26,7 @@ from jax import lax
 
 from densejax.config import UserError, did_you_mean, parse_pairs
 from densejax.models.layers import Layers
-from densejax.models.normalization import at_least_float32
+from densejax.models.normalization import at_least_float32, per_channel
 
 Connect = str | tuple  # a pattern's name and options, or a graph: see `graph`
 
@@ -192,6 +192,7 @@ def graph(connect: Connect, depth: int, growth_rate: int) -> Graph:
         needed = f"for a block of {depth} layers give {depth + 1}, what each layer reads and then"
         needed += " what the block gives"
         require(len(connect) == depth + 1, f"has {len(connect)} tuples; {needed}")
+        require(all(isinstance(read, tuple) for read in connect), "each part is a tuple, as (0,)")
         found = Graph(connect[:-1], emits=connect[-1])
     reads = tuple(map(tuple, found.reads))
     emits = tuple(range(depth + 1) if found.emits is None else found.emits)
@@ -210,6 +211,9 @@ def graph(connect: Connect, depth: int, growth_rate: int) -> Graph:
     return Graph(reads, emits, widths)
 
 
+FRACTIONS = {"multiplier": (1, 10), "probability": (0, 1)}  # least and greatest of such options
+
+
 def pattern(connect: str, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
     """The function that `connect` names in a table, with its options set.
 
@@ -226,6 +230,10 @@ def pattern(connect: str, table: Mapping[str, Callable[..., Any]]) -> Callable[.
     for option, value in values.items():
         if type(value) is int and value < 1 <= defaults[option]:
             raise UserError(f"model.connect = {connect!r}: {option} = {value} must be at least 1")
+        low, high = FRACTIONS.get(option, (value, value))
+        if not low <= value <= high:
+            text = f"{option} = {value} must be from {low} to {high}"
+            raise UserError(f"model.connect = {connect!r}: {text}")
     return functools.partial(table[name], **values)
 
 
@@ -280,7 +288,7 @@ def coefficients(stage: Stage, variables: Any, depth: int, channels: int) -> jax
         seen.append(stage.apply(variables, outputs[0][None, None, None], layers))
         return jnp.stack(seen)[:, 0, 0, 0]
 
-    return jax.jacfwd(read)(jnp.zeros((depth + 1, channels)))
+    return jax.jit(jax.jacfwd(read))(jnp.zeros((depth + 1, channels)))
 
 
 @functools.cache
@@ -355,7 +363,7 @@ def dsnet(stage: Stage, x: jax.Array, layers: Sequence[Layer]) -> jax.Array:
     for number, layer in enumerate(layers, 1):
         normalised.append(stage.layers.norm(name=f"norm{number}", scale_and_bias=False)(x))
         weights = stage.weights(f"weights{number}", np.ones((number, x.shape[-1])))
-        x = layer(x) + _combine(weights, normalised)
+        x = layer(x) + _combine(map(per_channel, weights), normalised)
     return x
 
 

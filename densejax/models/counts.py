@@ -28,7 +28,8 @@ def parameters(variables: Any) -> int:
 def multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:
     """Multiply-adds of the convolutions and matrix products in a function's trace.
 
-    Arguments are pytrees of arrays or jax.ShapeDtypeStruct. A `scan` counts each of its iterations.
+    Arguments are pytrees of arrays or jax.ShapeDtypeStruct. A `scan` counts each of its iterations,
+    and all branches of a `cond` are added up.
     """
     with tracing_for(PLATFORM):
         jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
@@ -89,7 +90,8 @@ def connections(graphs: Iterable[Graph]) -> Connections:
 def _sum(arrays):
     """The sum of arrays of different lengths that start at the same place."""
     longest = max(map(len, arrays))
-    return sum(np.pad(array, (0, longest - len(array))) for array in arrays)
+    zeros = np.zeros(longest, object)  # Python's own 0: a NumPy integer would overflow
+    return sum(np.append(array, zeros[len(array) :]) for array in arrays)
 
 
 def _trace(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[Any, Any]:
@@ -168,8 +170,12 @@ def layers(model: nn.Module, image_shape: tuple[int, int, int], depth: int = 2) 
 
     with nn.intercept_methods(record):
         variables, jaxpr = _trace(model, image_shape)
-    scopes = _by_scope(jaxpr, _multiply_adds).items()
-    amounts = [(tuple(scope.split("/"))[1:], "multiply_adds", n) for scope, n in scopes]
+    amounts = []
+    for scope, number in _by_scope(jaxpr, _multiply_adds).items():
+        parts = tuple(scope.split("/"))[1:]
+        # A block that a `Stage` calls has a scope in the stage's, but is a module beside it.
+        module = next((parts[n:] for n in range(len(parts)) if parts[n:] in shapes), parts)
+        amounts.append((module, "multiply_adds", number))
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
         module = tuple(key.key for key in path[:-1])
         amounts.append((module, "parameters", math.prod(leaf.shape)))

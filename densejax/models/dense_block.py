@@ -132,14 +132,18 @@ def _survivals(block: DenseBlock) -> tuple[float, ...]:
     """The probability that stochastic depth keeps each layer; UserError for wrong fields."""
     require = functools.partial(layers.require, block, owner="DenseBlock")
     require("depth", block.depth >= 1, "must be at least 1")
-    require("growth_rate", block.growth_rate >= 1, "must be at least 1")
+    for field in ("growth_rate", "bottleneck_width"):
+        require(field, getattr(block, field) >= 1, "must be at least 1")
+    require("dropout_rate", 0 <= block.dropout_rate < 1, "must be in [0, 1)")
+    require("batch_norm_epsilon", block.batch_norm_epsilon > 0, "must be above 0")
     choices = {"block": IMPLEMENTATIONS, "recompute": RECOMPUTE}
     layers.require_choices(block, "DenseBlock", **choices)
-    if isinstance(block.survival, float | int):
-        return (block.survival,) * block.depth
+    survival = block.survival
+    survival = (survival,) * block.depth if isinstance(survival, float | int) else tuple(survival)
     each = f"give one number, or one for each of the {block.depth} layers"
-    require("survival", len(block.survival) == block.depth, each)
-    return tuple(block.survival)
+    require("survival", len(survival) == block.depth, each)
+    require("survival", all(0 < share <= 1 for share in survival), "must be in (0, 1]")
+    return survival
 
 
 def _names(block: DenseBlock) -> list[str]:

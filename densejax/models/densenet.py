@@ -51,8 +51,8 @@ class DenseNet(nn.Module):
       num_classes: length of the logits; 0: no classifier, the logits are None.
       depth: L in the paper: layers of a three-block network, 3n + 4 (6n + 4 with bottleneck).
       blocks: instead of `depth`: the number of dense layers in each block.
-      growth_rate: k in the paper, feature maps that a layer adds; or one for each block. "hardnet"
-        multiplies it.
+      growth_rate: k in the paper: feature maps that a layer adds; or one number for each block.
+        With connect = "hardnet", layers that read several outputs add more.
       bottleneck: the B of DenseNet-BC: a 1x1 convolution before each 3x3.
       bottleneck_width: output width of that 1x1 in growth rates (4 in the paper).
       compression: theta in the paper, the share of channels that a transition keeps; the C of

@@ -105,7 +105,10 @@ def normalise(x: jax.Array, stats: Statistics, params: dict[str, jax.Array], eps
 
 
 def normalise_relu(x, stats: Statistics, params: dict[str, jax.Array], epsilon: float) -> jax.Array:
-    """ReLU of `normalise`, in the precision of x; the backward pass keeps nothing but x."""
+    """ReLU of `normalise`, in the precision of x.
+
+    Of the large arrays, the backward pass needs only x.
+    """
     return _normalise_relu(x, *varying_like(x, (stats, params)), epsilon)
 
 

@@ -150,6 +150,8 @@ class RDNet(nn.Module):
         layers.require_positive(self, "growth_rates", stages or 1)
         for field in ("stem_width", "stem_stride", "stage_depth", "squeeze_excite_from"):
             layers.require(self, field, getattr(self, field) >= 1, "must be at least 1")
+        is_power = self.stem_stride & (self.stem_stride - 1) == 0
+        layers.require(self, "stem_stride", is_power, "must be a power of two")
         layers.require_rising(self, "downsampling", 2, stages)
         odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
         layers.require(self, "kernel_size", odd, "must be odd")

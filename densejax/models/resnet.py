@@ -3,6 +3,7 @@
 He et al., arXiv:1512.03385 and (pre-activation) 1603.05027; stochastic depth: Huang, 1603.09382.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -85,7 +86,7 @@ class ResNet(nn.Module):
         (option A, every stride-th pixel; new channels are zero and come last) or
         "identity_middle" (half of the new channels come first, as in pytorch_resnet_cifar10).
       connect: how the blocks of a stage are joined: a name in densejax.models.connections.ADDING
-        with its options ("hyper:streams=2"). Those but "add" and "chain" need pre-activation. A
+        with its options ("hyper:streams=2"). All but "add" and "chain" need `preactivation`. A
         block that changes the size or width of features keeps the shortcut of a residual network,
         and the pattern joins the blocks after it; in a "chain" there is none.
       zero_init: the scale of each block's last BatchNorm starts at 0. So at the start, a block
@@ -159,7 +160,8 @@ class ResNet(nn.Module):
                 graphs[f"stage{stage}_block1"] = connections.graph(alone, 1, last)
                 depth -= 1
             if depth:
-                graphs[f"stage{stage}"] = connections.adding_graph(self.connect, depth)
+                graph = connections.adding_graph(self.connect, depth)
+                graphs[f"stage{stage}"] = dataclasses.replace(graph, widths=(last,) * depth)
             width = last
         return graphs
 

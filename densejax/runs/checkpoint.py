@@ -283,7 +283,7 @@ class Checkpoints:
                 self.damaged_steps = sorted(damage)
                 return state
         if damage:
-            raise CheckpointError("\n  ".join(["No checkpoint is intact:", *damage.values()]))
+            raise CheckpointError(f"no checkpoint is intact: {'; '.join(damage.values())}")
         return None
 
     def _settle(self) -> None:
@@ -399,7 +399,7 @@ def _check_fit(path: epath.Path, leaves: dict[str, str], abstract_state) -> None
     ]
     if lines:
         lines[20:] = [f"... {len(lines) - 20} more"] * (len(lines) > 20)
-        raise CheckpointError("\n  ".join([f"Checkpoint {path} belongs to another model:", *lines]))
+        raise CheckpointError(f"checkpoint {path} belongs to another model: {'; '.join(lines)}")
 
 
 def _named(tree) -> list[tuple[str, Any]]:

@@ -25,7 +25,7 @@ VISIBILITY_TIMEOUT = 60.0  # seconds within which every host sees what process 0
 
 @contextlib.contextmanager
 def writing(place: str, advice: str) -> Iterator[None]:
-    """UserError where the disk refuses what is written in this context: what, why, what to do."""
+    """Turns an OSError of its context into a UserError: where, why, and what to do."""
     try:
         yield
     except OSError as error:
@@ -45,11 +45,12 @@ def becomes_visible(path: epath.Path) -> bool:
     return True
 
 
-def path_of(flag: str, text: str) -> epath.Path:
+def path_of(flag: str, text: str | os.PathLike) -> epath.Path:
     """The path that a user gave to `flag`; UserError where it cannot be opened here."""
     try:
+        text = os.fspath(text)
         text.encode()
-        path = epath.Path(text)
+        path = epath.Path(text).expanduser()  # a shell leaves the ~ of --output=~/x as it is
         path.exists()  # an object store may need a package that is not installed
         return path
     except KeyError as error:

@@ -1,7 +1,8 @@
 """How much of a run's time was useful: goodput.json, which covers all starts, killed or not.
 
-The seconds by kind add up to the time since the first start. No run depends on this file: if it is
-damaged, the clock starts at zero.
+The seconds by kind add up to the time since the first start. No run depends on this file: if its
+content is damaged, the clock starts at zero. Something else in its place, such as a folder, is
+refused.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import jax
 from absl import logging
 from etils import epath
 
+from densejax.config import UserError
 from densejax.runs import files
 
 # What the program does or waits for, from its import to its end. In "step" it waits for devices.
@@ -37,7 +39,7 @@ class Goodput:
         starts: int = 1,
         guard: Callable[[], None] = lambda: None,
     ):
-        """Reads `path`; UserError if it exists but is no text file.
+        """Reads `path`; UserError if it exists but cannot be read.
 
         Args:
           path: of the file.
@@ -51,9 +53,9 @@ class Goodput:
         self._kind, self._since, self._last_write = "start_up", began, time.monotonic()
         self.seconds = dict.fromkeys(KINDS, 0.0)
         self._at_checkpoints: dict[int, dict[str, float]] = {}  # `seconds` by step
-        if (text := files.read_text(path)) is None:
-            return
         try:
+            if (text := files.read_text(path)) is None:
+                return
             before = files.parse_json(text)
             spent, checkpoints = before["seconds"], before["at_checkpoints"]
             reached = {int(step): seconds for step, seconds in checkpoints.items()}
@@ -64,7 +66,9 @@ class Goodput:
             down = spent["down"] + max(now - before["time"], 0.0)
             self.seconds = {kind: useful[kind] for kind in WORK} | {"lost": lost, "down": down}
             self._at_checkpoints = reached
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+            if isinstance(error, UserError) and not isinstance(error.__cause__, UnicodeError):
+                raise
             logging.warning("%s cannot be read (%s): the clock starts at zero.", path, error)
 
     @contextlib.contextmanager

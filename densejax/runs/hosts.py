@@ -7,6 +7,7 @@ line that says so; when one refuses to run, all end with its reason.
 
 import contextlib
 import faulthandler
+import hashlib
 import json
 import os
 import re
@@ -41,10 +42,10 @@ LAST_LINE = (
     "densejax: this process was ended before its work was done. If nothing above says why, "
     + RESTART
 )
-# When another process has died, JAX aborts this one from C++ and prints a stack; no Python code
-# runs any more. (jaxlib's `missed_heartbeat_callback` aborts as well: it cannot convert its
-# argument.) So a small extra process reads all that C++ prints. It leaves out the stack and prints
-# the last line.
+# When another process has died, JAX ends this one from C++: it prints a stack, and no Python code
+# runs any more. (The option `missed_heartbeat_callback` does not help: jaxlib fails to call it, and
+# ends the process too.) So a small extra process reads everything that C++ prints, leaves out the
+# stack and prints LAST_LINE.
 STDERR_FILTER = r"""
 import re, sys
 jax_gives_up = False
@@ -69,7 +70,7 @@ def joined(
     """Within its context this process takes part in its job; without a job it does nothing.
 
     A TPU pod and SLURM are detected; elsewhere all three arguments name the job. A process that
-    fails ends at once, with exit code 2 for a UserError and 1 for anything else.
+    fails ends at once, with the exit code of its UserError, and 1 for anything else.
 
     Args:
       coordinator: HOST:PORT of process 0, as every process reaches it.
@@ -116,10 +117,11 @@ def _own_number(address: str, process_id: int) -> Iterator[None]:
             if process_id == 0:
                 socket.create_server(("", int(address.rpartition(":")[2]))).close()
             if sys.platform == "linux":  # an abstract name, which ends with the process
-                number.bind(f"\0densejax {address} {process_id}")
+                name = hashlib.sha256(f"{address} {process_id}".encode()).hexdigest()  # 108 bytes
+                number.bind(f"\0densejax {name}")  # are the most that such a name may have
         except OSError as error:
             raise UserError(
-                f"--coordinator={address} --process_id={process_id}: {os.strerror(error.errno)}; "
+                f"--coordinator={address} --process_id={process_id}: {error.strerror or error}; "
                 f"give every process another number, and all the same free port"
             ) from error
         yield
@@ -160,7 +162,7 @@ def _fail(error: BaseException) -> None:
         global_state.client.wait_at_barrier("densejax: the end", LEAVE_TIMEOUT * 1000)
         time.sleep(0 if global_state.process_id else 1)
     sys.stdout.flush()
-    os._exit(2 if is_refusal else 1)
+    os._exit(error.exit_code if is_refusal else 1)
 
 
 def gather(value: Any) -> list[Any]:

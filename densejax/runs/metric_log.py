@@ -1,8 +1,8 @@
 """The records of a run: what process 0 logs to disk and shows on the screen.
 
 metrics.jsonl holds deterministic values only: a resumed run ends with the same bytes as one that
-was never interrupted. timings.jsonl holds what depends on the clock, and no line of it is ever
-removed. What a full disk refuses stays in memory until there is room.
+was never interrupted. timings.jsonl holds what depends on the clock, and no complete line of it is
+ever removed. What a full disk refuses stays in memory until there is room.
 """
 
 import contextlib
@@ -273,15 +273,22 @@ class MetricLog:
 
 
 @contextlib.contextmanager
-def trace(directory):
-    """Writes a profile of what runs in its context into an `epath.Path`, for xprof."""
+def trace(directory, guard):
+    """Writes a profile of what runs in its context into an `epath.Path`, for xprof.
+
+    `guard` is called before every write. If the disk refuses, this is logged and the run goes on.
+    """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             yield
-        for file in pathlib.Path(folder).rglob("*.*"):  # the profiler cannot write to object stores
-            target = directory / file.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            epath.Path(file).copy(target, overwrite=True)
+        try:
+            for file in pathlib.Path(folder).rglob("*.*"):  # the profiler knows no object stores
+                target = directory / file.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                guard()
+                epath.Path(file).copy(target, overwrite=True)
+        except OSError as error:
+            logging.error("The profile cannot be written to %s: %s", directory, error)
 
 
 def _digest(content):

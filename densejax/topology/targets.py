@@ -81,7 +81,10 @@ class Target:
                     f"{self.device}: its compiler is missing; pip install 'densejax-lab[{extra}]'"
                 ) from error
             why = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
-            raise UserError(f"{self.device}: no {shape}, such as {self.smallest}: {why}") from error
+            raise UserError(
+                f"{self.device}: its compiler knows no slice {shape} ({why}); the smallest is "
+                f"{self.smallest}"
+            ) from error
 
 
 @functools.cache
@@ -119,8 +122,8 @@ def topology(text: str) -> tuple[Target | None, list[jax.Device], tuple[int, ...
         found = target(name)
         if found.largest and math.prod(sides) > found.largest:
             raise UserError(
-                f"topology {text!r}: {found.largest} devices are joined by the links that are "
-                f"described; links between such boxes are not described"
+                f"topology {text!r}: at most {found.largest} devices; links between boxes are not "
+                f"described"
             )
         return found, found.devices(shape), sides
     jax.config.update("jax_platforms", "cpu")

@@ -27,6 +27,12 @@ from densejax.training.step import Task, TrainState, eval_step, init_state
 from densejax.weights import conversion, store
 
 
+class Diverged(UserError):
+    """The loss or the gradient was not finite for too many steps, or the result is not."""
+
+    exit_code = 3
+
+
 @dataclasses.dataclass
 class Experiment:
     """What a configuration stands for. Devices start and images are read only when needed.
@@ -184,7 +190,7 @@ class Experiment:
                 raise RuntimeError(f"{split}: {seen} images were evaluated, there are {size}")
             means = metrics.means(total)
             if not math.isfinite(means["loss"]):
-                raise UserError(f"{split}_loss = {means['loss']}: the network has diverged")
+                raise Diverged(f"{split}_loss = {means['loss']}: the network has diverged")
             return means
 
         return evaluate

@@ -4,8 +4,8 @@ What a resume does: (1) a run directory belongs to one configuration; (2) a star
 the newest intact checkpoint; (3) the step number is the position in the data and in every random
 stream, so the later steps are bitwise those of a run without the interruption; (4) records of
 metrics.jsonl after that step are removed and written again; (5) an evaluation that a signal
-interrupted comes first; (6) a finished run prints its result again, if code, data, weights and
-precision are still those that it was measured with.
+interrupted comes first; (6) a finished run prints its result again, if all versions are still those
+that it was measured with; otherwise it is refused, and --resume=force measures it again.
 """
 
 import contextlib
@@ -26,16 +26,16 @@ from densejax.data import facts
 from densejax.data.builders import DataError
 from densejax.runs import checkpoint, files, goodput, hosts, lock, metric_log, workdir
 from densejax.training import metrics, result
-from densejax.training.experiment import Experiment, build, open_checkpoints, select
+from densejax.training.experiment import (
+    Diverged,
+    Experiment,
+    build,
+    open_checkpoints,
+    select,
+)
 from densejax.training.step import TrainState, head_step, train_step
 
 Callback = Callable[[int, dict[str, float]], None]  # called with (step, what was logged by name)
-
-
-class Diverged(UserError):
-    """Training whose loss or gradient was not finite for too many steps in a row."""
-
-    exit_code = 3
 
 
 def run(
@@ -122,6 +122,8 @@ def train(
         experiment.data.stop_waiting_when(lambda: stop.received is not None)
         state = checkpoints.restore_latest(experiment.abstract_state)
         start = 0 if state is None else int(state.step)
+        if start:
+            state = since_last_record(state, config)
         history = workdir.history(path)
         clock = goodput.Goodput(
             path / "goodput.json", start, densejax.STARTED, config.log.seconds, len(history), guard
@@ -184,6 +186,14 @@ def train(
     return 0
 
 
+def since_last_record(state: TrainState, config: ConfigDict) -> TrainState:
+    """The state, without sums of steps before the last record: `log.every_steps` may be another."""
+    steps = (int(state.step) - 1) % config.log.every_steps + 1
+    if int(state.metrics["count"]) <= steps * config.train.batch_size:
+        return state
+    return state.replace(metrics=jax.tree.map(lambda leaf: 0 * leaf, state.metrics))
+
+
 class Loop:
     """Takes steps until the last, or until `stop` says that all processes stop.
 
@@ -213,18 +223,17 @@ class Loop:
         stored = checkpoints.metrics(int(state.step))
         self.patience = Patience(experiment.config.train.patience, stored)
         self._under_way = None  # (step, its metrics), not looked at yet
+        self._error = 0, math.nan  # (step of the last evaluation, its error)
 
     def run(self, traces: epath.Path) -> None:
         """Runs to the end; `traces` is where the profile of `profile.steps` goes."""
         start = int(self.state.step)
         if evaluates_first(self.experiment, self.checkpoints, start):
             with self.log.pause():
-                error = self._evaluate(start)
+                self._evaluate(start)
             if self.stop.signal:
                 return
-            split = self.experiment.config.evaluate.split
-            named = {f"{split}_error": error} | self.patience.metrics
-            self.checkpoints.set_metrics(start, named)
+            self.checkpoints.set_metrics(start, self._metrics_of(start))
         try:
             if not self.patience.is_over:
                 self._take_steps(start, traces)
@@ -238,7 +247,7 @@ class Loop:
         evaluate_every = config.evaluate.every_epochs * data.steps_per_epoch
         save_every = config.checkpoint.every_epochs * data.steps_per_epoch
         best_is_kept = config.checkpoint.select == "best"
-        # Earlier starts have traced the steps before this one's first step.
+        # A start that resumes within these steps traces from its own first step on.
         first_traced, last_traced = config.profile.steps or (0, 0)
         head_steps = config.train.head_epochs * data.steps_per_epoch
         take_head_step, take_step = (
@@ -247,7 +256,7 @@ class Loop:
         with contextlib.ExitStack() as profile:
             for step in range(start + 1, last + 1):
                 if step == max(first_traced, start + 1) <= last_traced and not jax.process_index():
-                    profile.enter_context(metric_log.trace(traces))
+                    profile.enter_context(metric_log.trace(traces, self.log.guard))
                 with clock.measure("input_wait"):
                     batch = data.batch(step - 1)
                 clock.switch_to("step" if self.seconds_to_first_step else "compile")
@@ -266,16 +275,17 @@ class Loop:
                 if step == last_traced:
                     jax.block_until_ready(sums)
                     profile.close()
-                stops = self.stop.after_step()  # a later signal has to wait for a step
+                stops = self.stop.after_step()  # one after this line waits for the next step
                 evaluates = due(step, evaluate_every, last) and not stops
                 saves = stops or due(step, save_every, last) or (evaluates and best_is_kept)
                 if evaluates or saves:
                     self._look_at_step_under_way()
                     with self.log.pause():
-                        error = self._evaluate(step) if evaluates else math.nan
+                        if evaluates:
+                            self._evaluate(step)
                         stops = stops or self.stop.signal is not None or self.patience.is_over
                         if saves or stops:
-                            self._save(step, error)
+                            self._save(step)
                 clock.write(now=saves)
                 if stops:
                     return
@@ -303,23 +313,28 @@ class Loop:
             self._call_back(step, values)
         self.log.step(step)
 
-    def _evaluate(self, step: int) -> float:
-        """Evaluates and logs; returns the error, NaN if a signal interrupts the evaluation."""
+    def _evaluate(self, step: int) -> None:
+        """Evaluates and logs, unless a signal interrupts the evaluation."""
         split = self.experiment.config.evaluate.split
         with self.clock.measure("evaluation"):
             values = self.experiment.evaluate(self.state, split, self.stop.after_step)
         if values is None:
-            return math.nan
-        self.evaluated = {split: values}
+            return
+        self.evaluated, self._error = {split: values}, (step, 1 - values["accuracy"])
         self.patience.see(1 - values["accuracy"])
         self.log.evaluation(step, split, values)
         self._call_back(step, {f"{split}_{name}": value for name, value in values.items()})
-        return 1 - values["accuracy"]
 
-    def _save(self, step: int, error: float) -> None:
-        named = {f"{self.experiment.config.evaluate.split}_error": error} | self.patience.metrics
+    def _metrics_of(self, step: int) -> dict[str, float]:
+        """What a checkpoint of `step` stores: its error, NaN if it was not evaluated, and more."""
+        evaluated, error = self._error
+        error = error if evaluated == step else math.nan
+        return {f"{self.experiment.config.evaluate.split}_error": error} | self.patience.metrics
+
+    def _save(self, step: int) -> None:
+        metrics = self._metrics_of(step)
         with self.clock.measure("save"):
-            self.checkpoints.save(step, self.state, named, self.log.problem, self.log.digest)
+            self.checkpoints.save(step, self.state, metrics, self.log.problem, self.log.digest)
         self.clock.checkpoint_saved(step, self.checkpoints.steps())
 
     def _save_after_failed_input(self, error: DataError) -> None:
@@ -329,7 +344,7 @@ class Loop:
             raise error
         self._look_at_step_under_way()
         with self.log.pause():
-            self._save(step, math.nan)
+            self._save(step)
         self.checkpoints.wait()
         if not self.stop.after_step():
             raise DataError(f"{error}; step {step} is saved") from error

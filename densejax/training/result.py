@@ -54,7 +54,7 @@ def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str,
                   + formats.plural(round(experiment.steps / train.steps_per_epoch, 3), "epoch")
                   + (f", resuming after {start}" if start else "")),
         ("devices", f"{device}, {config.parallel.mode}, {dtype}{products}{pages}"),
-        *(("hint", text) for text in unused_cores(experiment.mesh.size, config.train.batch_size)),
+        *(("hint", text) for text in unused_cores(experiment.mesh.size, config)),
         *((name, printable(text)) for name, text in experiment.data.notes.items()),
     ]  # fmt: skip
     say(formats.table(rows))
@@ -62,14 +62,19 @@ def summarise(experiment: Experiment, path: epath.Path, start: int) -> dict[str,
     return described | ({"notes": dict(experiment.data.notes)} if experiment.data.notes else {})
 
 
-def unused_cores(devices: int, batch_size: int) -> list[str]:
+def unused_cores(devices: int, config: ConfigDict) -> list[str]:
     """A hint how to make each core a device, if one CPU device has several cores; else [].
+
+    It is given where the same command would work and compute the same on so many devices.
 
     On small images XLA divides few operations among cores. On two cores, the step of
     DenseNet-BC-100-12 took 0.6 of the time with two devices; that of DenseNet-121 took 0.85.
     """
     number = cores()
-    if jax.default_backend() != "cpu" or devices > 1 or number == 1 or batch_size % number:
+    if jax.default_backend() != "cpu" or devices > 1 or number == 1:
+        return []
+    images = config.train.batch_size // config.train.accumulate_steps, config.evaluate.batch_size
+    if any(size % number for size in images) or config.parallel.batch_norm != "global":
         return []
     return [f"JAX_NUM_CPU_DEVICES={number} makes each core a device: faster on small images"]
 
@@ -108,9 +113,9 @@ def versions(config: ConfigDict) -> dict[str, str]:
         current = workdir.versions()
     # A run that resumes does not need them any more; a run that starts will report them missing.
     source = config.train.weights
-    if source and (source.startswith(HUB) or epath.Path(source).exists()):
+    if source and (source.startswith(HUB) or files.path_of("train.weights", source).exists()):
         current["weights"] = store.digest(source)
-    if config.parallel.batch_norm == "replica":  # statistics of each device's part of the batch
+    if config.parallel.batch_norm != "global":  # statistics of parts of the batch
         current["devices"] = str(jax.device_count())
     return current
 
@@ -147,7 +152,7 @@ def finished(
       force: do not count a result of other versions, so that it is measured again.
 
     Raises:
-      UserError: the result is of other code, data, weights or precision, or it is damaged.
+      UserError: the result was measured with other versions, or it is damaged.
     """
     summary = read(path)
     if summary is None or not workdir.same_run(summary["config"], config):
@@ -158,7 +163,7 @@ def finished(
         changes = workdir.version_changes(summary["versions"], data_version)
     if changes and not force:
         raise UserError(
-            f"workdir={path}: its result is of other code, data, weights or precision "
+            f"workdir={path}: its result was measured with other versions "
             f"({'; '.join(changes)}). --resume=force measures its checkpoint again; another "
             f"--workdir trains again"
         )

@@ -196,7 +196,8 @@ def convert(
         _adapt_classifier(found, expected, layout, seed)
         _adapt_channels(found, expected)
     names = {path: name for name, path in paths.items()}
-    check_fit(found, expected, f"the weights, by {layout.project} names,", names)
+    what = f"the weights, by {layout.project} names,"
+    check_fit(found, expected, what, names, remedy="" if adapt else "`adapt`")
     return unflatten({path: array.astype(np.float32) for path, array in found.items()})
 
 
@@ -222,16 +223,15 @@ def _adapt_channels(found: dict, expected: Mapping) -> None:
 
 
 def fit(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Takes the classifier from both, where it differs, and fits the image channels of the first.
+    """Takes the classifier from both, and fits the image channels of the first.
 
     Args:
       found: arrays by path.
       expected: arrays or shapes by path.
     """
-    if any(np.shape(found.get(path)) != np.shape(expected.get(path)) for path in CLASSIFIER):
-        for arrays in (found, expected):
-            for path in CLASSIFIER:
-                arrays.pop(path, None)
+    for arrays in (found, expected):
+        for path in CLASSIFIER:
+            arrays.pop(path, None)
     _adapt_channels(found, expected)
 
 
@@ -249,7 +249,7 @@ def check_fit(
       expected: arrays or shapes by path.
       what: what the message calls `found`.
       names: what the message calls the paths.
-      remedy: what fits the classifier and the image channels.
+      remedy: what would fit the classifier and the image channels; "" if it is already in use.
     """
     both = sorted(found.keys() & expected.keys())
     shapes = {
@@ -273,7 +273,7 @@ def check_fit(
         lists += [f"{problem}: {', '.join(shown)}{rest}"] if paths else []
     if lists:
         wrong, hint = {path for paths in problems.values() for path in paths}, ""
-        if wrong <= {*STEMS, *CLASSIFIER}:
+        if remedy and wrong <= {*STEMS, *CLASSIFIER}:
             hint = f"; {remedy} fits the classifier and the image channels"
         raise UserError(f"{what} do not fit the network: {'; '.join(lists)}{hint}")
 

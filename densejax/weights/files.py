@@ -15,7 +15,6 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 import safetensors
-from etils import epath
 
 from densejax.config import UserError
 from densejax.runs import files
@@ -35,7 +34,7 @@ MODULE = re.compile(r"_modules::(.+?)::|_(?:parameters|buffers)::")  # where a w
 def is_file(source: str) -> bool:
     """Whether a source is for `read`, and not a directory."""
     return source.startswith(HUB) or (
-        source.endswith(tuple(READERS)) and not epath.Path(source).is_dir()
+        source.endswith(tuple(READERS)) and not files.path_of("weights", source).is_dir()
     )
 
 
@@ -60,7 +59,7 @@ def read(source: str, key: str = "--weights") -> tuple[dict[str, np.ndarray], st
         if is_on_hub:
             hub = _optional("huggingface_hub", "pip install 'densejax-lab[hub]'")
             name = hub.hf_hub_download(source.removeprefix(HUB), name)
-        with files.opened(epath.Path(name)) as file:
+        with files.opened(files.path_of(key, name)) as file:
             data = file.read()
         return READERS[suffix](data), hashlib.sha256(data).hexdigest()
     except Exception as error:  # the readers' and the hub's errors have no class in common

@@ -40,7 +40,7 @@ def save(directory: str, description: Mapping[str, Any], variables: Mapping[str,
       description: JSON: "model" (family and fields), "num_classes", "image_channels", and more.
       variables: float32 params, and batch_stats if there are any.
     """
-    path = epath.Path(directory)
+    path = files.path_of("--output", directory)
     if path.exists():
         raise UserError(f"--output={directory}: exists; name a new directory")
     flat = conversion.flatten(variables)
@@ -63,7 +63,7 @@ def load(directory: str) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       UserError: the directory is missing or damaged, or the weights are of another network.
     """
-    path = epath.Path(directory)
+    path = files.path_of("weights", directory)
     with _damage_is_a_user_error(path):
         if _is_run(path):
             description, flat = _read_run(path)
@@ -103,7 +103,7 @@ def digest(source: str) -> str:
     """
     if is_file(source):
         return read(source, "train.weights")[1]
-    path = epath.Path(source)
+    path = files.path_of("train.weights", source)
     with _damage_is_a_user_error(path):
         if not _is_run(path):
             return str(_read_json(path / "model.json")["weights_sha256"])
@@ -124,7 +124,7 @@ def load_for(
       source: written by `save`, a run's, or a file for `read`.
       model: the section `config.model` of the run.
       expected: the network's params and batch_stats, arrays or shapes.
-      new_classifier: leave out a classifier of another length, and fit the image channels.
+      new_classifier: leave out the classifier, and fit the image channels.
       of_imagenet: whether a file has to be for images that are normalised as ImageNet's.
     """
     what = f"train.weights = {source!r}:"
@@ -135,7 +135,8 @@ def load_for(
     found, wanted = conversion.flatten(variables), conversion.flatten(expected)
     if new_classifier:
         conversion.fit(found, wanted)
-    conversion.check_fit(found, wanted, what, remedy="train.new_classifier = True")
+    remedy = "" if new_classifier else "train.new_classifier = True"
+    conversion.check_fit(found, wanted, what, remedy=remedy)
     for field in HIDDEN_FIELDS:
         mine, theirs = model.get(field), description["model"].get(field)
         if mine != theirs:
@@ -188,7 +189,7 @@ def convert_file(
       seed: see there.
       shortcut: of a ResNet whose weights do not show it; "": as the weights' project has it.
     """
-    if epath.Path(output).exists():
+    if files.path_of("--output", output).exists():
         raise UserError(f"--output={output}: exists; name a new directory")
     family = models.fields(model).family
     arrays, source_sha256 = read(weights)

@@ -165,7 +165,7 @@ def test_command(command, tmp_path, known_network):
     assert (tmp_path / "new" / "folder" / "reuse.npz").exists()
     (tmp_path / "file").touch()
     answer = one_line(say("--workdir=runs/mine", f"--output={tmp_path}/file"))
-    assert answer == f"--output={tmp_path}/file: File exists; give a folder to write\n"
+    assert answer == f"--output={tmp_path}/file: File exists; name another folder\n"
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")

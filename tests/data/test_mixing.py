@@ -57,13 +57,13 @@ def test_an_erased_rectangle_has_the_published_area_and_aspect_and_lies_within()
         assert lines[0] > 0 and lines[-1] > 0
 
 
-@pytest.mark.parametrize("sides", [(6, 40), (40, 6), (1, 1)])
+@pytest.mark.parametrize("sides", [(6, 40), (40, 6)])
 def test_an_erased_rectangle_of_an_oblong_image_has_its_area(sides):
     images = jnp.ones((NUMBER, *sides, 1))
     found = np.asarray(Erasing(probability=1.0, area=(0.3, 0.9))(images, UNIFORMS))
     share = (found == 0).mean((1, 2, 3))
     wanted = 0.3 + 0.6 * UNIFORMS[:, 2]
-    half_a_pixel = 0.5 * (1 / sides[0] + 1 / sides[1]) + 0.25
+    half_a_pixel = 0.5 * (1 / sides[0] + 1 / sides[1]) + 0.25 / (sides[0] * sides[1])
     assert np.abs(share - wanted).max() <= half_a_pixel
 
 

@@ -121,6 +121,11 @@ def test_a_block_of_setup_draws_from_the_stream_dropout():
         ({"recompute": "all"}, "recompute = 'all': allowed are none, norm, layer"),
         ({"block": "fast"}, "block = 'fast': allowed are in_place, concat"),
         ({"survival": (1.0,)}, "survival = (1.0,): give one number, or one for each of the 2"),
+        ({"survival": 0.0}, "survival = 0.0: must be in (0, 1]"),
+        ({"survival": (1.0, 2.0)}, "survival = (1.0, 2.0): must be in (0, 1]"),
+        ({"bottleneck_width": 0}, "bottleneck_width = 0: must be at least 1"),
+        ({"dropout_rate": 1.0}, "dropout_rate = 1.0: must be in [0, 1)"),
+        ({"batch_norm_epsilon": 0.0}, "batch_norm_epsilon = 0.0: must be above 0"),
     ],
 )
 def test_fields_that_describe_no_block_are_said_in_one_line(fields, said):

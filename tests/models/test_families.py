@@ -217,11 +217,16 @@ def test_frozen_parts_run_as_in_evaluation(twin):
     [
         *itertools.product(("random", "bottleneck", "rdnet"), (0, 4)),
         *itertools.product(("preactivation", "vovnet_v2"), (4,)),
+        ("dsnet", 4),
     ],
 )
 def test_what_flax_users_may_do(twin, batch):
     """Frozen variables, an empty batch, typed keys, JAX told to refuse operands of other ranks."""
-    model = build(TWINS.get(twin, TWINS["densenet"] | {"dropout_rate": 0.5, "survival": 0.5}))
+    others = {
+        "random": TWINS["densenet"] | {"dropout_rate": 0.5, "survival": 0.5},
+        "dsnet": TWINS["preactivation"] | {"connect": "dsnet", "blocks": (2,), "widths": (8,)},
+    }
+    model = build((TWINS | others)[twin])
 
     def gradients(image, keys):
         variables = freeze(model.init(jax.random.key(0), image))
@@ -309,6 +314,7 @@ REFUSED = {
         ({"downsampling": (3, 2)}, "in rising order"),
         ({"downsampling": (2, 2)}, "in rising order"),
         ({"kernel_size": 4}, "must be odd"),
+        ({"stem_stride": 3}, "must be a power of two"),
         ({"compression": 0.0}, "(0, 1]"),
         ({"stem_width": 1, "growth_rates": (4, 4), "downsampling": (), "compression": 0.5}, "8"),
         ({"expansion": 0.1}, "fewer than 8 channels"),

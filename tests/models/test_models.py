@@ -381,6 +381,8 @@ def test_a_network_is_called_by_its_name(name):
 def test_another_network_is_called_by_its_family_and_what_differs():
     changed = models.fields("densenet_bc_40_12", depth=22, connect="chain")
     assert models.described(changed) == "densenet with depth = 22, connect = chain"
+    default = models.fields("resnet20_cifar", shortcut="projection")
+    assert models.described(default) == "resnet with the default fields"
 
 
 @pytest.mark.parametrize("family", ["densenet", "resnet", "vovnet", "rdnet", "hardnet"])

@@ -356,7 +356,7 @@ def test_all_damaged_is_an_error_that_keeps_the_files(two_steps, tmp_path):
     directory = shutil.copytree(two_steps, tmp_path / "checkpoints")
     for step in "10", "20":
         shutil.rmtree(directory / step / "d")
-    with pytest.raises(CheckpointError, match="No checkpoint is intact"):
+    with pytest.raises(CheckpointError, match="no checkpoint is intact: "):
         restored_latest(directory)
     assert (directory / "10").exists() and (directory / "20").exists()
 

@@ -45,8 +45,9 @@ def test_a_killed_start_loses_what_lies_behind_its_last_save(tmp_path, clock, ca
     assert Goodput(path, 50, began=clock[0]).seconds["lost"] == 30 + 5 + 40
     # And without a checkpoint everything is.
     assert Goodput(path, 0, began=clock[0]).seconds["lost"] == 30 + 15 + 140 + 2
-    path.write_text("{")
-    assert Goodput(path, 50, began=clock[0]).seconds["lost"] == 0
+    for damaged in (b"{", b"\xff" + path.read_bytes()[1:]):
+        path.write_bytes(damaged)
+        assert Goodput(path, 50, began=clock[0]).seconds["lost"] == 0
     assert "the clock starts at zero" in caplog.text
 
 

@@ -181,7 +181,7 @@ def test_a_number_or_a_port_that_is_taken_is_one_line():
         with hosts._own_number(address, 1):
             with pytest.raises(UserError, match="--process_id=1: .* give every process another"):
                 hosts._own_number(address, 1).__enter__()
-            with hosts._own_number(address, 2):
+            with hosts._own_number(address, 2), hosts._own_number(f"{'long' * 40}:80", 1):
                 pass
         with hosts._own_number(address, 1):
             pass

@@ -23,7 +23,7 @@ from PIL import Image
 from tensorboardX.proto import event_pb2, plugin_hparams_pb2
 
 from densejax.config import UserError
-from densejax.runs import files, metric_log, screen
+from densejax.runs import metric_log, screen
 from densejax.runs.metric_log import MetricLog
 
 
@@ -311,15 +311,19 @@ def test_other_processes_write_nothing(workdir, monkeypatch, capsys):
 
 
 def test_what_a_full_disk_refuses_is_written_once_there_is_room(workdir, monkeypatch, caplog):
-    log, write, full = create(workdir), files.GrowingFile.write, [False]
+    log, plain, full = create(workdir), type(workdir).open, [False]
 
-    def refuse(self):
-        if full[0] and self is not log.metrics:  # metrics.jsonl still has room, the others not
-            self._written = 0
+    class HalfWritten(io.FileIO):
+        def write(self, content):
+            super().write(content[: len(content) // 2])
             raise OSError(errno.EDQUOT, "Disk quota exceeded")
-        write(self)
 
-    monkeypatch.setattr(files.GrowingFile, "write", refuse)
+    def refuse(path, mode="r", *arguments, **keywords):
+        if full[0] and mode == "ab" and path.name != "metrics.jsonl":  # which still has room
+            return HalfWritten(path, mode)
+        return plain(path, mode, *arguments, **keywords)
+
+    monkeypatch.setattr(type(workdir), "open", refuse)
     for step in (5, 10, 15, 20, 25):
         full[0] = step in (10, 15)
         log.train(step, {"train_loss": 1.0})
@@ -397,6 +401,14 @@ def test_a_trace_arrives_whatever_its_folders_are_called(workdir, monkeypatch):
     for name in ("a[1]b", "run[2]"):
         (workdir / name).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(workdir / "a[1]b"))
-    with metric_log.trace(workdir / "run[2]" / "profile"):
+    guarded = []
+    with metric_log.trace(workdir / "run[2]" / "profile", lambda: guarded.append(1)):
         jnp.ones(8).block_until_ready()
-    assert list(pathlib.Path(workdir / "run[2]" / "profile").rglob("*.xplane.pb"))
+    assert list(pathlib.Path(workdir / "run[2]" / "profile").rglob("*.xplane.pb")) and guarded
+
+
+def test_a_disk_that_refuses_a_trace_ends_no_run(workdir, caplog):
+    (workdir / "profile").write_text("a file in its place")
+    with metric_log.trace(workdir / "profile", lambda: None):
+        jnp.ones(8).block_until_ready()
+    assert f"The profile cannot be written to {workdir / 'profile'}" in caplog.text

@@ -333,6 +333,23 @@ def test_an_input_that_fails_costs_no_step(
     assert_same_run(finished, tmp_path)
 
 
+def test_an_input_that_fails_after_an_evaluation_does_not_repeat_it(tmp_path, monkeypatch):
+    config, plain = small.tiny(checkpoint__every_epochs=4), memory.MemorySet.batch
+
+    def failing(self, number):
+        if number == 5:  # of the step after the first epoch's evaluation
+            raise builders.DataError("the worker process 7 has ended")
+        return plain(self, number)
+
+    monkeypatch.setattr(memory.MemorySet, "batch", failing)
+    with pytest.raises(builders.DataError, match="has ended; step 5 is saved"):
+        run(tmp_path, config)
+    experiment = small.build(config)
+    with contextlib.closing(loop.open_checkpoints(config, tmp_path)) as checkpoints:
+        assert checkpoints.latest_step() == 5
+        assert not loop.evaluates_first(experiment, checkpoints, 5)
+
+
 def test_process_0_decides_whether_a_run_is_finished(tmp_path, monkeypatch):
     """The disk of another host shows what was there a moment ago, such as nothing."""
     monkeypatch.setattr(jax, "process_index", lambda: 1)
@@ -505,7 +522,7 @@ def test_a_finished_run_of_other_data_or_precision_is_refused(copy, monkeypatch,
     else:
         monkeypatch.setattr(builders, "read", other)
     name = "matmul_precision" if precision else "data"
-    with pytest.raises(UserError, match=f"of other .* .versions.{name}: "):
+    with pytest.raises(UserError, match=f"with other versions .versions.{name}: "):
         run(copy)
 
 
@@ -524,9 +541,10 @@ def test_a_damaged_summary_is_named_and_its_loss_costs_a_measurement(copy, monke
     assert taken == [] and summary(copy)["test_accuracy"] == before["test_accuracy"]
 
 
-def test_statistics_of_each_device_depend_on_how_many_there_are(tmp_path, monkeypatch):
-    config = small.tiny(parallel__batch_norm="replica")
-    assert result.versions(config)["devices"] == "4"
+def test_statistics_of_a_part_of_the_batch_depend_on_how_many_devices_there_are():
+    groups = {"parallel__batch_norm": "groups", "parallel__batch_norm_group_size": 2}
+    for changes in {"parallel__batch_norm": "replica"}, groups:
+        assert result.versions(small.tiny(**changes))["devices"] == "4"
     assert "devices" not in result.versions(small.tiny())
 
 
@@ -589,11 +607,19 @@ def test_another_configuration_is_refused_with_the_difference_and_only_forced(co
 
 
 def test_logging_may_differ(tmp_path, monkeypatch, finished):
-    assert interrupted(monkeypatch, tmp_path, signal.SIGTERM, 4)[0] == 0
+    taken = small.tiny().log.every_steps
+    assert taken == 3 and interrupted(monkeypatch, tmp_path, signal.SIGTERM, 3)[0] == 0
     config = small.tiny(log__every_steps=2, log__seconds=1.0, checkpoint__keep_latest=1)
     assert run(tmp_path, config) == 0
     assert summary(tmp_path)["test_accuracy"] == summary(finished)["test_accuracy"]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["10"]
+    # The record of step 4 has no sum of steps 1 to 3: it is of step 4 alone.
+    state = small.build(config).start()
+    sums = state.metrics | {"count": jnp.float32(256 * 3)}
+    state = state.replace(step=jnp.int32(3), metrics=sums)
+    assert int(loop.since_last_record(state, config).metrics["count"]) == 0
+    state = state.replace(metrics=sums | {"count": jnp.float32(256)})
+    assert int(loop.since_last_record(state, config).metrics["count"]) == 256
 
 
 def test_evaluation_alone_prints_the_result_as_json(finished, capsys, monkeypatch):

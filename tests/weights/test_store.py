@@ -207,9 +207,9 @@ def test_a_run_normalises_as_its_weights_say(tmp_path):
     config.data.normalization = "weights"
     with pytest.raises(UserError, match="model.json: add mean, std;"):
         small.build(config)
-    rewritten(tmp_path / "weights", mean=[3.0], std=[2.0])
+    rewritten(tmp_path / "weights", mean=[102.0], std=[51.0])  # of 255
     preparation = small.build(config).task.preparation
-    assert (preparation.mean, preparation.std) == ((3.0,), (2.0,))
+    np.testing.assert_allclose((*preparation.mean, *preparation.std), (6.4, 3.2))  # of 16
     rewritten(tmp_path / "weights", mean=[3.0] * 3, std=[2.0] * 3, image_channels=3)
     with pytest.raises(UserError, match="for images of 3 channels, and these have 1"):
         small.build(config)
@@ -275,7 +275,7 @@ def test_a_run_reads_them_once_and_then_its_own_checkpoints(tmp_path):
     assert first["step"] == drawn["step"] and first["train_loss"] != drawn["train_loss"]
     shutil.rmtree(tmp_path / "weights")
     start_from(tmp_path / "weights", seed=2)
-    with pytest.raises(UserError, match="of other code, data, weights .*versions.weights: "):
+    with pytest.raises(UserError, match="measured with other versions .*versions.weights: "):
         loop.run(config, str(tmp_path / "run"), "train")
     shutil.rmtree(tmp_path / "weights")
     config.train.epochs = 2
@@ -383,7 +383,7 @@ def test_a_file_of_a_thousand_classes_is_of_imagenet(tmp_path, monkeypatch, clas
             load(of_imagenet=True)
 
 
-def test_a_run_s_classifier_is_left_out_where_the_classes_differ():
+def test_a_new_classifier_leaves_out_that_of_a_run():
     expected = small.build(small.tiny()).abstract_state
     expected = {"params": expected.params, "batch_stats": expected.batch_stats}
     shapes = conversion.flatten(expected)
@@ -391,11 +391,11 @@ def test_a_run_s_classifier_is_left_out_where_the_classes_differ():
     other = shapes | {kernel: jax.ShapeDtypeStruct((shapes[kernel].shape[0], 3), np.float32)}
     other[conversion.CLASSIFIER[1]] = jax.ShapeDtypeStruct((3,), np.float32)
     load = functools.partial(store.load_for, str(small.trained()), small.tiny().model)
-    found = load(conversion.unflatten(other), new_classifier=True)
-    assert "head" not in found["params"] and found["batch_stats"].keys() == {
-        *("block1", "block2", "norm", "transition1")
-    }
-    assert "head" in load(expected, new_classifier=True)["params"]
+    for network in conversion.unflatten(other), expected:  # as many classes may be other ones
+        found = load(network, new_classifier=True)
+        assert "head" not in found["params"] and found["batch_stats"].keys() == {
+            *("block1", "block2", "norm", "transition1")
+        }
     with pytest.raises(UserError, match="train.new_classifier = True fits the classifier"):
         load(conversion.unflatten(other))
     del expected["params"]["stem"]  # as in a network of another family
