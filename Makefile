@@ -13,7 +13,7 @@ FAST := tests/test_imports.py tests/test_config.py tests/test_command_line.py te
   tests/models/test_layers.py tests/training/test_losses.py tests/training/test_optimizer.py
 
 .DEFAULT_GOAL := help
-.PHONY: help train results docs test test-all test-newest test-faults lint format clean cuda tpu
+.PHONY: help train results docs test test-all test-newest test-faults lint format clean cuda tpu imagenet
 
 help: ## Show this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -45,7 +45,7 @@ test-newest: $(TESTABLE) ## Run fast tests with Python 3.13 and the newest versi
 test-faults: $(TESTABLE) ## Hurt real runs some 900 times and count what survives (most of an hour)
 	$(BIN)/python experiments/faults.py --folder=$(FAULTS) $(ARGS)
 
-cuda tpu: $(READY) ## Add what JAX needs for NVIDIA GPUs (make cuda) or TPUs (make tpu)
+cuda tpu imagenet: $(READY) ## Add what NVIDIA GPUs (make cuda), TPUs (make tpu) or streams (make imagenet) need
 	UV_PROJECT_ENVIRONMENT=.venv $(UV) $(SYNC) --extra $@ --python $(BIN)/python
 
 lint: $(TESTABLE) ## Check style and formatting

@@ -547,48 +547,6 @@ def draw_architecture() -> Figure:
     return figure
 
 
-def draw_result() -> Figure:
-    """Test error over parameters, from the table of runs: growth rates, and ways to join."""
-    with (RESULTS / "laboratory" / "runs.csv").open() as file:
-        rows = list(csv.DictReader(file))
-
-    def points(chosen, key):
-        groups = {}
-        for row in filter(chosen, rows):
-            error = 100 * float(row["test_error"])
-            groups.setdefault(key(row), []).append((int(row["parameters"]), error))
-        for name, runs in groups.items():
-            (parameters, *_), errors = zip(*runs, strict=True)
-            yield name, parameters, statistics.mean(errors), statistics.stdev(errors)
-
-    figure, (axes,) = plots.figure(width=6.4, height=4.0)
-    style_of = of_experiments("figures").style
-    by_rate = points(lambda r: r["sweep"] == "growth_rate", lambda r: int(r["growth_rate"]))
-    rates, x, means, spread = zip(*sorted(by_rate), strict=True)
-    label = "dense, growth rate k as written"
-    axes.errorbar(x, means, spread, label=label, **style_of("dense"))
-    for rate, place, mean in zip(rates, x, means, strict=True):
-        axes.annotate(
-            f"k = {rate}", (place, mean), (-36, -9), textcoords="offset points", fontsize=8
-        )
-    kinds = {"one_shot": "one-shot", "residual": "residual", "plain": "plain"}
-    for kind, label in kinds.items():
-        found = points(
-            lambda r, kind=kind: r["sweep"] == "connectivity" and r["kind"] == kind,
-            lambda r: r["equal"],
-        )
-        _, x, means, spread = zip(*found, strict=True)
-        style = style_of(label) | {"linestyle": ""}
-        axes.errorbar(x, means, spread, label=label, **style)
-    plots.logarithmic(axes.xaxis, formats.si)
-    plots.logarithmic(axes.yaxis, "{:g}".format)
-    axes.set_yticks((11, 12, 13, 15, 17, 20, 25))
-    axes.set(xlabel="parameters", ylabel="test error (%)", xlim=(300, 400000))
-    axes.set_title("Fashion-MNIST at 14x14, two epochs; mean and standard deviation of 3 seeds")
-    axes.legend()
-    return figure
-
-
 def draw_terminal() -> None:
     """A run of the digits in a terminal of 80 columns, as SVG; grey is what is overwritten."""
     command, output = "python -m densejax.main --config=configs/digits.py", b""
@@ -633,7 +591,7 @@ def main() -> None:
     if "pictures" in chosen:
         IMAGES.mkdir(exist_ok=True)
         draw_patterns()
-        for draw in (draw_dense_block, draw_architecture, draw_result):
+        for draw in (draw_dense_block, draw_architecture):
             plots.save(draw(), IMAGES / f"{draw.__name__.removeprefix('draw_')}.png")
     if "terminal" in chosen:
         draw_terminal()

@@ -385,7 +385,7 @@ def never_finite(path, draw):
     """Ten batches of NaN in a row end the run; a new start goes on from its last checkpoint."""
     step = EPOCH * draw.randint(1, 2) + draw.randint(1, 10)
     run = Run(path, patch=NAN.format(stop=0, bad=tuple(range(step, step + 10))))
-    run.end(2, says=f"in a row, up to {step + 9}, were not finite", silent=True)
+    run.end(3, says=f"in a row, up to {step + 9}, were not finite", silent=True)
     require(f"checkpoint is of step {newest(path)[0]};" in run.said(), "it names another")
     return finish(path)
 
@@ -656,8 +656,9 @@ def main():
     for name in (name for name, fault in wanted.items() if fault is None):
         print(f"skipped, it needs root: {name}", flush=True)
     cases = [(n, name) for name, fault in wanted.items() for n in range(fault[0] if fault else 0)]
-    for number, name in sorted(cases, key=lambda case: case[0]):
-        file = FOLDER / f"{name} {number}.json"
+    cases.sort(key=lambda case: case[0])
+    places = [(name, FOLDER / f"{name} {number}.json") for number, name in cases]
+    for name, file in places:
         if not file.exists():
             path = FOLDER / "runs" / name.replace(" ", "_") / "run"
             shutil.rmtree(path.parent, ignore_errors=True)
@@ -665,8 +666,8 @@ def main():
             process.start()
             process.join()
     print(table(FOLDER))
-    results = [json.loads(file.read_text()) for file in FOLDER.glob("*.json")]
-    return int(len(results) < len(cases) or any(result["problem"] for result in results))
+    results = [json.loads(file.read_text()) for _, file in places if file.exists()]
+    return int(len(results) < len(places) or any(result["problem"] for result in results))
 
 
 if __name__ == "__main__":

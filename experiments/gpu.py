@@ -165,6 +165,8 @@ def resume(options: argparse.Namespace) -> dict[str, Any]:
         (process,) = layouts.start(killed, *layout, platform=platform)
         while not (killed / "checkpoints/22").exists() and process.poll() is None:
             time.sleep(0.01)
+        if process.poll() is not None:
+            raise RuntimeError(f"{killed} ended before it could be killed; output0 in it says why")
         process.kill()
         process.wait()
         layouts.finish(killed, layouts.start(killed, *layout, platform=platform))

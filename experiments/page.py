@@ -240,9 +240,8 @@ def provenance(runs: Sequence[Any]) -> str:
     flat = [flatten(run.config) for run in runs]
     keys, whole = set().union(*flat), [values for values in flat if values]
     own = {key for key in keys if len({json.dumps(values.get(key)) for values in whole}) > 1}
-    changed = {
-        key: whole[0][key] for key in keys - own if whole[0][key] != known.get(key, whole[0])
-    }
+    shared = {key: whole[0].get(key) for key in keys - own}
+    changed = {key: shared[key] for key in shared if shared[key] != known.get(key, whole[0])}
     parts = [f"<p>All runs, beside the defaults: {listed(changed)}</p>"]
     for run, values in zip(runs, flat, strict=True):
         versions = " ".join(f"{name} {version}" for name, version in run.versions.items())

@@ -69,7 +69,10 @@ ROOT = flags.DEFINE_string("root", None, "Where results are: ROOT/SWEEP/RUN.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each point, from the card's seed.", lower_bound=1)
 ONLY = flags.DEFINE_list("only", "*", "Names of runs, or patterns: 'k12_*,k16_seed0'.")
 LEARNING_RATES = flags.DEFINE_string(
-    "learning_rates", None, "Folder of a sweep of learning_rate: each kind's peak is its best."
+    "learning_rates",
+    None,
+    "Folder of finished tuning runs: each kind gets the peak rate with the best mean accuracy on "
+    "held-out images.",
 )
 WORKERS = flags.DEFINE_integer(
     "workers", 1, "Runs at the same time, such as several on one GPU.", lower_bound=1
@@ -82,7 +85,8 @@ TRAINING_TIME = flags.DEFINE_bool(
 EQUAL_TIME = flags.DEFINE_string(
     "equal_time",
     None,
-    "A run, without its seed: all get its time, by what --training_time measured.",
+    "Name of a run, without _seedN. Every run trains as long as this one, by the times of a step "
+    "that --training_time measured.",
 )
 RESUME = flags.DEFINE_enum(
     "resume", "same", ["same", "force"], "force: go on with, or measure again, runs of other code."
@@ -227,12 +231,12 @@ def works() -> list[Work]:
     root = files.path_of("--root", ROOT.value)
     if "://" in ROOT.value or (root.exists() and not root.is_dir()):
         raise UserError(f"--root={ROOT.value}: give a folder, of a disk that all workers share")
-    given = sys.argv[1:]
+    given = joined_words()
     card = flags.FLAGS["config"].config_filename
     overrides = [word for word in given if word.lstrip("-").startswith("config.")]
     rates = best_rates(epath.Path(LEARNING_RATES.value)) if LEARNING_RATES.value else None
     axes, values = parse_axes(AXES.value), parse_values(VALUES.value or "")
-    folder = "_x_".join([*filter(None, [SWEEP.value]), *axis_names(list(axes))])
+    folder = "_x_".join([SWEEP.value or "card", *axis_names(list(axes))])
     found = []
     for run in runs(SWEEP.value, command_line.CONFIG.value, SEEDS.value, values, axes):
         if not any(fnmatch.fnmatchcase(run.name, pattern) for pattern in ONLY.value):
@@ -269,7 +273,8 @@ def of_equal_time(work: Work, point: str) -> Work:
     if missing := {point, work.point} - seconds.keys():
         raise UserError(
             f"--equal_time={point}: {file} has no {' and no '.join(sorted(missing))}; "
-            f"--training_time measures the runs that --only names"
+            f"--training_time measures all runs that --only names in one call, and replaces what "
+            f"was measured before"
         )
     longer = seconds[point] / seconds[work.point]
     steps = max(1, round(longer * experiment.build(work.config).steps))
@@ -281,6 +286,17 @@ def of_equal_time(work: Work, point: str) -> Work:
     return dataclasses.replace(work, arguments=arguments)
 
 
+def joined_words() -> list[str]:
+    """The flags of this command, each as one word: --seeds=1 for --seeds 1."""
+    words, left = [], sys.argv[1:]
+    while left:
+        word = left.pop(0)
+        name = word.lstrip("-")
+        takes_value = name in flags.FLAGS and not flags.FLAGS[name].boolean
+        words.append(f"{word}={left.pop(0)}" if takes_value and left else word)
+    return words
+
+
 def _key(word: str) -> str:
     return word.lstrip("-").removeprefix("config.").partition("=")[0]
 
@@ -288,23 +304,25 @@ def _key(word: str) -> str:
 def best_rates(path: epath.Path) -> dict[str, float]:
     """For each kind of network, the rate with the best mean over seeds on held-out images."""
     found, origins = collections.defaultdict(list), collections.defaultdict(dict)
+    diverged = set()
     for sweep in sorted(epath.Path(glob.escape(str(path))).glob("*/sweep.json")):
         run, summary = sweep.parent, result.read(sweep.parent)
         axes = read_json(sweep).get("axes", {})
         if not {"kind", "learning_rate"} <= axes.keys():
             raise UserError(f"--learning_rates={path}: {run.name} is no run of that sweep")
+        point = axes["kind"], axes["learning_rate"]
         if summary is None and read_json(sweep).get("diverged"):
-            continue  # the worst that a rate can do
+            diverged.add(point)  # with one seed: the worst that a rate can do
+            continue
         if summary is None:
             raise UserError(f"--learning_rates={path}: {run.name} is not finished")
         if "validation_accuracy" not in summary:
             raise UserError(f"--learning_rates={path}: {run} was not measured on held-out images")
-        point = axes["kind"], axes["learning_rate"]
         found[point].append(summary["validation_accuracy"])
         origins[point][run.name] = origin(run.name, summary)
         if others := differences(origins[point]):
             raise UserError(f"--learning_rates={path}: no mean is taken over {others}")
-    means = sorted((statistics.mean(values), point) for point, values in found.items())
+    means = sorted((statistics.mean(found[point]), point) for point in found.keys() - diverged)
     rates = {kind: rate for _, (kind, rate) in means}  # the best of a kind comes last
     if "one_shot" in rates:
         rates["vovnet"] = rates["one_shot"]  # joined alike
@@ -475,22 +493,25 @@ def dry_run(all_works: list[Work]) -> None:
     measured, rows, total = {}, [], 0.0
     for number, work in enumerate(all_works, 1):
         config, summary = work.config, work.result()
-        steps, hours = experiment.build(config).steps, "finished"
+        built, hours = experiment.build(config), "finished"
         parts = (config.model, config.data, config.augmentation)
         network = "\n".join(map(str, (*parts, config.train.batch_size, config.train.dtype)))
         if summary:
             found = summary["parameters"], summary["multiply_adds"]
+        elif work.has_diverged:
+            found = counts.of_network(built.task.model, built.task.network_shape)
+            hours = "diverged"
         else:
             if network not in measured:
                 place = f"run {number} of {len(all_works)}"
                 print(f"measuring a step of {work.run.name}, {place}", file=sys.stderr, flush=True)
                 measured[network] = step_seconds(config)
             *found, start, step = measured[network]
-            total += (seconds := start + steps * step)
+            total += (seconds := start + built.steps * step)
             hours = f"{seconds / 3600:.3f}"
         equal = "" if work.run.mismatch is None else f"{work.run.mismatch:+.2%}"
         row = (work.run.name, formats.count(found[0]), formats.si(found[1]), equal)
-        rows.append((*row, formats.count(steps), hours))
+        rows.append((*row, formats.count(built.steps), hours))
     head = ("run", "parameters", "multiply-adds", "mismatch", "steps", "hours")
     print(formats.table([head, *rows], right=5))
     print(f"{total / 3600:.2f} hours by one worker on {jax.devices()[0].device_kind}")
@@ -587,8 +608,9 @@ def in_turns(programs: dict[Any, Callable[[], Any]], calls: int) -> dict[Any, fl
 
 def commands(all_works: list[Work], form: str) -> str:
     """The runs that are left as shell lines, or as a SLURM array script."""
-    words = [word for word in sys.argv if not word.lstrip("-").startswith(("print=", "only="))]
-    command = shlex.join([sys.executable, *words])
+    words = joined_words()
+    words = [word for word in words if not word.lstrip("-").startswith(("print=", "only="))]
+    command = shlex.join([sys.executable, sys.argv[0], *words])
     names = [work.run.name for work in all_works if not work.is_over()]
     if not names:
         raise UserError(f"--print={form}: every run is finished")

@@ -32,13 +32,12 @@ TOLERANCE = 0.02  # the largest relative difference of counts that are called eq
 KINDS = ("plain", "residual", "dense", "one_shot")
 ADDING = {"add": "residual", "chain": "plain"}  # the kinds of these patterns that add
 # Pairs of kinds, written down before the runs: a report tests whether the first is better.
-COMPARISONS = dict.fromkeys(
-    ("patterns", "patterns_equal_parameters"),
-    (
+COMPARISONS = {
+    "patterns": (
         *(("dense", other) for other in ("residual", "exponential", "one_shot")),
         ("weighted", "residual"),
-    ),
-)
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,10 +363,10 @@ def variants(base: Base) -> Iterator[Run]:
 
 
 def growth_schedule(base: Base) -> Iterator[Run]:
-    """One growth rate for all blocks, or twice the rate in each block, at equal parameters.
+    """One growth rate, or twice the rate in each block, at equal parameters or multiply-adds.
 
-    The rates that double have a second point, at equal multiply-adds: later blocks have smaller
-    feature maps, where a wide layer needs many parameters and few multiply-adds.
+    They differ since later blocks have smaller feature maps, where a wide layer needs many
+    parameters and few multiply-adds.
     """
     points = (
         ("constant", 1, "parameters"),

@@ -19,6 +19,7 @@ from densejax.config import UserError
 from densejax.runs import files
 from densejax.training import parallel
 from tests import small
+from tests.programs import shared_programs  # noqa: F401
 from tests.test_command_line import command, one_line
 from tests.test_predict import photo_run
 

@@ -18,6 +18,7 @@ from densejax.data import builders, decoded, encoded
 from densejax.inference import classifier, prediction
 from densejax.training import experiment, loop, parallel
 from tests import archives, small
+from tests.programs import shared_programs  # noqa: F401
 
 FOLDER = pathlib.Path(densejax.__file__).parents[1] / "configs"
 CARDS = sorted(path.stem for path in FOLDER.glob("*.py"))

@@ -13,6 +13,7 @@ from densejax.config import UserError
 from densejax.data import builders
 from densejax.training import experiment
 from tests import small
+from tests.programs import shared_programs  # noqa: F401
 from tests.test_command_line import command, one_line
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

@@ -1,5 +1,6 @@
 """README.md and docs/: links lead somewhere, commands are accepted, Python runs, tables hold."""
 
+import copy
 import importlib.util
 import json
 import pathlib
@@ -19,7 +20,8 @@ from densejax import models
 from densejax.__main__ import COMMANDS
 from densejax.data import added
 from densejax.models import connections
-from densejax.training import losses, optimizer, parallel
+from densejax.training import experiment, losses, optimizer, parallel
+from tests.programs import shared_programs  # noqa: F401
 
 ROOT = pathlib.Path(densejax.__file__).parents[1]
 WRITTEN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -204,6 +206,16 @@ def test_the_python_of_a_page_runs(found, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.setattr(parallel, "start", lambda: None)  # it would choose another cache
     monkeypatch.setattr(sys, "argv", ["notebook"])
+    train = densejax.train
+
+    def few_steps(config, *arguments, **keywords):
+        experiment.build(config)  # the page's own configuration, which may be refused
+        config = copy.deepcopy(config)
+        config.train.max_steps, config.log.every_steps = 8, 4
+        config.optimizer.warmup_epochs = 0.0
+        return train(config, *arguments, **keywords)
+
+    monkeypatch.setattr(densejax, "train", few_steps)
     wandb = mock.MagicMock()  # it is not installed, and would need an account
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     page_code = {"__name__": "page"}

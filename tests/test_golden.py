@@ -95,7 +95,12 @@ def record():
     return {"machine": machine(), "runs": found}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+SLOW = ("dense, one shot", "plain")  # others have the same code: "dense, in place", "residual"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NETWORKS]
+)
 def test_a_hundred_steps_are_as_they_were(name):
     then = json.loads(FILE.read_text())["runs"][f"{name}, float64"]["losses"]
     np.testing.assert_allclose(

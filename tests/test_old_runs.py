@@ -21,6 +21,7 @@ from densejax.inference import classifier
 from densejax.training import loop
 from densejax.weights import store
 from tests import small
+from tests.programs import shared_programs  # noqa: F401
 
 ARCHIVE = pathlib.Path(__file__).parent / "old_run.zip"
 IMAGES = np.random.default_rng(0).integers(0, 17, (2, 8, 8, 1)).astype(np.uint8)

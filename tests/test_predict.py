@@ -4,8 +4,6 @@ import functools
 import io
 import json
 import shutil
-import subprocess
-import sys
 import types
 
 import jax
@@ -21,6 +19,7 @@ from densejax.inference import classifier, prediction
 from densejax.runs import files
 from densejax.training import experiment
 from tests import photos, small
+from tests.programs import shared_programs  # noqa: F401
 from tests.test_command_line import ROOT, command, one_line  # noqa: F401
 
 
@@ -286,10 +285,7 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
     [
         ([], "name at least one image file"),
         (["none.png"], "none.png: no image that can be read ([Errno 2] No such file"),
-        (
-            ["{digit}", "configs/digits.py"],
-            "configs/digits.py: no image that can be read (it is no",
-        ),
+        (["configs", "configs/digits.py"], "configs: there is no image in this folder (.jpg,"),
         (["{digit}", "--top=0"], "flag --top=0: "),
         (["{digit}", "--format=xml"], "flag --format=xml: "),
         (["{digit}", "--config=configs/digits.py"], "--config: nothing here reads it"),
@@ -303,12 +299,19 @@ def test_bad_input_is_one_line(classify, digits, arguments, says):
     assert one_line(classify(*arguments)).startswith(says)
 
 
-@pytest.mark.slow
-def test_the_real_command_takes_files(tmp_path):
-    words = [sys.executable, "-m", "densejax.predict", f"--workdir={tmp_path}", "a.png"]
-    answer = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    line = one_line((answer.returncode, answer.stdout, answer.stderr))
-    assert line.startswith(f"--workdir={tmp_path}: neither a run's directory nor one of weights")
+def test_one_bad_file_costs_no_other_result(classify, digits, tmp_path):
+    folder = tmp_path / "images"
+    (folder / "folder.jpg").mkdir(parents=True)  # is no image, whatever its name
+    shutil.copy(digits[0][0], folder / "good.png")
+    (folder / "bad.png").write_bytes(b"no image")
+    says = f"densejax: {folder}/bad.png: no image that can be read"
+    code, output, error = classify(str(folder))
+    assert code == 2 and output.startswith(f"{folder}/good.png\n") and "bad.png" not in output
+    assert error.startswith(says) and error.count("\n") == 1
+    code, output, error = classify(str(folder), "--format=json")
+    bad, good = json.loads(output)
+    assert code == 2 and says.endswith(bad["error"].partition(" (")[0]) and bad["classes"] == []
+    assert len(good["classes"]) == 5 and "error" not in good
 
 
 def test_a_damaged_checkpoint_is_refused(classify, digits, tmp_path):

@@ -48,6 +48,7 @@ def test_rows_add_up_to_the_exact_counts(name, changes):
             assert not row.multiply_adds or (row.output_shape and row.parameters)
 
 
+@pytest.mark.slow
 def test_rows_of_densenet121_are_those_of_the_paper(summarise):
     found = as_json(summarise("--model=densenet121", "--format=json", "--depth=3"))
     rows = {row.pop("name"): row for row in found["layers"]}

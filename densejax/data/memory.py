@@ -31,6 +31,28 @@ def mirrored(seed: int, epoch: int, size: int) -> np.ndarray:
     return (bits + np.uint64(epoch)) % np.uint64(2) == 1
 
 
+@functools.cache  # a second run in the same process, too, finds them compiled
+def _programs(size, batch_size, sharded):
+    """(take, take_padded): they make a training batch and a batch of an evaluation."""
+
+    @functools.partial(jax.jit, out_shardings=sharded)
+    def take(arrays, order, start):
+        indices = jax.lax.dynamic_slice(order, (start,), (batch_size,))
+        # Each device reads the images of its own rows alone.
+        indices = jax.lax.with_sharding_constraint(indices, sharded)
+        return {name: array[indices] for name, array in arrays.items()}
+
+    @functools.partial(jax.jit, out_shardings=sharded)
+    def take_padded(arrays, start):
+        places = start + jnp.arange(batch_size, dtype=jnp.int32)
+        places = jax.lax.with_sharding_constraint(places, sharded)
+        indices = jnp.minimum(places, size - 1)
+        taken = {name: array[indices] for name, array in arrays.items()}
+        return taken | {"mask": places < size}
+
+    return take, take_padded
+
+
 class MemorySet:
     """One split on the devices.
 
@@ -62,23 +84,7 @@ class MemorySet:
         self._replicated, self._alternates, self._files = replicated, alternates, files
         self._arrays = {"image": self._place(images), "label": self._place(labels)}
         self._epoch, self._order = -1, None
-
-        @functools.partial(jax.jit, out_shardings=sharded)
-        def take(arrays, order, start):
-            indices = jax.lax.dynamic_slice(order, (start,), (batch_size,))
-            # Each device reads the images of its own rows alone.
-            indices = jax.lax.with_sharding_constraint(indices, sharded)
-            return {name: array[indices] for name, array in arrays.items()}
-
-        @functools.partial(jax.jit, out_shardings=sharded)
-        def take_padded(arrays, start):
-            places = start + jnp.arange(batch_size, dtype=jnp.int32)
-            places = jax.lax.with_sharding_constraint(places, sharded)
-            indices = jnp.minimum(places, self.size - 1)
-            taken = {name: array[indices] for name, array in arrays.items()}
-            return taken | {"mask": places < self.size}
-
-        self._take, self._take_padded = take, take_padded
+        self._take, self._take_padded = _programs(self.size, batch_size, sharded)
 
     @property
     def labels(self) -> np.ndarray:

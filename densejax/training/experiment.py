@@ -170,7 +170,6 @@ class Experiment:
         It calls `stops()` after every batch, and returns None if that is true.
         """
         step = self.map(eval_step)
-        add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
         def evaluate(state, split, stops=None):
             sums = []
@@ -185,7 +184,7 @@ class Experiment:
                 if stops and stops():
                     return None
                 raise
-            total = functools.reduce(add, sums)
+            total = functools.reduce(_add, sums)
             if (seen := int(total["count"])) != (size := self.data.evaluation[split].size):
                 raise RuntimeError(f"{split}: {seen} images were evaluated, there are {size}")
             means = metrics.means(total)
@@ -242,6 +241,11 @@ def build(
     task = finetuning.restrict(task, config, config.train.head_epochs * steps_per_epoch)
     built = Experiment(config, info, task, steps, devices)
     return built
+
+
+@jax.jit
+def _add(first, second):
+    return jax.tree.map(jnp.add, first, second)
 
 
 def _in_float32(task: Task) -> Task:

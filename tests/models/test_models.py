@@ -245,7 +245,8 @@ def test_a_network_has_the_counts_of_its_closed_form(name, changes, classes):
 
 TRACED = ("densenet_bc_40_12", "resnet20_cifar")  # the other forms are traced a few layers deep
 SLOW = {name: pytest.mark.slow for name in FORMS if name not in TRACED}
-SLOW |= dict.fromkeys(("rdnet_base", "rdnet_large", "hardnet85"), pytest.mark.slow)
+LARGER = ("rdnet_small", "rdnet_base", "rdnet_large", "hardnet68ds", "hardnet85", "vovnet57")
+SLOW |= dict.fromkeys((*LARGER, "ese_vovnet57b"), pytest.mark.slow)  # the code is the smaller ones'
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW.get(n, ())) for n in TABLE])

@@ -121,6 +121,7 @@ def test_a_run_with_everything_resumes_bit_for_bit(tmp_path, monkeypatch, mode):
     assert json.loads((tmp_path / "parts" / "summary.json").read_text())["test_examples"] == 360
 
 
+@pytest.mark.slow
 def test_a_step_with_everything_is_lowered_for_a_tpu():
     built = experiment.build(small.tiny(**EVERYTHING), jax.devices()[:2])
     batch = experiment.abstract_batch(built.mesh, built.task.image_shape, 256)
