@@ -353,7 +353,7 @@ def test_help_beside_a_card_lists_its_keys(command):
     config = schema.flatten(schema.default()) | {"model.depth": 40}
     assert {f"--config.{key}" for key in config} <= shown.keys()
     for key, value, meaning in (
-        ("model.growth_rate", "24", "k in the paper, feature maps that a layer adds"),
+        ("model.growth_rate", "24", "k in the paper: feature maps that a layer adds"),
         (
             "model.blocks",
             "None",

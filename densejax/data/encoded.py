@@ -82,7 +82,7 @@ class Folder(Sequence[Example]):
         return part
 
     def divided(self, share: float) -> tuple["Folder", "Folder"]:
-        """(the rest of the folder, a share of each class's images, at least one image in all).
+        """Two folders: the images that train, and a share of each class's images, at least one.
 
         Only the names decide which images are in the share: a new image moves few of the others.
         """

@@ -133,6 +133,8 @@ class ResNet(nn.Module):
         layers.require(self, "connect", self.preactivation or not learned, needs)
         for field in ("blocks", "widths"):
             layers.require_positive(self, field, len(self.blocks) or 3)
+        joins = self.block == "basic" or max(self.blocks) > 1
+        layers.require(self, "connect", joins or not learned, "has no effect: it joins no blocks")
         widens = self.shortcut == "projection" or sorted(self.widths) == list(self.widths)
         layers.require(self, "widths", widens, "must not fall with identity shortcuts")
         layers.require(self, "survival", 0 < self.survival <= 1, "must be in (0, 1]")

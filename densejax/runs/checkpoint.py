@@ -140,7 +140,8 @@ class Checkpoints:
             return
         if newer := [other for other in self.steps() if other > step]:
             raise CheckpointError(f"step={step}: delete the newer {newer} in {self._directory}")
-        for name, leaf in _named(jax.device_get(state)):
+        fetched = jax.device_get(state)
+        for name, leaf in _named(fetched):
             if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(leaf).all():
                 raise CheckpointError(
                     f"step={step}: {name} is not finite, so nothing was saved; lower "
@@ -150,7 +151,7 @@ class Checkpoints:
         self._guard()
         metrics = {name: float(value) for name, value in metrics.items()}
         facts = {"step": step, "metrics": metrics, "records": records or {}}
-        self._manifest = facts | {"leaves": _leaves(state)}
+        self._manifest = facts | {"leaves": _leaves(fetched)}
         if self._has_failed(step, problem or _problem_of(self._make_room)):
             return
         path, args = self._directory / str(step), ocp.args.StandardSave(state)
@@ -398,7 +399,7 @@ def _check_fit(path: epath.Path, leaves: dict[str, str], abstract_state) -> None
         if saved.get(name) != model.get(name)
     ]
     if lines:
-        lines[20:] = [f"... {len(lines) - 20} more"] * (len(lines) > 20)
+        lines[20:] = [f"and {len(lines) - 20} more"] * (len(lines) > 20)
         raise CheckpointError(f"checkpoint {path} belongs to another model: {'; '.join(lines)}")
 
 

@@ -265,7 +265,7 @@ def test_one_class_alone_is_refused(tmp_path):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
     config = tiny(data__storage="auto", data__manual_dir=str(tmp_path), data__image_size=8)
-    with pytest.raises(UserError, match="images of one class alone, 'photos'; name the folder"):
+    with pytest.raises(UserError, match="all images are of one class, 'photos'; name the folder"):
         data.info(config)
 
 

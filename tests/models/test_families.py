@@ -283,6 +283,10 @@ REFUSED = {
         ({"connect": "concat"}, "add, chain"),
         ({"connect": "hyper"}, "model.preactivation = True"),
         ({"preactivation": True, "connect": "hyper:streams=0"}, "at least 1"),
+        (
+            {"preactivation": True, "block": "bottleneck", "blocks": (1,) * 3, "connect": "hyper"},
+            "has no effect",
+        ),
         ({"shortcut": "C"}, "projection, identity"),
         ({"block": "bottleneck", "stride_on": "2x2"}, "3x3, 1x1"),
         ({"stride_on": "1x1"}, "model.block = 'basic' ignores it"),

@@ -18,7 +18,7 @@ def test_targets_are_described():
         assert target.latency_source.startswith("https://")
     with pytest.raises(UserError, match="target = 'v9': allowed are h100, v5e, v5p, v6e"):
         targets.target("v9")
-    with pytest.raises(UserError, match="topology 'h100:16': 8 devices are joined by the links"):
+    with pytest.raises(UserError, match="topology 'h100:16': at most 8 devices; links between"):
         targets.topology("h100:16")
 
 
