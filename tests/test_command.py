@@ -1,6 +1,7 @@
 """The command `densejax`: short names that stand for the modules' own commands."""
 
 import importlib.util
+import os
 import pathlib
 import runpy
 import subprocess
@@ -31,6 +32,18 @@ def run(monkeypatch, capsys):
         return __main__.main(), *capsys.readouterr(), started
 
     return run
+
+
+def test_a_command_of_another_package_keeps_its_own_ctrl_c(tmp_path):
+    """Python imports a package before `sys.argv[0]` is the module's file: it is "-m" then."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text("import densejax\n")
+    (tmp_path / "other" / "run.py").write_text(
+        "import signal\nprint(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+    )
+    words = [sys.executable, "-m", "other.run", "densejax.main"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    assert subprocess.check_output(words, env=environment, text=True) == "True\n"
 
 
 def test_a_command_is_its_module_with_the_same_flags(run):

@@ -220,6 +220,14 @@ CASES = {
         "unknown flag --epochs (did you mean --config.train.epochs?)",
     ),
     "unknown flag": ([DIGITS, "--nothing=3"], "Unknown command line flag 'nothing'"),
+    "weights at an address": (
+        [DIGITS, READY, "--config.train.weights=https://example.com/w.npz"],
+        "train.weights=https://example.com/w.npz: 'https://' is no known kind of storage",
+    ),
+    "workdir of another storage": (
+        [DIGITS, READY, "--workdir=foo://bar"],
+        "--workdir=foo://bar: 'foo://' is no known kind of storage",
+    ),
     "no run to go on with": (
         [DIGITS, READY, "--workdir=latest"],
         "--workdir=latest: there is no run in the folder runs here; name one",

@@ -48,6 +48,12 @@ def test_a_path_that_nothing_can_open_is_named_with_its_flag(text):
         files.path_of("--workdir", text)
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.path_of("--output", "~/x") == epath.Path(tmp_path / "x")
+    assert files.path_of("workdir", tmp_path / "y") == epath.Path(tmp_path / "y")
+
+
 def test_two_writers_of_one_name_have_files_of_their_own(tmp_path, monkeypatch):
     # Of two machines both may have the same process number.
     monkeypatch.setattr(os, "getpid", lambda: 7)
