@@ -103,7 +103,7 @@ def train(config, workdir: str = "", callbacks=(), force: bool = False):
     if config.evaluate.assess:
         from densejax.analysis import assessment  # matplotlib may be missing
     parallel.start()
-    directory = os.fspath(workdir) or run_directory.default(config.name, config)
+    directory = os.fspath(workdir or "") or run_directory.default(config.name, config)
     loop.run(config, directory, force=force, callbacks=callbacks)
     path = files.path_of("workdir", directory)
     if config.evaluate.assess:

@@ -38,7 +38,8 @@ def run(main: Callable[..., int], config: str = "required", arguments: bool = Fa
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in sys.stdout, sys.stderr:  # names that the terminal's encoding lacks are escaped
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):  # a notebook's has no encoding
+            stream.reconfigure(errors="backslashreplace")
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)  # orbax tells a story about every save

@@ -16,7 +16,7 @@ from densejax.training import experiment
 
 MODEL = flags.DEFINE_string("model", None, "A network's name; or give --config=CARD.")
 IMAGE_SHAPE = flags.DEFINE_list(
-    "image_shape", None, "height,width,channels; default: 224,224,3 or 32,32,3, by the network."
+    "image_shape", None, "height,width,channels; default: as the network is usually counted."
 )
 NUM_CLASSES = flags.DEFINE_integer(
     "num_classes", None, "0: no classifier; default: 1000 or 10, by the network.", lower_bound=0

@@ -5,8 +5,9 @@ import functools
 
 import pytest
 
+from densejax import data
 from densejax.config import flatten
-from densejax.models import counts
+from densejax.models import connections, counts
 from densejax.training import optimizer
 from densejax.training.experiment import Experiment
 from densejax.training.losses import LOSSES
@@ -36,8 +37,11 @@ def shared_programs():
         values = tuple(one for one in values if not one[0].startswith(without))
         task = self.task  # names in tables may stand for something else in another test
         name, loss = self.config.optimizer.name, self.config.train.loss
-        own = type(task.model), optimizer.OPTIMIZERS[name], LOSSES[loss], str(task.preparation)
-        key = (values, own, self.mesh, *key)
+        pattern = connections.CONCATENATING | connections.ADDING
+        pattern = pattern.get(str(getattr(task.model, "connect", "")).partition(":")[0])
+        tables = optimizer.OPTIMIZERS[name], LOSSES[loss], pattern
+        sizes = task.image_shape, data.train_size(self.config, self.info)
+        key = (values, task.model, tables, sizes, str(task.preparation), self.mesh, *key)
         if key not in FOUND:
             FOUND[key] = make(dataclasses.replace(self))  # which keeps no images
         return FOUND[key]

@@ -202,6 +202,8 @@ def _open_folder(path: epath.Path, share: float, labelled_test: bool) -> tuple[s
     except OSError as error:
         _refuse(error)
     names = {split: [n for n in SPLITS[split] if n in children] for split in SPLITS}
+    if not labelled_test:
+        names.pop("test")
     for found in names.values():
         if len(found) > 1:
             raise DataError(
@@ -209,8 +211,6 @@ def _open_folder(path: epath.Path, share: float, labelled_test: bool) -> tuple[s
                 f"images into one of them"
             )
     folders = {split: children[found[0]] for split, found in names.items() if found}
-    if not labelled_test:
-        folders.pop("test", None)
     if folders and "train" not in folders:
         other = next(iter(folders.values()))
         raise DataError(
@@ -259,7 +259,7 @@ def open_splits(
         except Exception as error:  # TFDS has many kinds of them
             needs = f"needs image and label, a ClassLabel; has {one_line(features)}"
             raise DataError(f"data.name = {name}: {needs}") from error
-        if not getattr(image, "encoding_format", True):
+        if not isinstance(image, builders.load_tfds().features.Image):
             raise DataError(f"data.name = {name}: its images are arrays; set data.storage='memory'")
         test = builders.test_split(builder) or "test"
         folder = str(builder.data_path)

@@ -92,10 +92,11 @@ def of_weights(
     Raises:
       UserError: it is neither, or one of `keys` is missing or does not fit its network.
     """
-    path = epath.Path(directory)
+    is_on_hub = str(directory).startswith("hf-hub:")
+    path = epath.Path(directory) if is_on_hub else files.path_of("train.weights", directory)
     if learned := read(path):
         return vars(learned)
-    if str(directory).startswith("hf-hub:") or path.is_file():
+    if is_on_hub or path.is_file():
         return IMAGENET
     if not path.exists():
         raise UserError(f"train.weights = {str(directory)!r}: there is no such file or directory")

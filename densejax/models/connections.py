@@ -132,6 +132,8 @@ def hardnet(depth: int, growth_rate: int, multiplier: float = 1.7) -> Graph:
     block gives the outputs of the odd layers and of the last one. HarDNet, Chao et al.,
     arXiv:1909.00948.
     """
+    if not 1 <= multiplier <= 10:
+        raise ValueError(f"multiplier = {multiplier} must be from 1 to 10")
     reads = []
     for layer in range(1, depth + 1):
         powers = [power for power in range(layer.bit_length()) if layer % 2**power == 0]
@@ -146,6 +148,8 @@ def random(depth: int, growth_rate: int, seed: int = 0, probability: float = 0.5
 
     Random graphs as networks: Xie et al., arXiv:1904.01569. Blocks of one depth have one graph.
     """
+    if not 0 <= probability <= 1:
+        raise ValueError(f"probability = {probability} must be from 0 to 1")
     draw = standard_random.Random(seed).random
     return Graph(
         [
@@ -187,7 +191,11 @@ def graph(connect: Connect, depth: int, growth_rate: int) -> Graph:
             raise UserError(f"model.connect = {connect!r}: {what}")
 
     if isinstance(connect, str):
-        found = pattern(connect, CONCATENATING)(depth, growth_rate)
+        make = pattern(connect, CONCATENATING)
+        try:
+            found = make(depth, growth_rate)
+        except ValueError as error:
+            raise UserError(f"model.connect = {connect!r}: {error}") from error
     else:
         needed = f"for a block of {depth} layers give {depth + 1}, what each layer reads and then"
         needed += " what the block gives"
@@ -211,9 +219,6 @@ def graph(connect: Connect, depth: int, growth_rate: int) -> Graph:
     return Graph(reads, emits, widths)
 
 
-FRACTIONS = {"multiplier": (1, 10), "probability": (0, 1)}  # least and greatest of such options
-
-
 def pattern(connect: str, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
     """The function that `connect` names in a table, with its options set.
 
@@ -230,10 +235,6 @@ def pattern(connect: str, table: Mapping[str, Callable[..., Any]]) -> Callable[.
     for option, value in values.items():
         if type(value) is int and value < 1 <= defaults[option]:
             raise UserError(f"model.connect = {connect!r}: {option} = {value} must be at least 1")
-        low, high = FRACTIONS.get(option, (value, value))
-        if not low <= value <= high:
-            text = f"{option} = {value} must be from {low} to {high}"
-            raise UserError(f"model.connect = {connect!r}: {text}")
     return functools.partial(table[name], **values)
 
 

@@ -284,8 +284,8 @@ def trace(directory, guard):
         try:
             for file in pathlib.Path(folder).rglob("*.*"):  # the profiler knows no object stores
                 target = directory / file.relative_to(folder)
-                target.parent.mkdir(parents=True, exist_ok=True)
                 guard()
+                target.parent.mkdir(parents=True, exist_ok=True)
                 epath.Path(file).copy(target, overwrite=True)
         except OSError as error:
             logging.error("The profile cannot be written to %s: %s", directory, error)

@@ -55,11 +55,12 @@ def read(source: str, key: str = "--weights") -> tuple[dict[str, np.ndarray], st
     suffix = next((suffix for suffix in READERS if name.endswith(suffix)), None)
     if suffix is None:
         raise UserError(f"{key}={source}: must end in one of {', '.join(READERS)}")
+    path = files.path_of(key, source)
     try:
         if is_on_hub:
             hub = _optional("huggingface_hub", "pip install 'densejax-lab[hub]'")
-            name = hub.hf_hub_download(source.removeprefix(HUB), name)
-        with files.opened(files.path_of(key, name)) as file:
+            path = files.path_of(key, hub.hf_hub_download(source.removeprefix(HUB), name))
+        with files.opened(path) as file:
             data = file.read()
         return READERS[suffix](data), hashlib.sha256(data).hexdigest()
     except Exception as error:  # the readers' and the hub's errors have no class in common

@@ -30,7 +30,7 @@ def prepare(tmp_path, written, *tests):
     import tensorflow_datasets as tfds
 
     features = {
-        "image": tfds.features.Image(encoding_format="jpeg"),
+        "image": tfds.features.Image(),  # which keeps the bytes of a file
         "label": tfds.features.ClassLabel(names=["n01", "n02"]),
         "file_name": tfds.features.Text(),
     }
@@ -46,7 +46,6 @@ def prepare(tmp_path, written, *tests):
 
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
     written, facts, splits = folder(tmp_path)
-    (tmp_path / "photos/train/n01/notes.txt").write_text("no image")
     assert facts.class_names == ("n01", "n02") and facts.mean == ()
     assert facts.splits == {"train": 28, "test": 10}
     for split, name in (("train", "train"), ("test", "val")):
@@ -71,6 +70,27 @@ def test_records_of_tfds_hold_the_same_examples_undecoded(tmp_path, tests):
             content, label, place = found[split][index]
             assert (content, label) == splits[split][index][:2]
             assert f"[{index}]" in place and place.endswith(splits[split][index][2].split("/")[-1])
+
+
+def test_a_set_of_arrays_cannot_be_streamed(tmp_path):
+    import tensorflow_datasets as tfds
+
+    features = {
+        "image": tfds.features.Tensor(shape=(2, 2, 1), dtype=np.uint8),
+        "label": tfds.features.ClassLabel(names=["n01", "n02"]),
+    }
+    examples = [{"image": np.zeros((2, 2, 1), np.uint8), "label": 0}]
+    archives.store(tmp_path, "arrays", features, {"train": examples, "test": examples})
+    with pytest.raises(DataError, match="data.name = arrays: its images are arrays; set"):
+        encoded.open_splits("arrays", str(tmp_path), "")
+
+
+@pytest.mark.parametrize("names", [("val", "validation"), ("train", "training")])
+def test_two_folders_of_one_split_are_refused(tmp_path, names):
+    written, *_ = folder(tmp_path, train=3, val=2)
+    (tmp_path / "photos" / names[1]).mkdir()
+    with pytest.raises(DataError, match=f"has {' and '.join(names)}, which mean the same"):
+        encoded.open_splits("folder", "", str(tmp_path / "photos"), 0.25)
 
 
 def test_a_label_that_is_no_class_is_named(tmp_path, monkeypatch):
