@@ -165,7 +165,10 @@ def test_out_of_memory_is_an_answer(fake, command, monkeypatch, tmp_path):  # no
         ([], "topology '': give a device and a shape of cpu:1, h100:1, v5e:2x2"),
         (["--topology=v9:4"], "topology 'v9:4': give a device and a shape of cpu:1, h100:1, v5e"),
         (["--topology=cpu:3"], "train.batch_size = 256: must be a multiple of 3"),
-        (["--topology=cpu:2", "--largest_batch"], "--largest_batch: no memory is known of a cpu"),
+        (
+            ["--topology=cpu:2", "--largest_batch"],
+            "--largest_batch: the memory of a cpu is not known",
+        ),
         (["--topology=cpu:2", "--config.parallel.mode=pmap"], "parallel.mode = 'pmap': only"),
         (["--topology=cpu:2", "--config.train.epochs=0"], "train.epochs = 0: allowed is"),
     ],
