@@ -55,6 +55,6 @@ def training_crop(
     rows = slice(round(top * factor), round((top + h) * factor))
     columns = slice(round(left * factor), round((left + w) * factor))
     crop = image[rows, columns]
-    if (factor := min(crop.shape[:2]) // size) > 1:
-        crop = cv2.resize(crop, None, fx=1 / factor, fy=1 / factor, interpolation=cv2.INTER_AREA)
+    if (times := min(crop.shape[:2]) // size) > 1:
+        crop = cv2.resize(crop, None, fx=1 / times, fy=1 / times, interpolation=cv2.INTER_AREA)
     return cv2.resize(crop, (size, size), interpolation=cv2.INTER_LINEAR)

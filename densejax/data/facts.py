@@ -92,11 +92,12 @@ def of_weights(
     Raises:
       UserError: it is neither, or one of `keys` is missing or does not fit its network.
     """
-    is_on_hub = str(directory).startswith("hf-hub:")
-    path = epath.Path(directory) if is_on_hub else files.path_of("train.weights", directory)
+    if str(directory).startswith("hf-hub:"):
+        return IMAGENET
+    path = files.path_of("train.weights", directory)
     if learned := read(path):
         return vars(learned)
-    if is_on_hub or path.is_file():
+    if path.is_file():
         return IMAGENET
     if not path.exists():
         raise UserError(f"train.weights = {str(directory)!r}: there is no such file or directory")

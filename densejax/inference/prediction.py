@@ -124,8 +124,8 @@ def predict(
         found = jax.device_get(classify(variables, stored))
         for path, image, probabilities, indices in zip(batch, stored, *found, strict=False):
             if path in errors:
-                results.append({"image": str(path), "classes": [], "unlike": []})
-                results[-1]["error"] = str(errors[path])
+                nothing = {"classes": [], "unlike": [], "error": str(errors[path])}
+                results.append({"image": str(path)} | nothing)
                 continue
             classes = [
                 {"index": int(i), "name": network.class_names[i], "probability": float(p)}

@@ -66,7 +66,7 @@ class Goodput:
             down = spent["down"] + max(now - before["time"], 0.0)
             self.seconds = {kind: useful[kind] for kind in WORK} | {"lost": lost, "down": down}
             self._at_checkpoints = reached
-        except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, UserError) and not isinstance(error.__cause__, UnicodeError):
                 raise
             logging.warning("%s cannot be read (%s): the clock starts at zero.", path, error)

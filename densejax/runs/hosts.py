@@ -117,8 +117,9 @@ def _own_number(address: str, process_id: int) -> Iterator[None]:
             if process_id == 0:
                 socket.create_server(("", int(address.rpartition(":")[2]))).close()
             if sys.platform == "linux":  # an abstract name, which ends with the process
-                name = hashlib.sha256(f"{address} {process_id}".encode()).hexdigest()  # 108 bytes
-                number.bind(f"\0densejax {name}")  # are the most that such a name may have
+                # Such a name may have at most 108 bytes.
+                name = hashlib.sha256(f"{address} {process_id}".encode()).hexdigest()
+                number.bind(f"\0densejax {name}")
         except OSError as error:
             raise UserError(
                 f"--coordinator={address} --process_id={process_id}: {error.strerror or error}; "
