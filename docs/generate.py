@@ -182,9 +182,19 @@ def measured_patterns() -> str:
 
 
 def measured_on_intel() -> str:
+    """Seconds beside PyTorch on an Intel Xeon."""
+    return measured("intel")
+
+
+def measured_on_amd() -> str:
+    """Seconds beside PyTorch on an AMD EPYC (Zen 3)."""
+    return measured("amd_zen3")
+
+
+def measured(processor: str) -> str:
     """Seconds beside PyTorch, from the text that experiments/benchmarks printed."""
     rows = []
-    for file in sorted((RESULTS / "speed" / "intel").glob("*.txt")):
+    for file in sorted((RESULTS / "speed" / processor).glob("*.txt")):
         title, versions, _, *lines = file.read_text().splitlines()
         model, batch, what, *_ = title.split(", ")
         ours, theirs = (re.split(r"  +", line) for line in lines)
@@ -447,7 +457,7 @@ PARTS = {
     function.__name__: function
     for function in (
         *(cards, patterns, networks, configuration, fields, names, sweeps),
-        *(measured_patterns, measured_on_intel),
+        *(measured_patterns, measured_on_intel, measured_on_amd),
         *(study_patterns, study_comparisons, study_time, study_depth, study_growth_rates),
         *(study_growth_schedule, study_depth_width, laboratory_degradation, laboratory_train_size),
         *(records, shortcuts, commands, scripts),

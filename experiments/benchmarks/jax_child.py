@@ -5,6 +5,7 @@ one reads, `weights.npz` and `batch.npz`, and the weights by PyTorch's names, `t
 """
 
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,8 +39,8 @@ def draw(work: Work, directory: pathlib.Path) -> None:
     try:
         project = "timm" if work.model.startswith(("vovnet", "ese_vovnet", "rdnet")) else ""
         np.savez(directory / "torch.npz", **pretrained.to_torch(network, variables, project))
-    except UserError:  # a network that PyTorch's projects do not have
-        return
+    except UserError as error:  # a network that PyTorch's projects do not have
+        print(f"no weights by PyTorch's names: {error}", file=sys.stderr)
 
 
 def read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
