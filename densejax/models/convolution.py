@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import os
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from densejax.models.sharding import EXAMPLES, WHOLE, by_device
 
 Params = dict[str, jax.Array]  # "kernel", and "bias" where the convolution has one
 
+CACHE_SIZE = "/sys/devices/system/cpu/cpu0/cache/index2/size"  # such as "512K"
 # The kernel's gradient of a depthwise convolution takes at most so many rows per loop iteration.
 ROWS_AT_ONCE = 56
 
@@ -156,6 +158,15 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # macOS lacks it
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def cache_bytes() -> int:
+    """The second-level caches of all cores that this process may use; 2 MB each if unknown."""
+    try:
+        size = pathlib.Path(CACHE_SIZE).read_text().strip()
+        return cores() * 1024 * int(size.removesuffix("K"))
+    except (OSError, ValueError):  # only Linux has this file
+        return cores() * 2**21
 
 
 def subsampled(x: jax.Array, stride: int) -> jax.Array:

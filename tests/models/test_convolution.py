@@ -172,6 +172,15 @@ def test_pieces_are_smaller_where_each_device_is_a_core(monkeypatch, cores, imag
     assert convolution.Plan(16, core_bytes=8).most_bytes() == 16
 
 
+@pytest.mark.parametrize("text, size", [("512K\n", 2**19), ("2048K", 2**21), ("", 2**21)])
+def test_caches_of_all_cores(monkeypatch, tmp_path, text, size):
+    file = tmp_path / "size"
+    monkeypatch.setattr(convolution, "CACHE_SIZE", file)
+    assert convolution.cache_bytes() == convolution.cores() * 2**21  # there is no file
+    file.write_text(text)
+    assert convolution.cache_bytes() == convolution.cores() * size
+
+
 @pytest.mark.parametrize(
     "platform, size, stride, shape",
     [
