@@ -191,7 +191,9 @@ def temporary_bytes(block, depth):
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-def test_pieces_are_larger_where_nothing_is_trained(double, monkeypatch):
+@pytest.mark.parametrize("caches, size", [(2**20, 200), (2**22, 800)])
+def test_pieces_follow_from_the_caches_where_nothing_is_trained(double, monkeypatch, caches, size):
+    monkeypatch.setattr(in_place, "cache_bytes", lambda: caches)
     monkeypatch.setitem(convolution.PLANS, "cpu", convolution.Plan(100, True))
     found, original = {}, in_place._piece_size
     model = tiny()
@@ -204,7 +206,7 @@ def test_pieces_are_larger_where_nothing_is_trained(double, monkeypatch):
 
         monkeypatch.setattr(in_place, "_piece_size", recorded)
         jax.eval_shape(pull(model, train), variables, images, keys)
-    assert found == {False: {800}, True: {100}}
+    assert found == {False: {size}, True: {100}}
 
 
 @pytest.mark.parametrize(
