@@ -339,27 +339,25 @@ def _kernel_gradient(x, dy, plan, shape, stride, padding):
     x = lax.pad(x, jnp.zeros((), x.dtype), (none, *margins, none))
     x = x.reshape(batch, sizes[0] // stride, stride, sizes[1] // stride, stride, -1)
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(*(x.shape[n] for n in (0, 1, 3)), -1)
-    most = max(plan.most_bytes(), 4 * math.prod(shape))
+    most = max(plan.most_bytes(), 4 * math.prod(shape))  # each iteration reads and writes the sum
     size = divisor(batch, most / (x.nbytes * steps[1] / batch))
     # The operand that is transposed should be the narrower one. XLA would undo it for each product,
     # so the sum is transposed instead.
-    is_wide = steps[1] * x.shape[-1] > shape[-1]
+    widths = (steps[1] * x.shape[-1], shape[-1])
+    order = -1 if widths[0] > widths[1] else 1
 
     def add(number, gradient):
         part, of_part = (lax.dynamic_slice_in_dim(y, number * size, size) for y in (x, dy))
         part = jnp.concatenate([part[:, :, j : j + columns] for j in range(steps[1])], axis=-1)
-        pairs = ((part[:, i : i + rows], of_part) for i in range(steps[0]))
         products = [
-            _transposed_product(*(pair[::-1] if is_wide else pair), gradient.dtype)
-            for pair in pairs
+            _transposed_product(*(part[:, i : i + rows], of_part)[::order], gradient.dtype)
+            for i in range(steps[0])
         ]
         return gradient + jnp.stack(products)
 
-    widths = (steps[1] * x.shape[-1], shape[-1])
-    shape_of_sum = (steps[0], *(widths[::-1] if is_wide else widths))
-    gradient = jnp.zeros_like(at_least_float32(dy), shape=shape_of_sum)
+    gradient = jnp.zeros_like(at_least_float32(dy), shape=(steps[0], *widths[::order]))
     gradient = lax.fori_loop(0, batch // size, add, gradient)
-    gradient = gradient.swapaxes(1, 2) if is_wide else gradient
+    gradient = gradient.swapaxes(1, 2) if order < 0 else gradient
     gradient = gradient.reshape(*steps, stride, stride, *shape[2:]).transpose(0, 2, 1, 3, 4, 5)
     gradient = gradient.reshape(steps[0] * stride, steps[1] * stride, *shape[2:])
     return gradient[: shape[0], : shape[1]]
