@@ -202,6 +202,14 @@ class _Layer:
         """The parameters of the 3x3 convolution."""
         return self.params.get("conv2", self.params["conv1"])
 
+    @property
+    def place(self) -> tuple[Any, int]:
+        """The range of its new maps, for use inside of loops; the plan may hide it from XLA."""
+        first, width = self.new
+        if self.plan.shared_code:
+            first = lax.optimization_barrier(jnp.asarray(first))
+        return first, width
+
     def norm_relu(self, number: int, x: jax.Array, stats: Statistics) -> jax.Array:
         """ReLU of the first or second norm of x."""
         return _relu(normalise(x, stats, self.params[f"norm{number}"], self.settings.epsilon), x)
@@ -222,7 +230,7 @@ class _Layer:
                 z = _relu(pointwise(z, first), x)
             return (), conv3x3(z, last)
 
-        return _in_pieces(self.plan, features, part, (), features, (self.new,))[1]
+        return _in_pieces(self.plan, features, part, (), features, (self.place,))[1]
 
     def drop_hidden(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
         """Dropout after a bottleneck's 1x1 convolution; it is its own transpose."""
@@ -236,8 +244,8 @@ class _Layer:
         return stochastic_depth(x, self.settings.survivals[self.index], survival, keys)
 
     def hidden(self, features: jax.Array, stats: Statistics, after: jax.Array) -> jax.Array:
-        """The output of the 1x1 convolution; it takes no memory before `after` is computed."""
-        output = _unset(after, self.params["conv1"]["kernel"].shape[-1])
+        """The output of the 1x1 convolution, made after the array `after`."""
+        output = _unset(features, self.params["conv1"]["kernel"].shape[-1], after)
 
         def part(piece, _):
             z = self.norm_relu(1, piece(features, self.read), stats)
@@ -258,14 +266,30 @@ class _Layer:
             y = conv3x3(self.norm_relu(number, x, stats), conv)
             return (), self.drop_new(y, piece(self.keys))
 
-        return _in_pieces(self.plan, features, part, (), features, (self.new,))[1]
+        return _in_pieces(self.plan, features, part, (), features, (self.place,))[1]
 
-    def backward_conv2(self, hidden, stats, d_new, output):
-        """(gradients of norm2 and conv2, that before norm2's ReLU), from that of the new maps."""
+    def d_new(self, features, stats, d_stats):
+        """A function from `piece` and the features' gradient to that of the last convolution.
+
+        The gradient of the new maps is completed inside of the loop, where it is read, so that one
+        kernel serves all layers.
+        """
+        new, place = (self.new,), (self.place,)
+        mean, d_stats = _select(stats.mean, new), _select(d_stats, new)
+        complete = _through_statistics(self.settings, features, mean, d_stats)
+
+        def gradient(piece, d_features):
+            dy = complete(piece(features, place), piece(d_features, place))
+            return self.drop_new(dy, piece(self.keys))
+
+        return gradient
+
+    def backward_conv2(self, hidden, stats, d_new, d_features, output):
+        """(gradients of norm2 and conv2, that before norm2's ReLU), from that of the features."""
         conv = arrange_kernel(self.params["conv2"], self.plan)
 
         def part(piece, _):
-            x, dy = piece(hidden), self.drop_new(piece(d_new), piece(self.keys))
+            x, dy = piece(hidden), d_new(piece, d_features)
             z = self.norm_relu(2, x, stats)
             dz, d_conv = conv3x3_backward(z, dy, conv)
             dz, sums = relu_backward(z, dz, at_least_float32(x) - per_channel(stats.mean))
@@ -276,40 +300,40 @@ class _Layer:
         _, d_norm = norm_gradients(stats, self.params["norm2"], self.settings.epsilon, sums)
         return {"norm2": d_norm, "conv2": restore_kernel(d_conv, self.plan)}, dz
 
-    def backward_norm2(self, hidden, stats, d_norm):
-        """A function from a piece of `hidden` and of norm2's gradient to the piece's gradient."""
+    def backward_norm2(self, hidden, stats, dz, d_norm):
+        """A function from `piece` to the gradient of the 1x1 convolution; dz is before the ReLU."""
         rate = lax.rsqrt(stats.variance + self.settings.epsilon)
         slope = per_channel(self.params["norm2"]["scale"] * rate)
         sums = jnp.stack([d_norm["bias"], d_norm["scale"] * rate])
         sums = sum_over(sums, self.settings.axis) / _pixels(self.settings, hidden)
         through_mean, through_variance = map(per_channel, sums)
 
-        def backward(x, dz):
+        def gradient(piece, _):
+            x = piece(hidden)
             centred = at_least_float32(x) - per_channel(stats.mean)
-            dx = at_least_float32(dz) - through_mean - centred * through_variance
-            return (dx * slope).astype(x.dtype)
+            dx = at_least_float32(piece(dz)) - through_mean - centred * through_variance
+            return self.drop_hidden((dx * slope).astype(x.dtype), piece(self.keys))
 
-        return backward
+        return gradient
 
-    def backward_conv1(self, features, stats, dy, d_features, d_stats, backward_norm2, hidden):
+    def backward_conv1(self, features, stats, d_output, d_features, d_stats):
         """(gradients of norm1 and conv1, `d_features`, `d_stats`), with this layer's part added.
 
-        dy is the gradient of the new maps or, with a bottleneck, the gradient before norm2's ReLU.
+        `d_output` is a function from `piece` and `d_features` to the convolution's gradient.
         """
-        conv = self.params["conv1"]
-        if hidden is None:
-            conv = arrange_kernel(conv, self.plan)
+        conv, backward = self.params["conv1"], pointwise_backward
+        if not (bottleneck := "conv2" in self.params):
+            conv, backward = arrange_kernel(conv, self.plan), conv3x3_backward
 
-        def part(piece, d_features):
-            x, keys = piece(features, self.read), piece(self.keys)
+        def part(piece, output):
+            x = piece(features, self.read)
             z = self.norm_relu(1, x, stats)
-            if hidden is None:
-                dz, d_conv = conv3x3_backward(z, self.drop_new(piece(dy), keys), conv)
-            else:
-                d_hidden = self.drop_hidden(backward_norm2(piece(hidden), piece(dy)), keys)
-                dz, d_conv = pointwise_backward(z, d_hidden, conv)
+            # `output` has no gradient of the new maps if it is a new array. If it is updated in
+            # place, XLA would copy an array that is read beside it.
+            gradients = d_features if self.plan.new_gradients else output
+            dz, d_conv = backward(z, d_output(piece, gradients), conv)
             dz, sums = relu_backward(z, dz, at_least_float32(x) - per_channel(stats.mean))
-            dx, before = at_least_float32(dz) * slope, piece(d_features, self.read)
+            dx, before = at_least_float32(dz) * slope, piece(output, self.read)
             if self.plan.new_gradients:  # XLA:TPU would write a rounded dx as one more array
                 return (d_conv, sums), (at_least_float32(before) + dx).astype(x.dtype)
             return (d_conv, sums), before + dx.astype(x.dtype)
@@ -317,19 +341,12 @@ class _Layer:
         rate = lax.rsqrt(stats.variance + self.settings.epsilon)
         slope = per_channel(self.params["norm1"]["scale"] * rate)
         sums = jax.tree.map(jnp.zeros_like, (conv, self.params["norm1"]))
-        if self.plan.new_gradients:
-            d_features = d_features[..., : self.new[0]]
-        (d_conv, sums), d_features = _in_pieces(
-            self.plan, features, part, sums, d_features, self.read
-        )
-        d_conv = restore_kernel(d_conv, self.plan) if hidden is None else d_conv
+        output = d_features[..., : self.new[0]] if self.plan.new_gradients else d_features
+        (d_conv, sums), output = _in_pieces(self.plan, features, part, sums, output, self.read)
+        d_conv = d_conv if bottleneck else restore_kernel(d_conv, self.plan)
         parts, d_norm = norm_gradients(stats, self.params["norm1"], self.settings.epsilon, sums)
-        d_stats = jax.tree.map(
-            lambda leaf, part: _write(leaf, _select(leaf, self.read) + part, self.read),
-            d_stats,
-            parts,
-        )
-        return {"norm1": d_norm, "conv1": d_conv}, d_features, d_stats
+        d_stats = _write(d_stats, _select(d_stats, self.read) + jnp.stack(parts), self.read)
+        return {"norm1": d_norm, "conv1": d_conv}, output, d_stats
 
 
 def _layers(settings, plan, layers, keys, channels):
@@ -344,12 +361,13 @@ def _layers(settings, plan, layers, keys, channels):
 def _forward(settings: Settings, plan: Plan, x, layers, keys):
     """(features, their statistics, each layer's hidden maps or None, their statistics)."""
     features = plan.with_layout(_with_room(x, settings.graph))
-    stats, all_hidden, all_hidden_stats = statistics(x, settings.axis), [], []
+    stats = new_stats = statistics(x, settings.axis)
+    all_hidden, all_hidden_stats = [], []
     for layer in _layers(settings, plan, layers, keys, x.shape[-1]):
         hidden = hidden_stats = None
         stats_read = _statistics_of(stats, layer.read)
         if "conv2" in layer.params:
-            hidden = layer.hidden(features, stats_read, features[..., layer.new[0] - 1 :])
+            hidden = layer.hidden(features, stats_read, new_stats.variance)
             hidden_stats = statistics(hidden, settings.axis)
         features = layer.write(features, hidden, stats_read if hidden is None else hidden_stats)
         new_stats = statistics(_select(features, (layer.new,)), settings.axis)
@@ -364,46 +382,49 @@ def _backward(settings: Settings, plan: Plan, saved, d_features, d_stats):
     features, stats, all_hidden, all_hidden_stats, layers, keys = saved
     first = features.shape[-1] - sum(settings.graph.widths)
     _, emits = _ranges(settings.graph, first)
+    d_stats = jnp.stack(d_stats)
     if emits != ((0, features.shape[-1]),):
         d_features = _write(jnp.zeros_like(features), d_features, emits)
-        d_stats = Statistics(
-            *(_write(jnp.zeros_like(x), dx, emits) for x, dx in zip(stats, d_stats, strict=True))
-        )
+        d_stats = _write(jnp.zeros((2, features.shape[-1]), d_stats.dtype), d_stats, emits)
     d_features = plan.with_layout(d_features)
     d_layers, buffer = [], None
-
-    def complete_gradient(channels):
-        """The gradient of some channels, with that through their batch statistics."""
-        x, dx = (at_least_float32(leaf[..., channels]) for leaf in (features, d_features))
-        sums = sum_over(jnp.stack([leaf[channels] for leaf in d_stats]), settings.axis)
-        through_mean, through_variance = map(per_channel, sums / _pixels(settings, features))
-        dx += through_mean + (x - per_channel(stats.mean[channels])) * (2 * through_variance)
-        return dx.astype(features.dtype)
-
     for layer in reversed(list(_layers(settings, plan, layers, keys, first))):
-        start, width = layer.new
-        dy = complete_gradient(slice(start, start + width))
         hidden, hidden_stats = all_hidden[layer.index], all_hidden_stats[layer.index]
         stats_read = _statistics_of(stats, layer.read)
         # Without the barrier XLA would keep what the forward pass made instead of making it again.
-        features, hidden, dy = lax.optimization_barrier((features, hidden, dy))
-        d_conv2, backward_norm2 = {}, None
+        features, hidden, d_features = lax.optimization_barrier((features, hidden, d_features))
+        d_output, d_conv2 = layer.d_new(features, stats, d_stats), {}
         if hidden_stats is not None:
             if hidden is None:
-                hidden = layer.hidden(features, stats_read, dy)
+                hidden = layer.hidden(features, stats_read, d_features)
             if buffer is None or buffer.shape != hidden.shape:  # one for all layers of a width
-                buffer = _unset(dy, hidden.shape[-1])
-            d_conv2, dy = layer.backward_conv2(hidden, hidden_stats, dy, buffer)
-            backward_norm2 = layer.backward_norm2(hidden, hidden_stats, d_conv2["norm2"])
-            buffer = dy
+                buffer = _unset(features, hidden.shape[-1], d_features)
+            d_conv2, buffer = layer.backward_conv2(
+                hidden, hidden_stats, d_output, d_features, buffer
+            )
+            d_output = layer.backward_norm2(hidden, hidden_stats, buffer, d_conv2["norm2"])
         d_conv1, d_features, d_stats = layer.backward_conv1(
-            features, stats_read, dy, d_features, d_stats, backward_norm2, hidden
+            features, stats_read, d_output, d_features, d_stats
         )
         d_layer = d_conv2 | d_conv1
         if plan.channels_first:  # without it XLA:GPU would keep this layer's arrays until the end
             d_features, d_stats, d_layer = lax.optimization_barrier((d_features, d_stats, d_layer))
         d_layers.append(d_layer)
-    return complete_gradient(slice(0, first)), d_layers[::-1]
+    complete = _through_statistics(settings, features, stats.mean[:first], d_stats[:, :first])
+    return complete(features[..., :first], d_features[..., :first]), d_layers[::-1]
+
+
+def _through_statistics(settings, features, mean, d_stats):
+    """A function that completes gradients of features by that through their batch statistics."""
+    sums = sum_over(d_stats, settings.axis) / _pixels(settings, features)
+    through_mean, through_variance = map(per_channel, sums)
+
+    def complete(x, dx):
+        centred = at_least_float32(x) - per_channel(mean)
+        dx = at_least_float32(dx) + (through_mean + centred * (2 * through_variance))
+        return dx.astype(x.dtype)
+
+    return complete
 
 
 def _with_room(x, graph):
@@ -447,8 +468,9 @@ def _write(x, new, ranges: Ranges, start: Any = 0):
     """x with new channels in some ranges, of the examples from `start` on."""
     done = 0
     for first, size in ranges:
-        index = (first,) if x.ndim == 1 else (start, 0, 0, first)
-        x = lax.dynamic_update_slice(x, new[..., done : done + size], index)
+        index = (start, *(0,) * (x.ndim - 2), first)
+        part = new[..., done : done + size]
+        x = lax.dynamic_update_slice(x, part, index, allow_negative_indices=False)
         done += size
     return x
 
@@ -463,9 +485,10 @@ def _pixels(settings, x):
     return sum_over(pixels, settings.axis)
 
 
-def _unset(x, channels):
-    """An array whose values do not matter, since all are overwritten; it is made after x."""
-    return jnp.broadcast_to(x[:1, :1, :1, :1], (*x.shape[:3], channels))
+def _unset(x, channels, after):
+    """An array like x to be overwritten; it takes no memory before `after` is computed."""
+    value = varying_like(x, after[(slice(1),) * after.ndim].reshape(1, 1, 1, 1))
+    return jnp.broadcast_to(value.astype(x.dtype), (*x.shape[:3], channels))
 
 
 def _in_pieces(plan: Plan, features, function, sums, output, written: Ranges = ()):
@@ -496,7 +519,10 @@ def _in_pieces(plan: Plan, features, function, sums, output, written: Ranges = (
             zeros = (0,) * (array.ndim - 2)
             parts = [
                 lax.dynamic_slice(
-                    array, (start, *zeros, first), (size, *array.shape[1:-1], channels)
+                    array,
+                    (start, *zeros, first),
+                    (size, *array.shape[1:-1], channels),
+                    allow_negative_indices=False,
                 )
                 for first, channels in ranges or ((0, array.shape[-1]),)
             ]

@@ -1,6 +1,10 @@
 """The in-place block against the concatenating one's automatic gradients, in double precision."""
 
+import collections
+import dataclasses
 import functools
+import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +44,7 @@ def on_a_cpu():
 @pytest.fixture
 def pieces(monkeypatch):
     """Every example is a piece of its own on a CPU."""
-    plan = convolution.Plan(piece_bytes=1, products=True)
+    plan = dataclasses.replace(convolution.PLANS["cpu"], piece_bytes=1, core_bytes=None)
     monkeypatch.setitem(convolution.PLANS, "cpu", plan)
 
 
@@ -125,7 +129,11 @@ def test_results_statistics_and_gradients_are_those_of_concatenation(
     double, monkeypatch, name, train, recompute, piece_bytes, like
 ):
     variables, images, keys, expected = by_concatenation(name, train)
-    kinds = {"cpu": (True,), "tpu": (False, True, len(images)), "gpu": (False, True, 0, True)}
+    kinds = {
+        "cpu": (True, False, 0, False, None, True),
+        "tpu": (False, True, len(images)),
+        "gpu": (False, True, 0, True),
+    }
     plan = convolution.Plan(piece_bytes, *kinds[like])
     monkeypatch.setitem(convolution.PLANS, "cpu", plan)
     model = tiny(**NETWORKS[name], block="in_place", recompute=recompute)
@@ -149,14 +157,40 @@ def test_every_option_changes_the_program_or_the_result(double, monkeypatch):
     changes += [{"bottleneck": False}, {"recompute": "layer"}, {"recompute": "block"}]
     texts += [program(base.clone(**change)) for change in changes]
     assert len(set(texts)) == len(texts)
-    plans = ((1, True), (1, False), (np.inf, False, False, 0, True))
+    plans = (
+        (1, True),
+        (1, True, False, 0, False, None, True),
+        (1, False),
+        (np.inf, False, False, 0, True),
+    )
     plans += ((np.inf, False, True), (np.inf, False, False, 1))
     for plan in (*plans, (np.inf, False)):
         monkeypatch.setitem(convolution.PLANS, "cpu", convolution.Plan(*plan))
         texts.append(program(base))
-    pieces, *_, whole = texts[-5:]
+    pieces, *_, whole = texts[-6:]
     assert pieces.count("scan[") > whole.count("scan[")
     assert len(set(texts)) == len(texts) - (texts[0] == texts[-1])
+
+
+@pytest.mark.parametrize("shared, kernels", [(True, 1), (False, 4)])
+def test_layers_share_the_machine_code_that_writes_new_maps(monkeypatch, shared, kernels):
+    """XLA:CPU compiles equal computations once, so their texts are compared without names."""
+    monkeypatch.setitem(convolution.PLANS, "cpu", convolution.Plan(1, True, shared_code=shared))
+    model = tiny(blocks=(4,), growth_rate=2, block="in_place", dtype=jnp.float32)
+    images = draws(BATCH, 8, 8, 2).astype(np.float32)
+    variables = random_variables(model, images)
+    arguments = variables["params"], images, variables["batch_stats"], None
+    program = jax.jit(functools.partial(loss_of, model, True)).lower(*arguments).compile()
+    writes = set()
+    for computation in re.findall(
+        r"^%.*? \{\n(.*?)^\}", program.as_text(), re.DOTALL | re.MULTILINE
+    ):
+        if re.search(r"ROOT .* = f32\[8,8,8,12\]\S* dynamic-update-slice", computation):
+            names = itertools.count()
+            replaced = collections.defaultdict(lambda names=names: str(next(names)))
+            plain = re.sub(r", metadata=\{.*?\}", "", computation)
+            writes.add(re.sub(r"%[\w.-]+", lambda m, seen=replaced: seen[m[0]], plain))
+    assert len(writes) == kernels
 
 
 def kept_bytes(model):
