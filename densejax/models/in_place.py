@@ -487,7 +487,8 @@ def _pixels(settings, x):
 
 def _unset(x, channels, after):
     """An array like x to be overwritten; it takes no memory before `after` is computed."""
-    value = varying_like(x, after[(slice(1),) * after.ndim].reshape(1, 1, 1, 1))
+    value = after[(slice(1),) * after.ndim]
+    value = varying_like(x, value.reshape(len(value), 1, 1, 1))  # of an empty batch, it is empty
     return jnp.broadcast_to(value.astype(x.dtype), (*x.shape[:3], channels))
 
 
