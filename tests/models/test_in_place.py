@@ -130,11 +130,11 @@ def test_results_statistics_and_gradients_are_those_of_concatenation(
 ):
     variables, images, keys, expected = by_concatenation(name, train)
     kinds = {
-        "cpu": (True, False, 0, False, None, True),
-        "tpu": (False, True, len(images)),
-        "gpu": (False, True, 0, True),
+        "cpu": {"products": True, "shared_code": True},
+        "tpu": {"new_gradients": True, "batch_multiple": len(images)},
+        "gpu": {"new_gradients": True, "channels_first": True},
     }
-    plan = convolution.Plan(piece_bytes, *kinds[like])
+    plan = convolution.Plan(piece_bytes, **kinds[like])
     monkeypatch.setitem(convolution.PLANS, "cpu", plan)
     model = tiny(**NETWORKS[name], block="in_place", recompute=recompute)
     assert_close(compiled(pull(model, train))(variables, images, keys), expected)
@@ -186,10 +186,9 @@ def test_layers_share_the_machine_code_that_writes_new_maps(monkeypatch, shared,
         r"^%.*? \{\n(.*?)^\}", program.as_text(), re.DOTALL | re.MULTILINE
     ):
         if re.search(r"ROOT .* = f32\[8,8,8,12\]\S* dynamic-update-slice", computation):
-            names = itertools.count()
-            replaced = collections.defaultdict(lambda names=names: str(next(names)))
+            numbers = collections.defaultdict(itertools.count().__next__)
             plain = re.sub(r", metadata=\{.*?\}", "", computation)
-            writes.add(re.sub(r"%[\w.-]+", lambda m, seen=replaced: seen[m[0]], plain))
+            writes.add(re.sub(r"%[\w.-]+", lambda m, seen=numbers: str(seen[m[0]]), plain))
     assert len(writes) == kernels
 
 
