@@ -27,8 +27,8 @@ def create(name: str, num_classes: int = 1000, weights: str = "", channels: int 
       num_classes: length of the logits; 0: no classifier, the logits are None.
       weights: a directory of `densejax.pretrained`; "" draws the variables, from seed 0.
       channels: of the images, where the variables are drawn.
-      **fields: that differ from the named network's, such as `dropout_rate=0.2`. Those that leave
-        no trace in weights, such as `batch_norm_epsilon`, are otherwise as the weights have them.
+      **fields: that differ from the named network's, such as `dropout_rate=0.2`. What projects
+        choose differently, such as `batch_norm_epsilon`, is otherwise as the weights have it.
 
     Returns:
       (model, variables): `model.apply(variables, images)` maps float32 images [batch, height,
@@ -43,26 +43,34 @@ def create(name: str, num_classes: int = 1000, weights: str = "", channels: int 
 
     from densejax import models
     from densejax.config import UserError
+    from densejax.models import convolution
 
-    model = models.create(models.fields(name, **fields), num_classes)
+    named = models.fields(name, **fields)
+    model = models.create(named, num_classes)
 
     def draw(channels):
         return model.init(jax.random.key(0), jnp.zeros((1, 224, 224, channels)))
 
     if not weights:
-        # XLA:CPU optimises this program for minutes and gains nothing: it runs once.
-        # Within another that is traced, such as of `jax.eval_shape`, options are that one's.
-        alone = jax.default_backend() == "cpu" and not isinstance(jnp.zeros(()), jax.core.Tracer)
-        options = {"xla_backend_optimization_level": 0} if alone else None
+        # Within a function that is traced, such as by `jax.eval_shape`, options are that one's.
+        is_traced = isinstance(jnp.zeros(()), jax.core.Tracer)
+        options = None if is_traced else convolution.quick_compilation(jax.default_backend())
         return model, jax.jit(draw, static_argnums=0, compiler_options=options)(channels)
 
     from densejax.weights import store
 
     description, variables = store.load(weights)
+    found = description["model"]
     expected = jax.eval_shape(lambda: draw(description["image_channels"]))
-    if jax.tree.map(jnp.shape, variables) != jax.tree.map(jnp.shape, expected):
-        raise UserError(f"weights={weights}: not of a {name} with {num_classes} classes")
-    return models.create(description["model"] | fields, num_classes), variables
+    fit = jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, expected)
+    # Networks that differ only in these fields may have the same variables.
+    joined = all(found.get(f) == named.get(f) for f in store.JOINING_FIELDS if f not in fields)
+    if not (fit and joined):
+        raise UserError(
+            f"weights={weights}: of {models.described(found)} with {description['num_classes']} "
+            f"classes, not of a {name} with {num_classes} classes"
+        )
+    return models.create(found | fields, num_classes), variables
 
 
 def train(config, workdir: str = "", callbacks=(), force: bool = False):
@@ -86,10 +94,9 @@ def train(config, workdir: str = "", callbacks=(), force: bool = False):
     Raises:
       densejax.config.UserError: a mistake in the configuration, data or directory, in one line.
     """
-    import copy
     import os
 
-    from densejax.config import check
+    from densejax.config import checked
     from densejax.data import encoded
     from densejax.runs import files
     from densejax.runs import workdir as run_directory
@@ -98,18 +105,14 @@ def train(config, workdir: str = "", callbacks=(), force: bool = False):
     global STARTED
     STARTED = time.monotonic()  # of this run: another one may have been before it
     encoded.open_splits.cache_clear()  # files may have changed since an earlier run
-    config = copy.deepcopy(config)
-    check(config)  # it fills in what a default depends on, which the directory's name is of
+    config = checked(config)  # the directory is named after all values
     if config.evaluate.assess:
         from densejax.analysis import assessment  # matplotlib may be missing
     parallel.start()
-    directory = os.fspath(workdir or "") or run_directory.default(config.name, config)
+    directory = os.fspath(workdir or "") or run_directory.default(config)
     loop.run(config, directory, force=force, callbacks=callbacks)
     path = files.path_of("workdir", directory)
     if config.evaluate.assess:
         assessment.at_the_end(path, config)
-    found = result.read(path)
-    # A run that was stopped may have the result of an earlier configuration or code.
-    is_new = found and run_directory.same_run(found["config"], config)
-    is_new = is_new and found["versions"].get("code") == run_directory.code_digest()
-    return found if is_new else None
+    # A run that was stopped may have the result of an earlier configuration, code or data.
+    return result.finished(path, config, result.versions(config), force=True)

@@ -527,12 +527,15 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def check(config: config_dict.ConfigDict) -> None:
-    """Raises UserError for the first key that is unknown, missing, mistyped or out of range.
+def checked(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+    """A copy, in which `evaluate.resize_size` of 0 is replaced by the pixels that it stands for.
 
-    `evaluate.resize_size` of 0 is set to the pixels that it stands for. Keys of `config.model` are
-    checked by `densejax.models.create`, which knows the families.
+    Keys of `config.model` are checked by `densejax.models.create`, which knows the families.
+
+    Raises:
+      UserError: the first key that is unknown, missing, mistyped or out of range.
     """
+    config = config.copy_and_resolve_references()
     values = {k: value for k, value in flatten(config).items() if not k.startswith("model.")}
     for key in sorted(set(KEYS) ^ set(values)):
         missing = f"missing key {key}; a card starts with densejax.config.default()"
@@ -546,12 +549,13 @@ def check(config: config_dict.ConfigDict) -> None:
     # Where nothing reads it, it is 256, which runs have always stored.
     size = config.data.image_size if config.data.storage != "memory" else 224
     usual = {"evaluate.resize_size": round(size * 256 / 224)}
-    config.evaluate.resize_size = config.evaluate.resize_size or usual["evaluate.resize_size"]
-    values["evaluate.resize_size"] = config.evaluate.resize_size
+    values["evaluate.resize_size"] = values["evaluate.resize_size"] or usual["evaluate.resize_size"]
+    config.evaluate.resize_size = values["evaluate.resize_size"]
     changed = {key for key in values if values[key] != usual.get(key, KEYS[key].default)}
     for key, conflicts, remedy in _conflicts(config, changed):
         if conflicts:
             raise UserError(f"{key} = {values[key]!r}: {remedy}")
+    return config
 
 
 def _conflicts(
@@ -585,6 +589,7 @@ def _conflicts(
         ("data.normalization = 'statistics'", by_statistics, "data.mean", "data.std"),
         ("a set in memory, or a folder,", knows_labels, "train.class_weights"),
         ("a run with train.weights", bool(config.train.weights), "train.new_classifier"),
+        ("train.dtype = 'float32'", config.train.dtype == "float32", "train.matmul_precision"),
     ):
         for key in keys:
             yield key, key in changed and not is_read, f"only {reader} reads it"
@@ -602,7 +607,7 @@ def _conflicts(
     nameless = data.normalization == "weights" and not config.train.weights
     yield "data.normalization", nameless, "needs train.weights; set 'statistics' or 'scale'"
     still = config.optimizer.nesterov and not config.optimizer.momentum
-    yield "optimizer.nesterov", still, "set optimizer.momentum above 0"
+    yield "optimizer.nesterov", still, "set it to False, or optimizer.momentum above 0"
     grouped = parallel.batch_norm == "groups"
     is_odd = grouped != (parallel.batch_norm_group_size > 0)
     remedy = "parallel.batch_norm = 'groups', and no other, reads it and needs it above 0"
@@ -611,6 +616,8 @@ def _conflicts(
     yield "parallel.mode", grouped and parallel.mode == "pmap", remedy
     idle = config.train.head_epochs > 0 and "head" in config.train.frozen
     yield "train.head_epochs", idle, "the head is in train.frozen, and would not learn"
+    endless = config.train.head_epochs > config.train.epochs
+    yield "train.head_epochs", endless, f"must be at most train.epochs = {config.train.epochs}"
     # Whether a folder has images for validation, densejax.data finds out.
     may_validate = data.validation_size > 0 or (are_files and data.manual_dir != "")
     best = config.checkpoint.select == "best"

@@ -29,11 +29,11 @@ def main() -> int:
     """Does what the flags say; returns the exit code."""
     config = command_line.CONFIG.value
     with hosts.joined(COORDINATOR.value, PROCESSES.value, PROCESS.value):
-        experiment.build(config)  # bad input is said before anything is started or written
+        config = experiment.build(config).config  # bad input is said before anything is written
         if assesses := config.evaluate.assess and MODE.value == "train":
             from densejax.analysis import assessment  # matplotlib may be missing
         parallel.start()
-        directory = command_line.run_directory(WORKDIR) or workdir.default(config.name, config)
+        directory = command_line.run_directory(WORKDIR) or workdir.default(config)
         code = loop.run(config, directory, MODE.value, force=RESUME.value == "force")
         if assesses and not code:
             assessment.at_the_end(files.path_of("--workdir", directory), config)

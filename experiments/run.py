@@ -55,7 +55,7 @@ from sweeps import (
 )
 
 from densejax import command_line, data
-from densejax.config import UserError, check
+from densejax.config import UserError, checked
 from densejax.models import counts
 from densejax.runs import files, formats, lock, workdir
 from densejax.training import experiment, parallel, result
@@ -146,8 +146,7 @@ class Work:
             values(arguments)
         except Exception as error:  # a card is Python: anything may come out of it
             raise UserError(f"{self.run.name}: {command_line.explain(error, arguments)}") from error
-        check(holder.value)  # which sets what 0 stands for, as the run does
-        return holder.value
+        return checked(holder.value)  # as the run completes it
 
     def result(self) -> dict[str, Any] | None:
         """The summary of the finished run; None if it is not finished, or of another run.

@@ -93,7 +93,7 @@ class Base:
             raise UserError(
                 f"model.family = {config.model.family!r}: a sweep starts from a DenseNet"
             )
-        self.config, self.num_classes = config, info.num_classes
+        self.config, self.num_classes = built.config, info.num_classes
         self.image_shape = built.task.network_shape
         self.train_images = data.train_size(config, info)
         self.layers, self.growth_rates = model.block_depths(), model.growth_rates()

@@ -420,7 +420,7 @@ def test_training_that_diverges_has_an_exit_code_of_its_own(command, tmp_path):
     code, _, error = command(f"--config={card}", f"--workdir={tmp_path}/run")
     last = error.splitlines()[-1]
     assert code == 3 and "up to 4, " in last and "optimizer.learning_rate" in last
-    assert last.startswith("densejax: train.max_skipped_steps = 3: so many steps in a row")
+    assert last.startswith("densejax: train.max_skipped_steps = 3: 3 steps in a row")
     assert not any((tmp_path / "run" / name).exists() for name in ("summary.json", "lock"))
 
 

@@ -129,35 +129,30 @@ def put(config, key, value):
 
 def message(config):
     with pytest.raises(UserError) as caught:
-        schema.check(config)
+        schema.checked(config)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_the_defaults_and_the_tiny_configuration_pass():
-    schema.check(small.tiny())
+    schema.checked(small.tiny())
 
 
 @pytest.mark.parametrize(("size", "resize"), [(224, 256), (64, 73), (192, 219), (299, 342)])
 def test_evaluation_resizes_in_the_usual_ratio_to_the_images_size(size, resize):
     config = small.tiny(**STREAM | {"data__image_size": size})
-    for _ in range(2):  # a run's configuration is checked again when it is opened
-        schema.check(config)
-        assert config.evaluate.resize_size == resize
+    completed = schema.checked(config)
+    assert completed.evaluate.resize_size == resize
+    assert schema.checked(completed) == completed  # when a run is opened again
+    assert config.evaluate.resize_size == 0  # another data.image_size may follow
     config.evaluate.resize_size = 400
-    schema.check(config)
-    assert config.evaluate.resize_size == 400
+    assert schema.checked(config).evaluate.resize_size == 400
 
 
 def test_runs_that_stored_the_resize_of_before_are_still_of_the_same_configuration():
     for changes in ({}, {"data__image_size": 14}, STREAM | {"data__image_size": 224}):
-        stored, config = (
-            small.tiny(evaluate__resize_size=256, **changes),
-            small.tiny(**changes),
-        )
-        for found in (stored, config):
-            schema.check(found)
-        assert stored == config
+        stored = schema.checked(small.tiny(evaluate__resize_size=256, **changes))
+        assert stored == schema.checked(small.tiny(**changes))
 
 
 def test_every_key_has_a_range_or_is_checked_elsewhere():
@@ -202,7 +197,7 @@ def test_an_integer_is_a_number_too(key):
         config.augmentation.policy = "randaugment"
     if key == "augmentation.crop_area":
         config.data.storage, config.data.image_size, config.augmentation.shift = "stream", 224, 0
-    schema.check(config)
+    schema.checked(config)
 
 
 @pytest.mark.parametrize("key", NUMBERS)
@@ -356,7 +351,7 @@ CONFLICTS = [  # changes, the line, and a further change that settles it
     ),
     (
         {"optimizer__momentum": 0.0},
-        "optimizer.nesterov = True: set optimizer.momentum above 0",
+        "optimizer.nesterov = True: set it to False, or optimizer.momentum above 0",
         {"optimizer__nesterov": False},
     ),
     (
@@ -419,6 +414,16 @@ CONFLICTS = [  # changes, the line, and a further change that settles it
         {"train__frozen": ("stem",)},
     ),
     (
+        {"train__head_epochs": 3},
+        "train.head_epochs = 3: must be at most train.epochs = 2",
+        {"train__head_epochs": 2},
+    ),
+    (
+        {"train__dtype": "bfloat16", "train__matmul_precision": "bfloat16"},
+        "train.matmul_precision = 'bfloat16': only train.dtype = 'float32' reads it",
+        {"train__dtype": "float32"},
+    ),
+    (
         {"train__new_classifier": True},
         "train.new_classifier = True: only a run with train.weights reads it",
         {"train__weights": "somewhere"},
@@ -434,7 +439,7 @@ CONFLICTS = [  # changes, the line, and a further change that settles it
 @pytest.mark.parametrize(("changes", "says", "settled"), CONFLICTS)
 def test_a_conflict_is_found_and_can_be_settled(changes, says, settled):
     assert message(small.tiny(**changes)) == says
-    schema.check(small.tiny(**changes | settled))
+    schema.checked(small.tiny(**changes | settled))
 
 
 def test_one_conflict_does_not_hide_another():
@@ -451,7 +456,7 @@ def test_one_conflict_does_not_hide_another():
 
 def test_every_conflict_has_its_example():
     lines = [line for _, line, _ in CONFLICTS]
-    schema.check(config := small.tiny())
+    config = schema.checked(small.tiny())
     for key, _, remedy in schema._conflicts(config, set()):
         assert any(line.startswith(f"{key} = ") and line.endswith(remedy) for line in lines), key
 

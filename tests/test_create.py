@@ -78,8 +78,25 @@ def test_weights_bring_what_they_do_not_show(weights):
     ],
 )
 def test_weights_of_another_network_are_refused(weights, name, classes, fields):
-    with pytest.raises(UserError, match=f"weights=x: not of a {name} with {classes} classes"):
+    own = "weights=x: of densenet with blocks = .* with 7 classes, "
+    with pytest.raises(UserError, match=f"{own}not of a {name} with {classes} classes"):
         densejax.create(name, num_classes=classes, weights="x", **fields)
+
+
+@pytest.mark.parametrize("name", ["plain20_cifar", "resnet20_cifar"])
+def test_weights_of_a_network_that_is_joined_otherwise_are_refused(monkeypatch, name):
+    (theirs,) = {"plain20_cifar", "resnet20_cifar"} - {name}
+    fields = {"blocks": (1, 1), "widths": (4, 8)}
+    section = dict(models.fields(theirs, **fields))
+    model = models.create(section, 10)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    description = {"model": section, "num_classes": 10, "image_channels": 3}
+    monkeypatch.setattr(store, "load", lambda directory: (description, variables))
+    found, _ = densejax.create(theirs, 10, weights="x", **fields)
+    assert found.connect == section["connect"]
+    with pytest.raises(UserError, match=f"weights=x: .* not of a {name} with 10 classes"):
+        densejax.create(name, 10, weights="x", **fields)
 
 
 def test_unknown_names_and_fields_are_refused():

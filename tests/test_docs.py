@@ -134,7 +134,7 @@ def test_a_command_is_accepted(file, words, monkeypatch):
         values = flags.FlagValues()
         found = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
         values(arguments)
-        schema.check(found.value)
+        schema.checked(found.value)
         models.create(found.value.model, 10)
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import densejax
 from densejax import models
 from densejax.config import UserError
-from densejax.training import losses, optimizer, parallel
+from densejax.training import loop, losses, optimizer, parallel, result
 from tests import small
 from tests.programs import shared_programs  # noqa: F401
 
@@ -46,6 +46,14 @@ def test_a_second_call_goes_on_and_callbacks_get_what_is_logged(tmp_path, monkey
     assert seen == records and {"step", "train_loss", "learning_rate"} <= set(seen[0])
     assert densejax.train(small.tiny(), str(path), callbacks) == second  # it is finished
     assert len(seen) == len(records) and "test accuracy" in capfd.readouterr().out
+
+
+def test_a_run_that_is_stopped_gives_no_result_of_other_versions(tmp_path, monkeypatch):
+    config, versions = small.tiny(train__epochs=1), result.versions
+    assert densejax.train(config, str(tmp_path))["steps"] == 5
+    monkeypatch.setattr(result, "versions", lambda config: versions(config) | {"jax": "newer"})
+    monkeypatch.setattr(loop, "run", lambda *_, **__: 130)  # stopped before it measures again
+    assert densejax.train(config, str(tmp_path), force=True) is None
 
 
 def test_a_mistake_is_an_exception_of_one_line(tmp_path):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from densejax import models
 from densejax.models import counts
+from densejax.models.convolution import quick_compilation
 from densejax.training import losses
 
 
@@ -30,10 +31,8 @@ def kernel_norms(
     """
     model = models.reference(model)
     names = [row.name for row in counts.layers(model, images.shape[1:], depth=9)]
-    # XLA:CPU optimises these programs for minutes and gains little: each runs once.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
-    @functools.partial(jax.jit, compiler_options=options)
+    @functools.partial(jax.jit, compiler_options=quick_compilation(jax.default_backend()))
     def norms(key, images, labels):
         variables = model.init(key, images[:1])
 

@@ -253,7 +253,7 @@ def create(
     hints = typing.get_type_hints(FAMILIES[family])
     for name, value in values.items():
         if not _is_a(value, hints[name]):
-            wanted = getattr(hints[name], "__name__", hints[name])
+            wanted = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
             raise UserError(f"model.{name} = {value!r}: give a value of type {wanted}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"model.{name} = {value!r}: give a finite number")

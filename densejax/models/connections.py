@@ -225,7 +225,9 @@ def pattern(connect: str, table: Mapping[str, Callable[..., Any]]) -> Callable[.
     Raises:
       UserError: an unknown pattern or option; the message lists what is allowed.
     """
-    name, _, options = connect.partition(":")
+    name, colon, options = connect.partition(":")
+    if colon and not options:
+        raise UserError(f"model.connect = {connect!r}: give an option after ':', or leave it out")
     if name not in table:
         hint = did_you_mean(name, table)
         raise UserError(f"model.connect = {connect!r}{hint}: allowed are {', '.join(table)}")

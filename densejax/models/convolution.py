@@ -117,6 +117,14 @@ def per_platform(function: Callable[..., Any], *arguments: Any) -> Any:
     )
 
 
+def quick_compilation(platform: str) -> dict[str, int] | None:
+    """Options of `jax.jit` for a program that runs once.
+
+    XLA:CPU would optimise the drawing of a network's parameters for minutes, and gain nothing.
+    """
+    return {"xla_backend_optimization_level": 0} if platform == "cpu" else None
+
+
 class Convolution(nn.Module):
     """A convolution with nn.Conv's parameters and PyTorch's padding: half the kernel on every side.
 

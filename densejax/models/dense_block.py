@@ -21,8 +21,9 @@ IMPLEMENTATIONS = {
 }
 # What the backward pass computes again instead of keeping it from the forward pass.
 RECOMPUTE = {
-    "none": "nothing; an in-place block never keeps what a norm or ReLU makes",
-    "norm": "concatenations, norms and ReLUs; what convolutions make is kept (Pleiss et al. 2017)",
+    "none": "nothing; but an in-place block always computes norms and ReLUs again",
+    "norm": "concatenations, norms and ReLUs; what convolutions make is kept (Pleiss et al. 2017); "
+    "of an in-place block, this is the same as 'none'",
     "layer": "all but each layer's new feature maps",
 }
 
@@ -120,8 +121,8 @@ class DenseBlock(nn.Module):
         if train and is_random and keys is None:
             keys = jax.random.split(self.make_rng("dropout"), len(x))
         builder, x = Layers.of(self, train, keys, x), x.astype(self.dtype)
-        keeps_statistics = train and "batch_norm" in self.frozen
-        if self.is_initializing() or self.block == "concat" or keeps_statistics:
+        norms_are_frozen = train and "batch_norm" in self.frozen
+        if self.is_initializing() or self.block == "concat" or norms_are_frozen:
             features, statistics = _concatenate(self, graph, builder, survivals, x), None
         else:
             features, statistics = _compute_in_place(self, graph, builder, survivals, x)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from densejax.models import connections, layers
 from densejax.models.connections import Graph, Reader
 from densejax.models.layers import Layers
-from densejax.models.pooling import max_pool, require_divisible
+from densejax.models.pooling import max_pool, require_patch
 
 
 class ConvNorm(nn.Module):
@@ -143,7 +143,7 @@ class HarDNet(nn.Module):
                 return ConvNorm(x.shape[-1], 3, builder.part(name), 2, **fields)(x)
             if not number:  # the stem's windows are 3x3
                 return max_pool(x, ((1, 1), (1, 1)))
-            require_divisible(x, 2)
+            require_patch(x, 2)
             return nn.max_pool(x, (2, 2), (2, 2))
 
         first, second = self.stem_widths

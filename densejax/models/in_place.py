@@ -380,15 +380,15 @@ def _forward(settings: Settings, plan: Plan, x, layers, keys):
 def _backward(settings: Settings, plan: Plan, saved, d_features, d_stats):
     """Gradients of the block's input and of its layers' parameters."""
     features, stats, all_hidden, all_hidden_stats, layers, keys = saved
-    first = features.shape[-1] - sum(settings.graph.widths)
-    _, emits = _ranges(settings.graph, first)
+    channels = features.shape[-1] - sum(settings.graph.widths)
+    _, emits = _ranges(settings.graph, channels)
     d_stats = jnp.stack(d_stats)
     if emits != ((0, features.shape[-1]),):
         d_features = _write(jnp.zeros_like(features), d_features, emits)
         d_stats = _write(jnp.zeros((2, features.shape[-1]), d_stats.dtype), d_stats, emits)
     d_features = plan.with_layout(d_features)
     d_layers, buffer = [], None
-    for layer in reversed(list(_layers(settings, plan, layers, keys, first))):
+    for layer in reversed(list(_layers(settings, plan, layers, keys, channels))):
         hidden, hidden_stats = all_hidden[layer.index], all_hidden_stats[layer.index]
         stats_read = _statistics_of(stats, layer.read)
         # Without the barrier XLA would keep what the forward pass made instead of making it again.
@@ -410,8 +410,8 @@ def _backward(settings: Settings, plan: Plan, saved, d_features, d_stats):
         if plan.channels_first:  # without it XLA:GPU would keep this layer's arrays until the end
             d_features, d_stats, d_layer = lax.optimization_barrier((d_features, d_stats, d_layer))
         d_layers.append(d_layer)
-    complete = _through_statistics(settings, features, stats.mean[:first], d_stats[:, :first])
-    return complete(features[..., :first], d_features[..., :first]), d_layers[::-1]
+    complete = _through_statistics(settings, features, stats.mean[:channels], d_stats[:, :channels])
+    return complete(features[..., :channels], d_features[..., :channels]), d_layers[::-1]
 
 
 def _through_statistics(settings, features, mean, d_stats):

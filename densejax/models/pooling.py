@@ -12,8 +12,8 @@ from jax import lax
 from densejax.config import UserError
 
 
-def require_divisible(x: jax.Array, size: int) -> None:
-    """Raises UserError where x [batch, height, width, channels] has no patch of size x size."""
+def require_patch(x: jax.Array, size: int) -> None:
+    """Raises UserError if x [batch, height, width, channels] is smaller than size x size pixels."""
     height, width = x.shape[1:3]
     if min(height, width) < size:
         divided = "halved" if size == 2 else f"divided into patches of {size}x{size}"
@@ -29,7 +29,7 @@ def average_pool(x: jax.Array) -> jax.Array:
 
     If the number of rows or columns is odd, the last one is left out.
     """
-    require_divisible(x, 2)
+    require_patch(x, 2)
     size = tuple(length // 2 for length in x.shape[1:3])
     first, *others = (_every_second(x, (i, j), size) for i in range(2) for j in range(2))
     return sum(others, first) / 4

@@ -16,7 +16,7 @@ from densejax.models import connections, layers
 from densejax.models.connections import Graph, Reader
 from densejax.models.layers import Layers
 from densejax.models.normalization import per_channel
-from densejax.models.pooling import require_divisible
+from densejax.models.pooling import require_patch
 
 # He et al. 2015 with fan-in, as in the authors' code.
 fan_in_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -44,7 +44,7 @@ class Patches(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [batch, height, width, channels] to `width` feature maps."""
-        require_divisible(x, self.stride)
+        require_patch(x, self.stride)
         size = (self.stride, self.stride)
         conv = self.layers.conv(self.width, size, self.stride, name="conv")
         norm = layer_norm(self.layers, name="norm")

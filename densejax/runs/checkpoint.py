@@ -236,6 +236,9 @@ class Checkpoints:
             if abstract_state is not None and not problem:
                 leaves, structure = dict(_named(state)), jax.tree.structure(abstract_state)
                 state = jax.tree.unflatten(structure, [leaves[name] for name in wanted])
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError) as error:
+            # This is no damage, so no other step may take its place.
+            raise CheckpointError(f"{path} cannot be read ({files.first_line(error)})") from error
         except Exception as error:  # errors of tensorstore, zstd, JSON and orbax share no class
             problem = files.first_line(error)
         _require_everywhere(path, problem)

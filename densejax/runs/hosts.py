@@ -88,7 +88,9 @@ def joined(
     own = _own_number(coordinator, process_id) if coordinator else contextlib.nullcontext()
     with own, _filtered_stderr():
         try:
-            whom = f"every process of --num_processes={num_processes} to reach {coordinator}"
+            whom = "all processes of the job that was detected"
+            if coordinator:
+                whom = f"every process of --num_processes={num_processes} to reach {coordinator}"
             with _says_for_whom_it_waits(whom, JOIN_TIMEOUT):
                 jax.distributed.initialize(
                     heartbeat_timeout_seconds=HEARTBEAT,

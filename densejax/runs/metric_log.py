@@ -103,8 +103,8 @@ class MetricLog:
 
     @property
     def images_per_second(self):
-        """Median over the intervals after the first, which compiles; None without any."""
-        return statistics.median(self.rates[1:]) if self.rates[1:] else None
+        """Median over the intervals after the first step, which compiles; None without any."""
+        return statistics.median(self.rates) if self.rates else None
 
     def describe(self, config, images):
         """Gives TensorBoard the configuration and images uint8 [number, height, width, channel]."""
@@ -121,11 +121,13 @@ class MetricLog:
         """Logs scalars by name (train_loss, learning_rate, ...) after `step` steps."""
         shown = self._record(step, values)  # first, as it waits for the device: this time counts
         now = time.perf_counter()
-        self.rates.append((step - self.last_step) * self.batch_size / (now - self.last_time))
-        timing = {"seconds": now - self.start, "images_per_second": self.rates[-1]}
+        rate = (step - self.last_step) * self.batch_size / (now - self.last_time)
+        if self.compiled.is_set():
+            self.rates.append(rate)
+        timing = {"seconds": now - self.start, "images_per_second": rate}
         self.timings.add(_line(step, timing))
-        self._scalar(step, "speed/images_per_second", self.rates[-1])
-        self.shown = [*shown, f"{count(round(self.rates[-1]))} images/s"]
+        self._scalar(step, "speed/images_per_second", rate)
+        self.shown = [*shown, f"{count(round(rate))} images/s"]
         self.last_step, self.last_time = step, now
         is_time = now - self.last_shown >= self.seconds or step >= self.total_steps
         if is_time or "://" not in str(self.workdir):

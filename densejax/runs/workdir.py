@@ -58,9 +58,9 @@ class WorkdirError(UserError):
     """The run directory is in use, of another configuration, or cannot be written."""
 
 
-def default(config_name: str, config: ml_collections.ConfigDict) -> str:
+def default(config: ml_collections.ConfigDict) -> str:
     """`runs/<name>-<digest>`, so that the same command finds the same directory again."""
-    return f"runs/{config_name}-{digest(config)[:8]}"
+    return f"runs/{config.name}-{digest(config)[:8]}"
 
 
 def digest(config: ml_collections.ConfigDict) -> str:

@@ -20,6 +20,7 @@ from densejax.config import UserError
 from densejax.data.augment import example_keys
 from densejax.data.official import SetInfo
 from densejax.data.stream import BatchTimeout
+from densejax.models.convolution import quick_compilation
 from densejax.runs import hosts
 from densejax.runs.checkpoint import Checkpoints
 from densejax.training import finetuning, losses, metrics, optimizer, parallel
@@ -106,9 +107,7 @@ class Experiment:
 
     @functools.cached_property
     def _init(self):
-        # XLA:CPU optimises this program for minutes and gains nothing: it runs once.
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        options = {"xla_backend_optimization_level": 0} if on_cpu else None
+        options = quick_compilation(self.mesh.devices.flat[0].platform)
         sharding = parallel.replicated(self.mesh)
         dtype = jnp.float64 if self.config.train.dtype == "float64" else jnp.float32
         init = functools.partial(init_state, self.computed_task, dtype=dtype)
@@ -208,7 +207,7 @@ def build(
     Raises:
       UserError: the first thing that is wrong with the configuration.
     """
-    config_schema.check(config)
+    config = config_schema.checked(config)
     info = info or data.info(config)
     if config.train.dtype == "float64" and not jax.config.jax_enable_x64:
         raise UserError("train.dtype = 'float64': JAX needs the environment's JAX_ENABLE_X64=1")
@@ -275,7 +274,7 @@ def abstract_batch(mesh: Mesh, image_shape: Sequence[int], size: int) -> dict[st
 def open_checkpoints(
     config: ConfigDict, path: epath.Path, guard: Callable[[], None] = lambda: None
 ) -> Checkpoints:
-    """The checkpoints of a run directory; `guard` as in `train`."""
+    """The checkpoints of a run directory; `guard` as in `Checkpoints`."""
     best = "validation_error" if config.checkpoint.select == "best" else ""
     return Checkpoints(path / "checkpoints", config.checkpoint.keep_latest, best, guard)
 

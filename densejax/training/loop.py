@@ -55,6 +55,7 @@ def run(
       callbacks: each is called on process 0 with whatever metrics.jsonl gets.
     """
     experiment = build(config)
+    config = experiment.config
     path = files.path_of("--workdir", directory)
     versions, is_run, summary, changes = result.versions(config), False, None, []
     flags = {"--mode": mode, "--workdir": directory, "--resume": "force" if force else "same"}
@@ -259,7 +260,8 @@ class Loop:
                     profile.enter_context(metric_log.trace(traces, self.log.guard))
                 with clock.measure("input_wait"):
                     batch = data.batch(step - 1)
-                clock.switch_to("step" if self.seconds_to_first_step else "compile")
+                compiles = step in (start + 1, head_steps + 1)
+                clock.switch_to("compile" if compiles else "step")
                 take = take_head_step if step <= head_steps else take_step
                 self.state, sums = take(self.state, batch)
                 if self.seconds_to_first_step is None:
@@ -267,7 +269,7 @@ class Loop:
                     self.seconds_to_first_step = time.monotonic() - densejax.STARTED
                     if step == 1 and jax.process_index() == 0:
                         self.log.describe(config, self.experiment.augmented(self.state.key, batch))
-                    clock.switch_to("step")
+                clock.switch_to("step")
                 # While the devices compute this step, the step before it is checked and logged.
                 # Only one step is queued, so that a signal need not wait long.
                 self._look_at_step_under_way()
@@ -301,9 +303,10 @@ class Loop:
             logging.warning("Step %d is skipped: it is not finite (%d in a row).", step, in_a_row)
         if in_a_row >= config.train.max_skipped_steps:
             raise Diverged(
-                f"train.max_skipped_steps = {in_a_row}: so many steps in a row, up to {step}, were "
-                f"not finite; the newest checkpoint is of step {self.checkpoints.latest_step()}; "
-                f"look at the data or lower optimizer.learning_rate"
+                f"train.max_skipped_steps = {config.train.max_skipped_steps}: {in_a_row} steps in "
+                f"a row, up to {step}, were not finite; the newest checkpoint is of step "
+                f"{self.checkpoints.latest_step()}; look at the data or lower "
+                f"optimizer.learning_rate"
             )
         if due(step, config.log.every_steps, self.experiment.steps):
             values = metrics.means(sums) if int(sums["count"]) else {}  # 0: all were skipped

@@ -30,6 +30,7 @@ COLLECTIONS = ("params", "batch_stats")  # the second is missing without BatchNo
 # Fields that change the computation, but neither names nor shapes of the variables.
 HIDDEN_FIELDS = ("batch_norm_epsilon", "head_norm_epsilon", "connect", "identity", "shortcut")
 HIDDEN_FIELDS += ("stride_on", "survival")
+JOINING_FIELDS = ("connect", "identity", "downsampling")  # those that a network's name decides
 
 
 def save(directory: str, description: Mapping[str, Any], variables: Mapping[str, Any]) -> None:

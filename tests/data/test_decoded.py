@@ -47,9 +47,7 @@ def config(root, **changes):
         "train__batch_size": 8,
         "evaluate__batch_size": 4,
     }
-    found = small.tiny(**defaults | changes)
-    schema.check(found)
-    return found
+    return schema.checked(small.tiny(**defaults | changes))
 
 
 def create(root, **changes):

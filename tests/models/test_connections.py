@@ -56,6 +56,7 @@ def test_a_random_graph_is_its_seed_s():
     "connect, said",
     [
         ("log", "allowed are dense, chain"),
+        ("chain:", "give an option after ':', or leave it out"),
         ("window:width=2", "option 'width=2': give key=value pairs of size=3"),
         ("window:size=0", "size = 0 must be at least 1"),
         ("window:size=wide", "option size = wide: give a value of type int"),

@@ -9,6 +9,7 @@ from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
 from densejax import models
+from densejax.config import UserError
 from densejax.models import layers
 from densejax.models.regularization import StochasticDepth
 from densejax.models.resnet import Block, ResNet
@@ -204,3 +205,9 @@ def test_survival_does_not_depend_on_the_layout_over_devices():
     np.testing.assert_allclose(spread, alone, rtol=1e-4, atol=1e-4)
     other = jax.jit(logits(None))(variables, image, random_keys(8, seed=1))
     assert np.abs(other - alone).max() > 0.1
+
+
+def test_a_mistyped_tuple_says_what_its_parts_are():
+    section = dict(models.fields("resnet20_cifar")) | {"widths": (16.0, 32, 64)}
+    with pytest.raises(UserError, match=r"model.widths = .*: give a value of type tuple\[int, "):
+        models.create(section, 10)

@@ -493,6 +493,19 @@ def test_the_checkpoints_of_another_user_are_refused_and_kept(two_steps, part):
         assert checkpoints is None or checkpoints.steps() == [10, 20]
 
 
+def test_too_little_memory_is_no_damage(two_steps, tmp_path, monkeypatch):
+    directory = shutil.copytree(two_steps, tmp_path / "checkpoints")
+    checkpoints = Checkpoints(directory)
+
+    def fail(*_, **__):
+        raise MemoryError("12 GiB")
+
+    monkeypatch.setattr(checkpoints._writer, "restore", fail)
+    with pytest.raises(CheckpointError, match="/20 cannot be read .*12 GiB"):
+        checkpoints.restore_latest(abstract(make_state()))
+    assert checkpoints.steps() == [10, 20] and checkpoints.damaged_steps == []
+
+
 def test_a_problem_of_the_caller_is_a_failed_save(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, make_state(1), {}, problem="metrics.jsonl cannot be written")

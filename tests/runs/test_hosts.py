@@ -173,6 +173,21 @@ def test_a_job_that_cannot_be_joined_says_what_to_do(monkeypatch):
         pass
 
 
+def test_processes_of_a_job_that_was_detected_wait_for_all_of_it(monkeypatch):
+    names = []
+
+    def says(whom, seconds):
+        names.append(whom)
+        raise ValueError("stop here")
+
+    monkeypatch.setattr(hosts, "_says_for_whom_it_waits", says)
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError), hosts.joined():
+        pass
+    assert names == ["all processes of the job that was detected"]
+
+
 def test_a_number_or_a_port_that_is_taken_is_one_line():
     with socket.create_server(("", 0)) as server:
         address = f"localhost:{server.getsockname()[1]}"

@@ -192,18 +192,23 @@ def test_an_object_store_gets_whole_files(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == expected
 
 
-def test_images_per_second_leaves_out_the_first_interval_and_pauses(workdir, clock):
+@pytest.mark.parametrize(("compiles_before", "rates"), [(False, [40 / 60]), (True, [32 / 60])])
+def test_images_per_second_leaves_out_the_first_step_and_pauses(
+    workdir, clock, compiles_before, rates
+):
     log = create(workdir)
+    if compiles_before:
+        clock[0] += 1000.0
+        log.step(1)
     for step, seconds in ((5, 60.0), (10, 2.0), (15, 4.0), (20, 1.0)):
         clock[0] += seconds
         log.train(step, {"train_loss": 1.0})
-        if step == 5:
-            assert log.images_per_second is None
+        log.step(step)
         with log.pause():
             clock[0] += 1000.0
-    assert log.images_per_second == pytest.approx(5 * 8 / 2.0)
-    rates = [record["images_per_second"] for record in records(workdir / "timings.jsonl")]
-    assert rates == pytest.approx([40 / 60, 20.0, 10.0, 40.0])
+    found = [record["images_per_second"] for record in records(workdir / "timings.jsonl")]
+    assert found == pytest.approx([*rates, 20.0, 10.0, 40.0])
+    assert log.images_per_second == pytest.approx(15.0 if compiles_before else 20.0)
 
 
 def test_without_a_terminal_a_line_every_few_seconds(workdir, clock, capsys):

@@ -26,8 +26,8 @@ def history(path):
 
 
 def test_default_name_ignores_what_a_resume_may_change():
-    base = workdir.default("digits", make_config())
-    assert base.startswith("runs/digits-") and len(base) == len("runs/digits-") + 8
+    base = workdir.default(make_config())
+    assert base.startswith("runs/tiny-") and len(base) == len("runs/tiny-") + 8
     same = [
         make_config(log__every_steps=7),
         make_config(checkpoint__keep_latest=9),
@@ -36,7 +36,7 @@ def test_default_name_ignores_what_a_resume_may_change():
         ml_collections.FrozenConfigDict(make_config()),
     ]
     same += [make_config(data__manual_dir="/archives")]  # of a set that is known
-    assert {workdir.default("digits", config) for config in same} == {base}
+    assert {workdir.default(config) for config in same} == {base}
     folders = [make_config(data__storage="auto", data__manual_dir=name) for name in ("a", "b")]
     assert len({digest(config) for config in folders}) == 2
     other = [

@@ -764,7 +764,12 @@ def test_patience_counts_from_the_lowest_error():
 
 def test_a_run_whose_classifier_learns_first_resumes_bit_for_bit(tmp_path, monkeypatch):
     config, whole, parts = small.tiny(train__head_epochs=1), tmp_path / "whole", tmp_path / "parts"
-    assert run(whole, config) == 0
+    kinds = []
+    with monkeypatch.context() as patch:
+        switch_to = goodput.Goodput.switch_to
+        patch.setattr(goodput.Goodput, "switch_to", lambda *x: kinds.append(x[1]) or switch_to(*x))
+        assert run(whole, config) == 0
+    assert kinds.count("compile") == 2  # the second program compiles after the first epoch
     assert interrupted(monkeypatch, parts, signal.SIGTERM, 3, config)[0] == 0
     assert run(parts, config) == 0
     assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
