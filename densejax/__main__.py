@@ -16,7 +16,7 @@ COMMANDS = {
     "pretrained": ("pretrained", [], "Make weights from another project's file."),
     "reuse": ("reuse", [], "Draw which earlier layers each layer reads."),
     "cut": ("cut", [], "Measure which connections a trained network needs."),
-    "compile": ("compile", [], "Estimate memory and time of a step on devices that you lack."),
+    "compile": ("compile", [], "Estimate the memory and time of a step on other devices."),
 }
 
 
