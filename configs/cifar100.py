@@ -15,7 +15,9 @@ from densejax import models
 
 
 def get_config(arg: str | None = None):
-    """The card; `arg` may set model, variant (plain, b, c, bc), depth, growth_rate, augment."""
+    """The card; `arg` may set model, variant (plain, b, c, bc), depth, growth_rate,
+    connect and augment.
+    """
     args = schema.parse_arg(arg, model="densenet_bc_100_12", augment=True, **models.CHANGES)
     config = schema.default()  # its defaults are the paper's CIFAR recipe
     config.name = "cifar100"

@@ -11,7 +11,7 @@ from densejax import models
 
 
 def get_config(arg: str | None = None):
-    """The card; `arg` may set model, variant, depth and growth_rate."""
+    """The card; `arg` may set model, variant, depth, growth_rate and connect."""
     args = schema.parse_arg(arg, model="", **models.CHANGES)
     config = schema.default()
     config.name = "digits"

@@ -15,7 +15,9 @@ from densejax import models
 
 
 def get_config(arg: str | None = None):
-    """The card; `arg` may set model, variant, depth, growth_rate and tune (on held-out images)."""
+    """The card; `arg` may set model, variant, depth, growth_rate, connect and tune (on held-out
+    images).
+    """
     args = schema.parse_arg(arg, model="", tune=False, **models.CHANGES)
     config = schema.default()
     config.name = "fashion_mnist"

@@ -2,13 +2,16 @@
 
 Data:      FOLDER/class/image.jpg: a fifth of each class is held out for the test, always the same
            images. Or FOLDER/train/class/image.jpg and the same in test, val or both; if there are
-           both, val is for --config.evaluate.split=validation. Images may have any size; JPEG, PNG,
-           TIFF, WebP, BMP, GIF. If they need at most --config.data.memory_gigabytes=1, they lie on
-           the device; otherwise they are streamed.
+           both, val is for --config.evaluate.split=validation. A folder is a split, never a class,
+           if its name is train, training, val, valid, validation, test or testing. Images may have
+           any size; JPEG, PNG, TIFF, WebP, BMP, GIF, PPM, PGM. If they need at most
+           --config.data.memory_gigabytes=1 (about 7,000 images of 224x224), they lie on the device.
+           Otherwise they are streamed; this needs `make imagenet`.
 Command:   python -m densejax.main --config=configs/folder.py --config.data.manual_dir=FOLDER
            ... --config=configs/folder.py:model=densenet_bc_40_12,image_size=32  (small images)
            ... --config.train.weights=FILE --config.train.new_classifier \
                --config.data.normalization=weights                       (fine-tuning)
+           ... --config.optimizer.learning_rate=0.1                      (from random weights)
            ... --config.data.channels=1                                          (grey)
            python -m densejax.predict --workdir=runs/folder-... photo.jpg
 Hardware:  one accelerator for 224x224; two CPU cores for a few thousand images of 32x32.

@@ -15,7 +15,7 @@ from densejax import models
 
 
 def get_config(arg: str | None = None):
-    """The card; `arg` may set model, variant (plain, b, c, bc), depth and growth_rate."""
+    """The card; `arg` may set model, variant (plain, b, c, bc), depth, growth_rate, connect."""
     args = schema.parse_arg(arg, model="densenet_bc_100_12", **models.CHANGES)
     config = schema.default()
     config.name = "svhn"

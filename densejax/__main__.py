@@ -7,7 +7,7 @@ from densejax.config import did_you_mean
 
 # name: (module, flags that stand before those given, what it does)
 COMMANDS = {
-    "train": ("main", [], "Train a network, or go on with a run."),
+    "train": ("main", [], "Train a network, or resume a run."),
     "eval": ("main", ["--mode=eval"], "Measure the checkpoint of a run."),
     "assess": ("assess", [], "Say which classes a network confuses."),
     "predict": ("predict", [], "Classify image files."),
@@ -16,7 +16,7 @@ COMMANDS = {
     "pretrained": ("pretrained", [], "Make weights from another project's file."),
     "reuse": ("reuse", [], "Draw which earlier layers each layer reads."),
     "cut": ("cut", [], "Measure which connections a trained network needs."),
-    "compile": ("compile", [], "Say what a run needs on devices that need not be there."),
+    "compile": ("compile", [], "Estimate the memory and time of a step on other devices."),
 }
 
 

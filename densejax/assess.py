@@ -14,7 +14,9 @@ from densejax.training import parallel
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A run's directory; latest: the newest.")
 SPLIT = flags.DEFINE_string(
-    "split", None, "test, validation or train; default: what the result is of."
+    "split",
+    None,
+    "test, validation or train. Default: the images that the result was measured on.",
 )
 
 

@@ -1,4 +1,4 @@
-"""Says what a run's steps take on devices that need not be there.
+"""Estimates the memory and time of a run's steps on devices that you do not have.
 
 python -m densejax.compile --config=configs/cifar10.py --topology=h100:8
 """
@@ -10,9 +10,9 @@ from absl import flags
 from densejax import command_line
 from densejax.topology import compiled
 
-TOPOLOGY = flags.DEFINE_string("topology", "", "Devices, such as cpu:8, h100:8 or v5e:16x16.")
+TOPOLOGY = flags.DEFINE_string("topology", "", "The devices, such as cpu:8, h100:8 or v5e:16x16.")
 LARGEST = flags.DEFINE_bool(
-    "largest_batch", False, "Find the largest batch, by two more compilations."
+    "largest_batch", False, "Estimate the largest batch that fits, by more compilations."
 )
 FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "How to print.")
 

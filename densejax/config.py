@@ -161,13 +161,13 @@ KEYS = {
     ),
     "data.channels": Key(
         3,
-        "For streams and folders: every image is read with so many channels, 3 for colour or 1 "
-        "for grey.",
+        "For streams and folders: the number of channels with which every image is read, 3 for "
+        "colour or 1 for grey.",
         _Range(lambda value: value in (1, 3), "1 or 3"),
     ),
     "data.workers": Key(
         0,
-        "For streams: how many processes decode images on each host. With 0 the run decodes "
+        "For streams: the number of processes that decode images on each host. 0: the run decodes "
         "them itself.",
         _NOT_NEGATIVE,
     ),
@@ -178,18 +178,20 @@ KEYS = {
         "ends the run.",
         _one_of("fail", "skip"),
     ),
-    "data.train_split": Key("train", "The splits that train, such as 'train+extra' for SVHN."),
+    "data.train_split": Key(
+        "train", "The splits with the training images, such as 'train+extra' for SVHN."
+    ),
     "data.validation_size": Key(
         0,
-        "How many training images are held out. They are the same images for every seed; with "
-        "data.storage = 'auto' each class gives its share.",
+        "The number of training images that are held out. They are the same images for every "
+        "seed; with data.storage = 'auto' each class gives its share.",
         _NOT_NEGATIVE,
     ),
     "data.train_size": Key(
         0,
-        "How many training images are used; 0: all. They are the first ones of one fixed random "
-        "order, so a larger number contains every smaller one. With data.storage = 'auto' each "
-        "class gives its share.",
+        "The number of training images that are used. 0: all. They are the first ones of one "
+        "fixed random order, so a larger number contains every smaller one. With data.storage = "
+        "'auto' each class gives its share.",
         _NOT_NEGATIVE,
     ),
     "data.normalization": Key(
@@ -219,15 +221,15 @@ KEYS = {
     ),
     "augmentation.shift": Key(
         4,
-        "For images in memory: each side gets so many pixels of zeros, and a random crop of the "
-        "old size is taken; 0: no crop.",
+        "For images in memory: each side is padded with this number of zero pixels, and a random "
+        "crop of the old size is taken. 0: no crop.",
         _NOT_NEGATIVE,
     ),
     "augmentation.flip": Key(True, "Half of the images are mirrored."),
     "augmentation.alternate_flip": Key(
         False,
-        "Each image is mirrored in every second epoch; whether in the first one is random. "
-        "Without it every epoch draws anew.",
+        "Each image is mirrored in every second epoch. Whether it is mirrored in the first one is "
+        "random. Without this key, every epoch draws anew.",
     ),
     "augmentation.crop_area": Key(
         0.08, "For streams: a random crop shows at least this share of the image's area.", _SHARE
@@ -247,7 +249,7 @@ KEYS = {
         _one_of("none", "randaugment", "trivialaugment"),
     ),
     "augmentation.operations": Key(
-        2, "With 'randaugment': how many operations each image gets.", _FEW
+        2, "With 'randaugment': the number of operations that are applied to each image.", _FEW
     ),
     "augmentation.magnitude": Key(
         9.0,
@@ -256,7 +258,7 @@ KEYS = {
     ),
     "augmentation.cutout": Key(
         0,
-        "A square with sides of so many pixels is set to the mean colour; 0: none.",
+        "A square with sides of this number of pixels is set to the mean colour. 0: none.",
         _NOT_NEGATIVE,
     ),
     "augmentation.erasing": Key(
@@ -282,25 +284,26 @@ KEYS = {
     "train.epochs": Key(300, "How often the network sees every training image.", _POSITIVE),
     "train.max_steps": Key(
         0,
-        "Training has at most so many steps, even if train.epochs asks for more; the learning rate "
-        "reaches its end there. 0: no limit.",
+        "Training ends after this number of steps, even if train.epochs asks for more. The "
+        "schedule of the learning rate then ends there, too. 0: no limit.",
         _NOT_NEGATIVE,
     ),
     "train.batch_size": Key(
         64,
-        "How many images a step takes, over all devices. It is a multiple of the number of "
+        "The number of images of a step, over all devices. It is a multiple of the number of "
         "devices.",
         _POSITIVE,
     ),
     "train.accumulate_steps": Key(
         1,
-        "Each device computes its batch in so many parts, one after another, to save memory.",
+        "Each device computes its batch in this number of parts, one after another, to save "
+        "memory.",
         _POSITIVE,
     ),
     "train.max_skipped_steps": Key(
         10,
-        "A step whose loss or gradient is not finite is skipped; so many skipped steps in a row "
-        "end the run.",
+        "A step whose loss or gradient is not finite is skipped. This number of skipped steps in a "
+        "row ends the run.",
         _POSITIVE,
     ),
     "train.loss": Key("cross_entropy", "The loss: a name in densejax.training.losses.LOSSES."),
@@ -311,7 +314,7 @@ KEYS = {
         _one_of("none", "balanced"),
     ),
     "train.label_smoothing": Key(
-        0.0, "This much of the label's probability is spread evenly over all classes.", _FRACTION
+        0.0, "This share of the label's probability is spread evenly over all classes.", _FRACTION
     ),
     "train.average_decay": Key(
         0.0,
@@ -326,8 +329,9 @@ KEYS = {
     ),
     "train.new_classifier": Key(
         False,
-        "A new classifier is drawn in place of that of train.weights; if they have another number "
-        "of image channels, the first kernels are fitted.",
+        "A new classifier is drawn in place of that of train.weights. If the weights have another "
+        "number of image channels than the run, the kernels of the first convolution are converted "
+        "to the run's number.",
     ),
     "train.frozen": Key(
         (),
@@ -337,13 +341,14 @@ KEYS = {
     ),
     "train.head_epochs": Key(
         0,
-        "In the first so many epochs only the classifier learns; then everything learns.",
+        "The number of epochs at the start in which only the classifier learns. After them, "
+        "everything learns.",
         _NOT_NEGATIVE,
     ),
     "train.patience": Key(
         0,
-        "Training ends after so many evaluations in a row without a lower error on held-out "
-        "images; 0: it goes on.",
+        "Training ends after this number of evaluations in a row without a lower error on held-out "
+        "images. 0: it never ends early.",
         _NOT_NEGATIVE,
     ),
     "train.dtype": Key(
@@ -421,49 +426,54 @@ KEYS = {
     ),
     "optimizer.warmup_epochs": Key(
         0.0,
-        "In the first so many epochs the learning rate rises linearly from zero.",
+        "The number of epochs at the start in which the learning rate rises linearly from zero.",
         _NOT_NEGATIVE,
     ),
     "evaluate.every_epochs": Key(
         1,
-        "So many epochs lie between two evaluations; 0: there is only one, at the end.",
+        "The number of epochs between two evaluations. 0: there is only one, at the end.",
         _NOT_NEGATIVE,
     ),
     "evaluate.split": Key(
         "test",
-        "What is measured during training: the 'test' images, or the held-out 'validation' images.",
+        "The images that are measured during training: the 'test' images, or the held-out "
+        "'validation' images.",
         _SPLIT,
     ),
     "evaluate.final_split": Key(
-        "test", "What the run's result is measured on. Take 'validation' to tune a setting.", _SPLIT
+        "test",
+        "The images that the run's result is measured on. Take 'validation' to tune a setting.",
+        _SPLIT,
     ),
     "evaluate.train_images": Key(
         0,
-        "So many training images, without augmentation, are measured at the end as well.",
+        "The number of training images that are measured at the end as well, without "
+        "augmentation. 0: none.",
         _NOT_NEGATIVE,
     ),
     "evaluate.resize_size": Key(
         0,
-        "For streams and folders: the image is resized until its shorter side has so many pixels; "
-        "then the middle is cropped. 0: data.image_size x 256/224.",
+        "For streams and folders: the image is resized until its shorter side has this number of "
+        "pixels; then the middle is cropped. 0: data.image_size x 256/224.",
         _NOT_NEGATIVE,
     ),
     "evaluate.crop_size": Key(
         0,
-        "If it is above 0, the logits are the mean over ten crops with sides of so many pixels.",
+        "If it is above 0, the logits are the mean over ten crops, whose sides have this number of "
+        "pixels.",
         _NOT_NEGATIVE,
     ),
     "evaluate.mirror": Key(False, "The logits are the mean over the image and its mirror image."),
     "evaluate.shift": Key(
         0,
         "If it is above 0, the logits are the mean over the image and two copies that are "
-        "shifted by so many pixels along a diagonal; with evaluate.mirror each of them is "
+        "shifted by this number of pixels along a diagonal. With evaluate.mirror, each of them is "
         "mirrored as well.",
         _Range(lambda value: 0 <= value < 100, "0 to 99"),
     ),
     "evaluate.batch_size": Key(
         512,
-        "How many images an evaluation step takes, over all devices. It is a multiple of the "
+        "The number of images of an evaluation step, over all devices. It is a multiple of the "
         "number of devices.",
         _POSITIVE,
     ),
@@ -474,12 +484,17 @@ KEYS = {
         "matplotlib.",
     ),
     "checkpoint.every_epochs": Key(
-        1, "So many epochs lie between two checkpoints. The last step always has one.", _POSITIVE
+        1,
+        "The number of epochs between two checkpoints. There is always one of the last step.",
+        _POSITIVE,
     ),
-    "checkpoint.keep_latest": Key(2, "How many of the newest checkpoints are kept.", _POSITIVE),
+    "checkpoint.keep_latest": Key(
+        2, "The number of checkpoints that are kept: the newest ones.", _POSITIVE
+    ),
     "checkpoint.select": Key(
         "last",
-        "Which network the result is of: the 'last', or the 'best' on held-out images.",
+        "The network that the result is measured with: the 'last', or the 'best' on held-out "
+        "images.",
         _one_of("last", "best"),
     ),
     "parallel.mode": Key(
@@ -487,18 +502,20 @@ KEYS = {
     ),
     "parallel.batch_norm": Key(
         "global",
-        "Which images the statistics of BatchNorm are taken over: 'global', those of all "
+        "The images over which the statistics of BatchNorm are taken: 'global', those of all "
         "devices; 'replica', those of each device; 'groups', those of a group of devices.",
         _one_of("global", "replica", "groups"),
     ),
     "parallel.batch_norm_group_size": Key(
-        0, "With 'groups': how many devices form a group.", _NOT_NEGATIVE
+        0, "With 'groups': the number of devices that form a group.", _NOT_NEGATIVE
     ),
     "log.every_steps": Key(
-        50, "So many steps lie between two records in metrics.jsonl.", _POSITIVE
+        50, "The number of steps between two records in metrics.jsonl.", _POSITIVE
     ),
     "log.seconds": Key(
-        10.0, "So many seconds lie between two lines when the output is not a terminal.", _POSITIVE
+        10.0,
+        "The number of seconds between two lines of progress, if the output is not a terminal.",
+        _POSITIVE,
     ),
     "profile.steps": Key(
         (), "The first and the last step that process 0 traces, such as (10, 15); (): none.", _STEPS

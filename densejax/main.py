@@ -12,17 +12,24 @@ from densejax.runs import files, hosts, workdir
 from densejax.training import experiment, loop, parallel
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Run directory; latest: the newest; default: runs/<card>-<digest>."
+    "workdir", None, "The run's directory. latest: the newest run. Default: runs/<card>-<digest>."
 )
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate a checkpoint.")
 RESUME = flags.DEFINE_enum(
-    "resume", "same", ["same", "force"], "force: go on in the directory of another configuration."
+    "resume",
+    "same",
+    ["same", "force"],
+    "force: continue although the configuration, code or data have changed.",
 )
 COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0; a TPU pod and SLURM are detected without it."
+    "coordinator", None, "HOST:PORT of process 0. TPU pods and SLURM are detected without it."
 )
-PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the job; 1: take part in none.")
-PROCESS = flags.DEFINE_integer("process_id", None, "Of this process, from 0.")
+PROCESSES = flags.DEFINE_integer(
+    "num_processes",
+    None,
+    "The number of processes of the job. 1: this process runs alone, even inside SLURM.",
+)
+PROCESS = flags.DEFINE_integer("process_id", None, "The number of this process, counted from 0.")
 
 
 def main() -> int:

@@ -17,21 +17,28 @@ __all__ = ["convert_file", "digest", "from_keras", "from_torch", "load", "save",
 # An override lets programs that import this module define such flags of their own.
 MODEL = flags.DEFINE_string("model", None, "A network's name.", allow_override=True)
 WEIGHTS = flags.DEFINE_string("weights", None, f"{', '.join(READERS)} or {HUB}owner/name.")
-OUTPUT = flags.DEFINE_string("output", None, "A new directory.", allow_override=True)
+OUTPUT = flags.DEFINE_string(
+    "output", None, "A new directory for the weights.", allow_override=True
+)
 NUM_CLASSES = flags.DEFINE_integer(
     "num_classes",
     None,
-    "0: no classifier; default: as many as the weights have.",
+    "The number of classes. 0: no classifier. Default: that of the weights.",
     lower_bound=0,
     allow_override=True,
 )
 IN_CHANNELS = flags.DEFINE_integer(
-    "in_channels", None, "Of the images; default: as many as the weights have.", lower_bound=1
+    "in_channels",
+    None,
+    "The number of channels of an image. Default: that of the weights.",
+    lower_bound=1,
 )
 ADAPT = flags.DEFINE_bool("adapt", False, "Fit the weights to --num_classes and --in_channels.")
-SEED = flags.DEFINE_integer("seed", 0, "Of a new classifier.", allow_override=True)
+SEED = flags.DEFINE_integer("seed", 0, "The random seed of a new classifier.", allow_override=True)
 SHORTCUT = flags.DEFINE_string(
-    "shortcut", "", "Of a ResNet without projections: identity or identity_middle."
+    "shortcut",
+    "",
+    "For a ResNet without projections: where shortcuts add channels, identity or identity_middle.",
 )
 flags.DEFINE_bool("allow_pickle", False, "Changes nothing: no code in a file is executed.")
 

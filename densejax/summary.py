@@ -16,15 +16,25 @@ from densejax.training import experiment
 
 MODEL = flags.DEFINE_string("model", None, "A network's name; or give --config=CARD.")
 IMAGE_SHAPE = flags.DEFINE_list(
-    "image_shape", None, "height,width,channels; default: as the network is usually counted."
+    "image_shape",
+    None,
+    "height,width,channels. Default: the shape that the network is made for, such as 224,224,3.",
 )
 NUM_CLASSES = flags.DEFINE_integer(
-    "num_classes", None, "0: no classifier; default: 1000 or 10, by the network.", lower_bound=0
+    "num_classes",
+    None,
+    "The number of classes. 0: no classifier. Default: 1000 or 10, by the network.",
+    lower_bound=0,
 )
-DEPTH = flags.DEFINE_integer("depth", 2, "Parts of a layer's name to show.", lower_bound=1)
+DEPTH = flags.DEFINE_integer(
+    "depth",
+    2,
+    "How many parts of a layer's name are shown: 1 shows stages and blocks, 2 shows layers.",
+    lower_bound=1,
+)
 FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "How to print.")
 FIGURE = flags.DEFINE_string(
-    "figure", None, "File (.png, .svg or .pdf) for a drawing of what each layer reads."
+    "figure", None, "The file (.png, .svg or .pdf) for a drawing of what each layer reads."
 )
 LIST = flags.DEFINE_bool("list", False, "Name every network.")
 

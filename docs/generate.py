@@ -428,9 +428,10 @@ def commands() -> str:
 
 
 def scripts() -> str:
-    """What `--help` of every script of experiments/ says."""
-    folders = (ROOT / "experiments", ROOT / "experiments" / "benchmarks")
-    files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
+    """What `--help` of every script of experiments/ says, first of those that most people use."""
+    folders, first = (ROOT / "experiments", ROOT / "experiments" / "benchmarks"), ("run", "report")
+    files = [ROOT / "experiments" / f"{name}.py" for name in first]
+    files += [f for folder in folders for f in sorted(folder.glob("*.py")) if f not in files]
     found = [
         str(file.relative_to(ROOT))
         for file in files

@@ -46,8 +46,8 @@ def draw(workdir: epath.Path, output: epath.Path) -> None:
 def main() -> None:
     """Draws what the flags say."""
     parser = script.Parser(__doc__)
-    parser.add_argument("--workdir", type=script.path, required=True)
-    parser.add_argument("--output", type=script.path, required=True)
+    parser.add_argument("--workdir", type=script.path, required=True, help="the run's directory")
+    parser.add_argument("--output", type=script.path, required=True, help="the picture to write")
     options = parser.parse_args()
     draw(options.workdir, options.output)
 

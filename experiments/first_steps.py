@@ -19,7 +19,7 @@ def main() -> None:
     """All four steps."""
     parser = script.Parser(__doc__)
     parser.add_argument("--output", type=script.path, required=True, help="folder for all of it")
-    parser.add_argument("--epochs", type=script.positive, default=10)
+    parser.add_argument("--epochs", type=script.positive, default=10, help="epochs of the run")
     options = parser.parse_args()
     parallel.start()  # remembers compiled programs: the second start is faster
 

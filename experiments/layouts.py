@@ -199,8 +199,10 @@ def rounding(draws: int = 8) -> list[dict]:
 def main() -> None:
     """Runs what is not there yet, writes and prints the tables."""
     parser = script.Parser(__doc__)
-    parser.add_argument("--runs", type=script.path, default="runs/layouts")
-    parser.add_argument("--output", type=script.path, required=True)
+    parser.add_argument(
+        "--runs", type=script.path, default="runs/layouts", help="folder of the runs"
+    )
+    parser.add_argument("--output", type=script.path, required=True, help="folder of the results")
     options = parser.parse_args()
     rows = compare(options.runs)
     options.output.mkdir(parents=True, exist_ok=True)

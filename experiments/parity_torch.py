@@ -151,10 +151,10 @@ def main():
     """Prints one line per network; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help="default: all")
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--hardnet", default="")
-    parser.add_argument("--float32", action="store_true")
+    parser.add_argument("--size", type=int, default=64, help="height and width of the images")
+    parser.add_argument("--batch", type=int, default=8, help="images of a batch")
+    parser.add_argument("--hardnet", default="", help="the file hardnet.py of its authors")
+    parser.add_argument("--float32", action="store_true", help="instead of float64")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", not options.float32)
     dtype = np.float32 if options.float32 else np.float64

@@ -103,10 +103,18 @@ def report(folder: pathlib.Path) -> str:
 def main() -> None:
     """Compiles what is missing, writes table.md and prints it."""
     parser = script.Parser(__doc__)
-    parser.add_argument("--output", type=script.path, required=True)
-    parser.add_argument("--tpu_python", default=sys.executable)
-    parser.add_argument("--cuda_python", default=sys.executable)
-    parser.add_argument("--report", action="store_true", help="compile nothing")
+    parser.add_argument("--output", type=script.path, required=True, help="folder of the results")
+    parser.add_argument(
+        "--tpu_python", default=sys.executable, help="interpreter with JAX for TPUs"
+    )
+    parser.add_argument(
+        "--cuda_python", default=sys.executable, help="interpreter with JAX for CUDA"
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="compile nothing; write the tables of what was compiled before",
+    )
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     for name, place in [] if options.report else CELLS:

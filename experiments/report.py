@@ -329,13 +329,15 @@ def formats_of(text: str) -> list[str]:
 def main() -> None:
     """Does what the flags say."""
     parser = script.Parser(__doc__)
-    parser.add_argument("--root", type=script.path, required=True, help="holds SWEEP/RUN")
+    parser.add_argument(
+        "--root", type=script.path, required=True, help="the folder that has SWEEP/RUN"
+    )
     parser.add_argument("--output", type=script.path, help="folder; default: ROOT/report")
     parser.add_argument(
-        "--select", action="append", default=[], help="runs of one version: code=0123"
+        "--select", action="append", default=[], help="takes only runs of one version: code=0123"
     )
     parser.add_argument(
-        "--formats", type=formats_of, default=["png"], help="png,svg,pdf of figures"
+        "--formats", type=formats_of, default=["png"], help="formats of the figures: png,svg,pdf"
     )
     options = parser.parse_args()
     sweeps = {name: selected(runs, options.select) for name, runs in read(options.root).items()}

@@ -127,7 +127,9 @@ def main() -> None:
     """Writes the figures."""
     parser = script.Parser(__doc__)
     parser.add_argument("--output", type=script.path, required=True, help="folder")
-    parser.add_argument("--figures", nargs="+", choices=FIGURES, default=list(FIGURES))
+    parser.add_argument(
+        "--figures", nargs="+", choices=FIGURES, default=list(FIGURES), help="default: all"
+    )
     options = parser.parse_args()
     parallel.start()
     options.output.mkdir(parents=True, exist_ok=True)

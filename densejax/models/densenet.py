@@ -50,7 +50,8 @@ class DenseNet(nn.Module):
     Attributes:
       num_classes: length of the logits; 0: no classifier, the logits are None.
       depth: L in the paper: layers of a three-block network, 3n + 4 (6n + 4 with bottleneck).
-      blocks: instead of `depth`: the number of dense layers in each block.
+      blocks: instead of `depth`: the number of dense layers in each block. Give exactly one of
+        the two; to use `blocks`, set `depth` to None.
       growth_rate: k in the paper: feature maps that a layer adds; or one number for each block.
         With connect = "hardnet", layers that read several outputs add more.
       bottleneck: the B of DenseNet-BC: a 1x1 convolution before each 3x3.
@@ -61,11 +62,11 @@ class DenseNet(nn.Module):
       stem_width: channels of the stem. None: 2k for the ImageNet stem and for DenseNet-BC,
         otherwise 16, as the paper's text says. (Only with 16, L=100 and k=24 give the paper's 27.2M
         parameters.)
-      dropout_rate: after every convolution but the first.
+      dropout_rate: the rate of dropout after every convolution but the first.
       survival: p_L of stochastic depth: layer l of all L dense layers keeps its new feature maps
         with p_l = 1 - l / L (1 - p_L), each example by itself; scaled by p_l when not training.
       convolution_bias: convolutions add a bias (d2l's form; the paper's do not).
-      batch_norm_epsilon: added to the variance.
+      batch_norm_epsilon: what BatchNorm adds to the variance.
       connect: what each layer reads and each block emits: a name in
         densejax.models.connections.CONCATENATING with its options ("window:size=3"), or a graph as
         connections.graph takes it, one for all blocks or one for each. With "one_shot" the

@@ -76,8 +76,8 @@ class HarDNet(nn.Module):
         densejax.models.connections.CONCATENATING with its options, or a graph for all blocks.
       separable: the DS of HarDNet-68DS: a 3x3 layer is a 1x1 and a depthwise 3x3, and the image is
         halved by a depthwise 3x3 of stride 2 instead of max-pooling.
-      dropout_rate: in front of the classifier.
-      batch_norm_epsilon: added to the variance.
+      dropout_rate: the rate of dropout in front of the classifier.
+      batch_norm_epsilon: what BatchNorm adds to the variance.
       dtype: precision of the computation.
       batch_norm_axis: mapped axis that BatchNorm's batch statistics are averaged over.
       frozen: parts that run as in evaluation while the others train, such as "stem1"; "batch_norm":

@@ -90,7 +90,7 @@ class RDNet(nn.Module):
       growth_rates: k of each stage, feature maps that a layer adds.
       stage_depth: layers of each stage.
       downsampling: stages, counted from 1, before which a transition halves the image.
-      kernel_size: of the depthwise convolutions.
+      kernel_size: height and width of the kernels of the depthwise convolutions.
       expansion: width between a layer's 1x1 convolutions in input widths (not in growth rates).
       compression: theta in DenseNet's paper, the share of channels that a transition keeps.
       squeeze_excite_from: the first stage whose layers end with squeeze-excitation.
@@ -99,8 +99,8 @@ class RDNet(nn.Module):
       drop_path: rate at which the last layer's output is dropped in training, each example by
         itself; rates rise linearly from 0 over all layers. What is kept is divided by 1 - rate, as
         timm has it: stochastic depth without a scale afterwards.
-      head_norm_epsilon: added to the variance in front of the classifier (timm: 1e-6, the authors:
-        1e-5; all other norms have 1e-6).
+      head_norm_epsilon: what the norm in front of the classifier adds to the variance (timm: 1e-6,
+        the authors: 1e-5; all other norms have 1e-6).
       dtype: precision of the computation.
       frozen: parts that run as in evaluation while the others train, such as "stem".
     """

@@ -94,7 +94,7 @@ class ResNet(nn.Module):
       survival: p_L of stochastic depth: block l of L is kept with p_l = 1 - l / L (1 - p_L), each
         example by itself, and scaled by p_l when not training.
       convolution_bias: convolutions add a bias (Keras Applications' form; the papers' do not).
-      batch_norm_epsilon: added to the variance.
+      batch_norm_epsilon: what BatchNorm adds to the variance.
       dtype: precision of the computation.
       batch_norm_axis: mapped axis that BatchNorm's batch statistics are averaged over.
       frozen: parts that run as in evaluation while the others train, such as "stem"; "batch_norm":

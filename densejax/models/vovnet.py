@@ -87,7 +87,7 @@ class VoVNet(nn.Module):
       separable: 3x3 layers but the first are a depthwise 3x3 and a 1x1; a module whose input has
         another width than they begins with a 1x1 layer, which is not aggregated.
       squeeze_excite: the V2 of VoVNetV2: a gate for each channel, at the end of every stage.
-      batch_norm_epsilon: added to the variance.
+      batch_norm_epsilon: what BatchNorm adds to the variance.
       dtype: precision of the computation.
       batch_norm_axis: mapped axis that BatchNorm's batch statistics are averaged over.
       frozen: parts that run as in evaluation while the others train, such as "stem1"; "batch_norm":

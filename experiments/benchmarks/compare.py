@@ -237,18 +237,25 @@ def main(mode: str, document: str, implementations: Mapping[bool, str]) -> int:
       Exit code: 1 where implementations differ in what they compute.
     """
     parser = script.Parser(document)
-    parser.add_argument("--model", default="densenet_bc_100_12")
-    parser.add_argument("--batch_size", type=script.positive, default=64)
+    parser.add_argument("--model", default="densenet_bc_100_12", help="the network's name")
+    parser.add_argument("--batch_size", type=script.positive, default=64, help="images of a step")
     parser.add_argument("--image_size", type=int, default=0, help="0: as the network's paper")
     parser.add_argument("--implementations", help=f"default: {implementations[True]}")
-    parser.add_argument("--recompute", default="none", help="of the dense blocks")
-    parser.add_argument("--fields", type=script.fields, default={}, help='such as {"depth": 40}')
+    parser.add_argument("--recompute", default="none", help="model.recompute of the dense blocks")
+    parser.add_argument(
+        "--fields",
+        type=script.fields,
+        default={},
+        help='fields of the network, such as {"depth": 40}',
+    )
     parser.add_argument(
         "--tries", type=script.positive, default=5, help="rounds, in which all take a turn"
     )
     parser.add_argument("--steps", type=script.positive, default=3, help="timed steps of a turn")
-    parser.add_argument("--torch_python", default=sys.executable, help="another interpreter")
-    parser.add_argument("--format", choices=["text", "json"], default="text")
+    parser.add_argument(
+        "--torch_python", default=sys.executable, help="the interpreter that has PyTorch"
+    )
+    parser.add_argument("--format", choices=["text", "json"], default="text", help="how to print")
     parser.set_defaults(defaults=implementations)
     options = parser.parse_args()
     if not shutil.which(options.torch_python):

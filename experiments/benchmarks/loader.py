@@ -140,15 +140,21 @@ def loader_rate(root: pathlib.Path, kind: str, workers: int, batch: int, seconds
 def main() -> None:
     """Prints the rates and the need."""
     parser = script.Parser(__doc__)
-    parser.add_argument("--images", type=script.positive, default=512)
-    parser.add_argument("--batch_size", type=script.positive, default=64)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
-    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--step_seconds", type=float, default=None, help="of the pod's step")
-    parser.add_argument("--chips", type=int, default=256, help="v5e:16x16")
-    parser.add_argument("--chips_per_host", type=int, default=4)
-    parser.add_argument("--images_per_chip", type=int, default=64)
-    parser.add_argument("--format", choices=["text", "json"], default="text")
+    parser.add_argument("--images", type=script.positive, default=512, help="number of images")
+    parser.add_argument("--batch_size", type=script.positive, default=64, help="images of a batch")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds of each measurement")
+    parser.add_argument(
+        "--workers", type=int, nargs="*", default=[0, 1, 2], help="numbers of processes that decode"
+    )
+    parser.add_argument(
+        "--step_seconds", type=float, default=None, help="seconds of a step of the pod"
+    )
+    parser.add_argument("--chips", type=int, default=256, help="chips of the pod")
+    parser.add_argument("--chips_per_host", type=int, default=4, help="chips of a host")
+    parser.add_argument(
+        "--images_per_chip", type=int, default=64, help="images of a chip in a step"
+    )
+    parser.add_argument("--format", choices=["text", "json"], default="text", help="how to print")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)

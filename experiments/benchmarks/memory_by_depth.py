@@ -134,15 +134,19 @@ def main() -> None:
     levels = [f":{level}" if level != "none" else "" for level in networks.RECOMPUTE]
     every = [block + level for block in networks.IMPLEMENTATIONS for level in levels]
     parser.add_argument(
-        "--output", type=script.path, required=True, help="JSON that figures are kept in"
+        "--output", type=script.path, required=True, help="the JSON file that keeps the numbers"
     )
     parser.add_argument("--target", default="cpu", help="cpu or a name of densejax/targets")
-    parser.add_argument("--depths", type=depths, default="40,100,160,250")
-    parser.add_argument("--implementations", default=",".join(every))
-    parser.add_argument("--batch_size", type=script.positive, default=64)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
-    parser.add_argument("--plot", type=script.path, help="PNG to draw; needs the extra `plots`")
-    parser.add_argument("--format", choices=["text", "json"], default="text")
+    parser.add_argument(
+        "--depths", type=depths, default="40,100,160,250", help="depths of the networks"
+    )
+    parser.add_argument("--implementations", default=",".join(every), help="default: all")
+    parser.add_argument("--batch_size", type=script.positive, default=64, help="images of a step")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="float32", help="the precision"
+    )
+    parser.add_argument("--plot", type=script.path, help="the PNG to draw; needs matplotlib")
+    parser.add_argument("--format", choices=["text", "json"], default="text", help="how to print")
     options = parser.parse_args()
     rows = measure(options)
     title = (

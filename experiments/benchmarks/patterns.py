@@ -100,9 +100,13 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     """Prints a table and writes what it is made from."""
     parser = script.Parser(__doc__)
-    parser.add_argument("--output", type=script.path, required=True, help="JSON to write")
-    parser.add_argument("--form", choices=FORMS, default="cifar")
-    parser.add_argument("--rounds", type=script.positive, default=7)
+    parser.add_argument("--output", type=script.path, required=True, help="the JSON file to write")
+    parser.add_argument(
+        "--form", choices=FORMS, default="cifar", help="network and size of the images"
+    )
+    parser.add_argument(
+        "--rounds", type=script.positive, default=7, help="steps of each pattern that are timed"
+    )
     options = parser.parse_args()
     parallel.start()
     rows = measure(options.form, options.rounds)

@@ -57,10 +57,12 @@ def measure(model: str, batch_size: int, cache: str) -> float:
 def main() -> None:
     """Prints the medians over `--tries` pairs of a cold and a warm start."""
     parser = script.Parser(__doc__)
-    parser.add_argument("--model", default="densenet_40_12")
-    parser.add_argument("--batch_size", type=script.positive, default=64)
-    parser.add_argument("--tries", type=script.positive, default=5)
-    parser.add_argument("--format", choices=["text", "json"], default="text")
+    parser.add_argument("--model", default="densenet_40_12", help="the network's name")
+    parser.add_argument("--batch_size", type=script.positive, default=64, help="images of a step")
+    parser.add_argument(
+        "--tries", type=script.positive, default=5, help="pairs of a cold and a warm start"
+    )
+    parser.add_argument("--format", choices=["text", "json"], default="text", help="how to print")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

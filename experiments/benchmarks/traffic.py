@@ -112,13 +112,22 @@ def main() -> None:
     """Prints a row for each implementation."""
     parser = script.Parser(__doc__)
     parser.add_argument("--target", default="v5e", help="cpu or a name of densejax/targets")
-    parser.add_argument("--model", default="densenet_bc_100_12")
-    parser.add_argument("--implementations", default="in_place,concat,flax")
-    parser.add_argument("--batch_size", type=script.positive, default=128)
+    parser.add_argument("--model", default="densenet_bc_100_12", help="the network's name")
+    parser.add_argument(
+        "--implementations", default="in_place,concat,flax", help="default: %(default)s"
+    )
+    parser.add_argument("--batch_size", type=script.positive, default=128, help="images of a step")
     parser.add_argument("--image_size", type=int, default=0, help="0: as the network's paper")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--fields", type=script.fields, default={}, help='such as {"depth": 40}')
-    parser.add_argument("--format", choices=["text", "json"], default="text")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="the precision"
+    )
+    parser.add_argument(
+        "--fields",
+        type=script.fields,
+        default={},
+        help='fields of the network, such as {"depth": 40}',
+    )
+    parser.add_argument("--format", choices=["text", "json"], default="text", help="how to print")
     options = parser.parse_args()
     rows = []
     work = Work(
