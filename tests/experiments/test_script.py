@@ -1,6 +1,8 @@
 """Bad input of the small scripts is one line and exit code 2, and nothing is written."""
 
 import json
+import pathlib
+import subprocess
 import sys
 
 import curve
@@ -9,6 +11,8 @@ import pods
 import pytest
 import script
 import without_training
+
+import densejax
 
 
 @pytest.mark.parametrize(
@@ -60,3 +64,19 @@ def test_curve_draws_a_run_whose_last_line_is_torn(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     curve.draw(tmp_path, tmp_path / "curve")
     assert (tmp_path / "curve").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_cell_is_compiled_again_where_its_code_is_newer(monkeypatch, tmp_path):
+    digests, compiled = {"densejax": "a", "topology": "b"}, []
+    root = pathlib.Path(densejax.__file__).parent
+
+    def run(command, **options):
+        compiled.append(dict(digests))
+        return subprocess.CompletedProcess(command, 0, "{}", "")
+
+    monkeypatch.setattr(pods.workdir, "code_digest", lambda folder=root: digests[folder.name])
+    monkeypatch.setattr(pods.subprocess, "run", run)
+    for changed in ({}, {}, {"topology": "c"}, {"densejax": "d"}):
+        digests |= changed
+        pods.compile_cell("densenet121", "h100:8", "python", tmp_path / "cell.json")
+    assert [list(found.values()) for found in compiled] == [["a", "b"], ["a", "c"], ["d", "c"]]
