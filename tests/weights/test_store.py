@@ -305,6 +305,22 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_a_network_that_halves_elsewhere_is_another(tmp_path):
+    """A max-pooling has no variables that would show where it is."""
+    small_hardnet = {"family": "hardnet", "stem_widths": (4, 4), "blocks": (1, 1)}
+    small_hardnet |= {"growth_rates": (2, 2), "output_widths": (4, 4)}
+    first, second = (
+        models.completed(small_hardnet | {"downsampling": blocks}) for blocks in ((1,), (2,))
+    )
+    variables = variables_of(models.create(first, 7))
+    description = {"model": first, "num_classes": 7, "image_channels": 3}
+    store.save(str(tmp_path / "weights"), description, variables)
+    load = functools.partial(store.load_for, str(tmp_path / "weights"), expected=variables)
+    small.assert_same_bits(load(first), variables)
+    with pytest.raises(UserError, match=r"model.downsampling = \(1,\), not \(2,\)$"):
+        load(second)
+
+
 # Runs that start from another project's file.
 
 
