@@ -533,22 +533,28 @@ def step_seconds(config: ConfigDict) -> tuple[int, int, float, float]:
 
 
 def latency(all_works: list[Work]) -> None:
-    """Writes ROOT/SWEEP/latency.json: seconds of classifying 1 and 64 images, by point."""
+    """Writes ROOT/SWEEP/latency.json: seconds of classifying 1 and 64 images, by point.
+
+    The programs are those that densejax.predict compiles, without the preparation of images.
+    """
     programs, random = {}, np.random.default_rng(0)
 
     def weights(leaf):  # of a plausible size; a norm's are ones
         drawn = random.normal(0, 0.05, leaf.shape) if leaf.ndim > 1 else np.ones(leaf.shape)
         return jnp.asarray(drawn, leaf.dtype)
 
+    def classify(task, variables, images):
+        return task.model.apply(variables, images)[0]
+
     for point, work in {work.point: work for work in all_works}.items():
-        built = experiment.build(work.config)
-        model = built.task.model
-        images = jnp.ones((64, *built.task.network_shape), work.config.train.dtype)
-        variables = jax.eval_shape(model.init, jax.random.key(0), images[:1])
+        task = experiment.build(work.config).computed_task
+        images = jnp.ones((64, *task.network_shape), task.preparation.dtype)
+        variables = jax.eval_shape(task.model.init, jax.random.key(0), images[:1])
         variables = jax.tree.map(weights, variables)
-        program = jax.jit(lambda variables, images, model=model: model.apply(variables, images)[0])
+        program = jax.jit(functools.partial(classify, task))
         for size in (1, 64):
-            compiled = program.lower(variables, images[:size]).compile()
+            with jax.default_matmul_precision(experiment.matmul_precision(work.config)):
+                compiled = program.lower(variables, images[:size]).compile()
             programs[point, size] = functools.partial(compiled, variables, images[:size])
     seconds = collections.defaultdict(dict)
     for (point, batch_size), value in in_turns(programs, 10).items():

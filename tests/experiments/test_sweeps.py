@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 import run as runner
 import sweeps
@@ -215,6 +217,7 @@ def test_few_images_are_seen_as_often(base, card, monkeypatch):
     # As many steps of warm-up and between two checkpoints as the card has, whose epoch has five.
     assert (found[500].optimizer.warmup_epochs, found[500].checkpoint.every_epochs) == (2.5, 5)
     assert found[500].data.train_size == 500 and found[1437].data.train_size == 0
+    assert found[500].evaluate.train_images == 500
 
 
 def test_no_set_is_smaller_than_a_batch():
