@@ -399,6 +399,8 @@ def train_size(base: Base) -> Iterator[Run]:
             for section, key in (("checkpoint", "every_epochs"), ("evaluate", "every_epochs")):
                 if every := config[section][key]:
                     changes[f"{section}__{key}"] = max(1, round(factor * every))
+            if config.evaluate.train_images > size:
+                changes["evaluate__train_images"] = size
             if warmup := config.optimizer.warmup_epochs:
                 changes["optimizer__warmup_epochs"] = round(factor * warmup, 3)
         images = size or base.train_images

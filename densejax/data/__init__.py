@@ -178,7 +178,8 @@ def train_size(config: ConfigDict, info: SetInfo) -> int:
     """The number of images that train, from the set's facts alone.
 
     Raises:
-      UserError: splits that are not there or must not train, or fewer images than one batch.
+      UserError: splits that are not there or must not train, or fewer images than one batch or than
+        are to be measured.
     """
     measured = {"test"}
     if config.data.storage != "memory":
@@ -210,6 +211,10 @@ def train_size(config: ConfigDict, info: SetInfo) -> int:
         raise UserError(
             f"train.batch_size = {config.train.batch_size}: must be at most the {size} "
             f"training images"
+        )
+    if (count := config.evaluate.train_images) > size:
+        raise UserError(
+            f"evaluate.train_images = {count}: must be at most the {size} training images"
         )
     return size
 
@@ -342,7 +347,9 @@ def _read_arrays(config: ConfigDict) -> tuple[Pair, dict[str, Pair]]:
         found[name] = np.concatenate(images), np.concatenate(labels)
     images, labels = found.pop("train")
     if count := config.evaluate.train_images:
-        found["train"] = images[:count], labels[:count]
+        # Some sets are sorted by class: the first images would be of a few classes.
+        places = np.sort(permutation(seed=0, epoch=0, size=len(labels))[:count])
+        found["train"] = images[places], labels[places]
     return (images, labels), found
 
 

@@ -210,6 +210,7 @@ def test_the_kinds_differ_in_how_they_are_joined(base, card):
 def test_few_images_are_seen_as_often(base, card, monkeypatch):
     monkeypatch.setattr(base, "steps", 100)  # 20 epochs
     monkeypatch.setattr(base, "train_images", 1437)
+    monkeypatch.setattr(base.config.evaluate, "train_images", 1000)
     found = {run.axes["train_size"]: read(run, card) for run in sweeps.train_size(base)}
     assert sorted(found) == [500, 1437]
     assert found[500].train.epochs == 100  # one batch of 256 in each
@@ -509,6 +510,23 @@ def test_runs_of_equal_time_take_as_many_steps_as_fit_into_it(sweep, monkeypatch
     for work, point, steps in ((short, "n0", 10), (long, "n0", 3), (short, "n1", 30)):
         config = runner.of_equal_time(work, point).config
         assert config.train.max_steps == steps == experiment.build(config).steps
+
+
+def test_latency_times_what_predict_computes(sweep, monkeypatch):
+    first, second, *_ = sweep[0]
+    words = (*second.arguments, "--config.train.dtype=bfloat16")  # float32 on a CPU
+    apply, traced = models.FAMILIES["densenet"].apply, []
+
+    def noted(model, *arguments):
+        traced.append((model.dtype, jax.config.jax_default_matmul_precision))
+        return apply(model, *arguments)
+
+    monkeypatch.setattr(models.FAMILIES["densenet"], "apply", noted)
+    monkeypatch.setattr(runner, "in_turns", lambda programs, calls: dict.fromkeys(programs, 0.1))
+    runner.latency([first, dataclasses.replace(second, arguments=words)])
+    assert traced == [(jnp.float32, "float32")] * 2 + [(jnp.float32, "default")] * 2
+    measured = json.loads((first.path.parent / "latency.json").read_text())
+    assert measured["seconds"] == {name: {"1": 0.1, "64": 0.1} for name in ("n0", "n1")}
 
 
 def test_programs_are_timed_in_turns(monkeypatch):
