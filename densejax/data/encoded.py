@@ -17,7 +17,8 @@ import numpy as np
 from etils import epath
 
 from densejax.data import builders
-from densejax.data.official import STREAMED, DataError, SetInfo, one_line
+from densejax.data.added import ADDED
+from densejax.data.official import SETS, STREAMED, DataError, SetInfo, one_line
 from densejax.runs import files
 
 # The same as torchvision's ImageFolder reads, and GIF.
@@ -198,19 +199,23 @@ class Records(Sequence[Example]):
 def _open_folder(path: epath.Path, share: float, labelled_test: bool) -> tuple[str, dict[str, Any]]:
     """(what the folder calls the split "test", the splits)."""
     try:
-        children = {child.name.lower(): child for child in path.iterdir()}
+        children = sorted(path.iterdir())
     except OSError as error:
         _refuse(error)
-    names = {split: [n for n in SPLITS[split] if n in children] for split in SPLITS}
+    named = {
+        split: [child for child in children if child.name.lower() in names]
+        for split, names in SPLITS.items()
+    }
     if not labelled_test:
-        names.pop("test")
-    for found in names.values():
+        named.pop("test")
+    for found in named.values():
         if len(found) > 1:
+            names = " and ".join(child.name for child in found)
             raise DataError(
-                f"data.manual_dir: {path} has {' and '.join(found)}, which mean the same; put the "
-                f"images into one of them"
+                f"data.manual_dir: {path} has {names}, which mean the same; put the images into "
+                f"one of them"
             )
-    folders = {split: children[found[0]] for split, found in names.items() if found}
+    folders = {split: found[0] for split, found in named.items() if found}
     if folders and "train" not in folders:
         other = next(iter(folders.values()))
         raise DataError(
@@ -252,6 +257,9 @@ def open_splits(
         test, splits = _open_folder(path, test_share, labelled_test=name not in STREAMED)
         class_names = splits["train"].class_names
     else:
+        are_arrays = f"data.name = {name}: its images are arrays; set data.storage = 'memory'"
+        if name in SETS or name in ADDED:  # before anything is downloaded
+            raise DataError(are_arrays)
         builder = builders.prepare(name, directory)
         features = builder.info.features
         try:
@@ -260,7 +268,7 @@ def open_splits(
             needs = f"needs image and label, a ClassLabel; has {one_line(features)}"
             raise DataError(f"data.name = {name}: {needs}") from error
         if not isinstance(image, builders.load_tfds().features.Image):
-            raise DataError(f"data.name = {name}: its images are arrays; set data.storage='memory'")
+            raise DataError(are_arrays)
         test = builders.test_split(builder) or "test"
         folder = str(builder.data_path)
         splits = {"train": Records(folder, "train"), "test": Records(folder, test)}

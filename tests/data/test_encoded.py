@@ -13,6 +13,7 @@ import pytest
 from densejax import data
 from densejax.config import UserError
 from densejax.data import encoded
+from densejax.data.added import ADDED
 from densejax.data.builders import DataError
 from densejax.data.official import STREAMED
 from tests import archives, photos
@@ -85,10 +86,22 @@ def test_a_set_of_arrays_cannot_be_streamed(tmp_path):
         encoded.open_splits("arrays", str(tmp_path), "")
 
 
-@pytest.mark.parametrize("names", [("val", "validation"), ("train", "training")])
+@pytest.mark.parametrize("name", ["cifar10", "mine"])
+def test_a_set_of_arrays_is_refused_before_it_is_downloaded(name, monkeypatch):
+    monkeypatch.setitem(ADDED, "mine", None)
+    monkeypatch.setattr(encoded.builders, "prepare", lambda *arguments: pytest.fail("downloaded"))
+    changes = {"data__name": name, "data__storage": "stream", "data__image_size": 32}
+    with pytest.raises(UserError, match=f"data.name = {name}: its images are arrays; set data.st"):
+        data.info(tiny(**changes))
+
+
+@pytest.mark.parametrize(
+    "names", [("val", "validation"), ("train", "training"), ("Train", "train")]
+)
 def test_two_folders_of_one_split_are_refused(tmp_path, names):
     written, *_ = folder(tmp_path, train=3, val=2)
-    (tmp_path / "photos" / names[1]).mkdir()
+    for name in names:
+        (tmp_path / "photos" / name).mkdir(exist_ok=True)
     with pytest.raises(DataError, match=f"has {' and '.join(names)}, which mean the same"):
         encoded.open_splits("folder", "", str(tmp_path / "photos"), 0.25)
 
