@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from densejax import config as schema
 from densejax import models
 from densejax.config import UserError, flatten, printable
+from densejax.data.facts import without_lists
 from densejax.inference.classifier import Classifier
 from densejax.runs import files, formats, workdir
 from densejax.training import result
@@ -190,10 +191,10 @@ def _training(source: epath.Path) -> str:
     if (source / "model.json").exists():
         described = json.loads((source / "model.json").read_text())
         return f"- **Weights**: converted from `{described.get('source')}`"
-    config = workdir.completed(json.loads((source / "config.json").read_text()))
+    config = without_lists(workdir.completed(json.loads((source / "config.json").read_text())))
     summary = result.read(source)
     data, train, optimizer = (config[name] for name in ("data", "train", "optimizer"))
-    known = flatten(json.loads(schema.default().to_json()))
+    known = flatten(schema.default().to_dict())
     own = {key: v for key, v in flatten(config).items() if known.get(key, v) != v}
     start = f"the weights `{train['weights']}`" if train["weights"] else "random weights"
     found = (

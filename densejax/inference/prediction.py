@@ -38,7 +38,7 @@ def read(path: epath.PathLike, network: classifier.Classifier) -> np.ndarray:
         )
     try:
         encoded = epath.Path(path).read_bytes()
-        if network.resize_size and height == width:
+        if network.resize_size:
             pixels = images.evaluation_crop(encoded, height, resize=network.resize_size)
         else:
             image = Image.fromarray(images.Picture(encoded).decode())
