@@ -95,6 +95,8 @@ def test_weights_of_imagenet_remember_its_levels(state_dict, tmp_path, classes, 
     pretrained.convert_file("small", str(weights), output, num_classes=10, adapt=True)
     description, _ = pretrained.load(output)
     assert ("mean" in description, "std" in description) == (remembered, remembered)
+    said = "images are normalised as ImageNet's, which weights do not show"
+    assert description["assumed"] == [said] * remembered
     if remembered:  # torchvision's, of images in [0, 1]
         np.testing.assert_allclose(np.array(description["mean"]) / 255, [0.485, 0.456, 0.406])
         np.testing.assert_allclose(np.array(description["std"]) / 255, [0.229, 0.224, 0.225])

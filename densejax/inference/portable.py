@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from densejax import config as schema
 from densejax import models
-from densejax.config import UserError, flatten, printable
+from densejax.config import flatten, printable
 from densejax.data.facts import without_lists
 from densejax.inference.classifier import Classifier
 from densejax.runs import files, formats, workdir
@@ -98,8 +98,7 @@ def write(network: Classifier, source: epath.Path, names: str, output: str) -> s
     Raises:
       UserError: the project has no names for such a network, or the folder cannot be written.
     """
-    if (path := files.path_of("--output", output)).exists():
-        raise UserError(f"--output={output}: exists; name a new directory")
+    path = files.new_path("--output", output)
     arrays = conversion.to_torch(network.model, network.variables, names)
     size = network.preparation.crop_size or network.preparation.image_size
     shape = (size, size, network.image_shape[-1]) if size else network.image_shape
