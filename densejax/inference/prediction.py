@@ -90,6 +90,8 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Finds the `top` most probable classes of each image file, most probable first.
 
+    Probabilities are the softmax of the logits, whatever the loss was that trained the network.
+
     Args:
       network: that classifies.
       paths: of the files.
