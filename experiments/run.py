@@ -234,7 +234,8 @@ def works() -> list[Work]:
     given = joined_words()
     card = flags.FLAGS["config"].config_filename
     overrides = [word for word in given if word.lstrip("-").startswith("config.")]
-    rates = best_rates(epath.Path(LEARNING_RATES.value)) if LEARNING_RATES.value else None
+    tuned = LEARNING_RATES.value
+    rates = best_rates(files.path_of("--learning_rates", tuned)) if tuned else None
     axes, values = parse_axes(AXES.value), parse_values(VALUES.value or "")
     folder = "_x_".join([SWEEP.value or "card", *axis_names(list(axes))])
     found = []
@@ -245,7 +246,7 @@ def works() -> list[Work]:
         if rates is not None:
             kind = run.axes.get("kind", "dense")
             if kind not in rates:
-                raise UserError(f"--learning_rates={LEARNING_RATES.value}: no result of {kind!r}")
+                raise UserError(f"--learning_rates={tuned}: no result of {kind!r}")
             own.setdefault("optimizer.learning_rate", rates[kind])
         kept = [word for word in overrides if _key(word) not in own]
         if run.model:  # overrides of the card's network do not fit another network
@@ -302,9 +303,15 @@ def _key(word: str) -> str:
 
 
 def best_rates(path: epath.Path) -> dict[str, float]:
-    """For each kind of network, the rate with the best mean over seeds on held-out images."""
+    """For each kind of network, the rate with the best mean over seeds on held-out images.
+
+    Raises:
+      UserError: there is no such folder, or a run in it that cannot be compared.
+    """
     found, origins = collections.defaultdict(list), collections.defaultdict(dict)
     diverged = set()
+    if not path.is_dir():
+        raise UserError(f"--learning_rates={path}: there is no such folder; name that of a sweep")
     for sweep in sorted(epath.Path(glob.escape(str(path))).glob("*/sweep.json")):
         run, summary = sweep.parent, result.read(sweep.parent)
         axes = read_json(sweep).get("axes", {})

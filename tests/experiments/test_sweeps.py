@@ -578,6 +578,8 @@ def test_the_best_rate_of_each_kind(tmp_path):
         (folder / "sweep.json").write_text(json.dumps({"axes": axes}))
         write(folder, accuracy=accuracy)
     root = runner.epath.Path(tmp_path)
+    with pytest.raises(UserError, match="--learning_rates=.*/none: there is no such folder; name"):
+        runner.best_rates(root / "none")
     found = {"dense": 0.1, "one_shot": 0.2, "vovnet": 0.2}  # a VoVNet's layers are joined alike
     assert runner.best_rates(root) == found
     write(folder, "test")
@@ -646,6 +648,9 @@ def test_bad_input_is_one_line(tmp_path):
     done = call(*words[:2], f"--root={tmp_path}/file")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith(f"densejax: --root={tmp_path}/file: give a folder")
+    done = call(*words, "--learning_rates=~/none")
+    says = f"densejax: --learning_rates={pathlib.Path.home()}/none: there is no such folder"
+    assert done.returncode == 2 and done.stderr.startswith(says)
     words = ("--sweep=connectivity", "--config=configs/d2l_fashion_mnist.py", f"--root={tmp_path}")
     done = call(*words, "--dry_run")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
