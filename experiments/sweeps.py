@@ -440,7 +440,7 @@ def recipe(base: Base) -> Iterator[Run]:
         "clip": {"optimizer__clip_norm": 1.0},
         "mixup": {"augmentation__mixup": 0.2},
         "cutmix": {"augmentation__cutmix": 1.0},
-        "cutout": {"augmentation__cutout": base.image_shape[0] // 2},
+        "cutout": {"augmentation__cutout": base.image_shape[0] // 4 * 2},
         "erasing": {"augmentation__erasing": 0.25},
         "randaugment": {"augmentation__policy": "randaugment"},
         "trivialaugment": {"augmentation__policy": "trivialaugment"},

@@ -20,8 +20,7 @@ class Erasing:
 
     Attributes:
       cutout: height and width of a square around a random pixel, cut off at the image's edge
-        (DeVries and Taylor, arXiv:1708.04552); an odd size becomes one less, as in their code; 0:
-        none.
+        (DeVries and Taylor, arXiv:1708.04552); even; 0: none.
       probability: of a rectangle within the image (Zhong et al., arXiv:1708.04896).
       area: its least and greatest share of the image, uniform between. Its aspect ratio is
         log-uniform between `ASPECT` and its inverse, as far as the rectangle fits.

@@ -226,6 +226,12 @@ def test_no_set_is_smaller_than_a_batch():
     assert {run.axes["train_size"] for run in sweeps.train_size(base)} == {base.train_images}
 
 
+def test_a_cutout_of_about_half_a_side_is_even(base, monkeypatch):
+    monkeypatch.setattr(base, "image_shape", (14, 14, 1))
+    cutouts = [run.overrides.get("augmentation.cutout") for run in sweeps.recipe(base)]
+    assert [size for size in cutouts if size] == [6]
+
+
 def test_test_images_choose_no_learning_rate(base, card):
     for run in sweeps.learning_rate(base):
         config = read(run, card)
