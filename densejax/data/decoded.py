@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import functools
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from densejax.data import encoded, images
 from densejax.data.official import DataError
 from densejax.data.stream import CHUNK, ChunkSource
+from densejax.models.convolution import cores
 
 MOST_MEASURED = 1000  # the most images that mean and std are computed from
 
@@ -37,7 +37,7 @@ def read(
         pixels[place] = chunk["image"][chunk["mask"]]
         labels[place] = chunk["label"][chunk["mask"]]
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+    with concurrent.futures.ThreadPoolExecutor(cores()) as threads:
         list(threads.map(fill, range(-(-len(indices) // CHUNK))))
     return pixels, labels
 

@@ -73,10 +73,12 @@ def main() -> None:
                 seconds[name].append(measure(options.model, options.batch_size, cache))
     import jax
 
+    from densejax.models.convolution import cores
+
     result = {
         "model": options.model,
         "batch_size": options.batch_size,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {cores()} cores",
         "jax": jax.__version__,
         "seconds_to_first_step": {
             name: {"median": statistics.median(tries), "all": tries}
