@@ -13,6 +13,7 @@ import script
 import without_training
 
 import densejax
+from densejax.config import UserError
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ import densejax
         (pods, "--output=file --report", "file: File exists"),
         (pods, "--output=empty --cuda_python=/no/python", "/no/python: No such file"),
         (pods, "--output=damaged --report", "damaged/densenet121-h100-8.json is damaged"),
-        (layouts, "--output=a --runs=file", "file/1x1-shard_map-float64: Not a directory"),
+        (layouts, "--output=a --runs=file", "HERE/file/1x1-shard_map-float64: Not a directory"),
         (layouts, "--output=a --runs=", "argument --runs: name a file or a folder"),
     ],
 )
@@ -52,8 +53,15 @@ def test_bad_input_is_one_line(module, flags, message, monkeypatch, tmp_path, ca
         script.run(module.main)
     said = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and len(said) <= 2  # pods.py says first what it compiles
-    assert said[-1].startswith(f"densejax: {message}")
+    assert said[-1].startswith(f"densejax: {message.replace('HERE', str(tmp_path))}")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_process_without_end_is_ended():
+    endless = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+    with pytest.raises(UserError, match="^run: a process went on after 0.1 seconds; output0 and"):
+        layouts.wait("run", [endless], seconds=0.1)
+    assert endless.wait() < 0
 
 
 def test_curve_draws_a_run_whose_last_line_is_torn(tmp_path):
