@@ -33,7 +33,6 @@ SEED = flags.DEFINE_integer("seed", 0, "Of a new classifier.", allow_override=Tr
 SHORTCUT = flags.DEFINE_string(
     "shortcut", "", "Of a ResNet without projections: identity or identity_middle."
 )
-flags.DEFINE_bool("allow_pickle", False, "Changes nothing: no code in a file is executed.")
 
 
 def main() -> int:

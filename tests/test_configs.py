@@ -367,7 +367,7 @@ def test_held_out_images_of_svhn_are_of_its_first_part_whatever_the_seed(tmp_pat
         for image, label in zip(images, labels, strict=True)
     }
     first, more = images_of(arrays["train"][0]), images_of(arrays["extra"][0])
-    trained_on, kept = data.hold_out(30, 6)
+    trained_on, kept = data.hold_out(30, 6, 0, None)
     assert sorted([*trained_on, *kept]) == list(range(30))
     for seed in (0, 1):
         config.seed = seed

@@ -252,7 +252,7 @@ TREES = {  # what people save, and what is said because it had to be assumed
 def test_a_network_is_found_among_what_was_saved_with_it(tree, state_dict, tmp_path, convert):
     change, assumed = TREES[tree]
     (tmp_path / "a.pth").write_bytes(torch_file(change(state_dict)))
-    answer = convert(tmp_path / "a.pth", "--allow_pickle")
+    answer = convert(tmp_path / "a.pth")
     description, variables, lines = made(answer, tmp_path)
     assert lines[1:] == [f"assumed: {line}" for line in assumed]
     again = pretrained.to_torch(models.create(description["model"], 7), variables)

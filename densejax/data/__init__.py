@@ -235,11 +235,11 @@ def _check_validation(config, info):
 
 
 def hold_out(
-    size: int, validation_size: int, train_size: int = 0, labels: np.ndarray | None = None
+    size: int, validation_size: int, train_size: int, labels: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(indices that train, indices held out) of `size` examples, the same for every seed.
 
-    All that are not held out train, or only the first `train_size` of them in the order drawn. With
+    Of all that are not held out, the first `train_size` in the order drawn train; 0: all. With
     `labels`, int [size], each class has its share of both.
     """
     order = permutation(seed=0, epoch=0, size=size)

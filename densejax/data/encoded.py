@@ -238,7 +238,7 @@ def _open_folder(path: epath.Path, share: float, labelled_test: bool) -> tuple[s
 
 @functools.cache
 def open_splits(
-    name: str, directory: str, manual_dir: str, test_share: float = 0.2
+    name: str, directory: str, manual_dir: str, test_share: float
 ) -> tuple[SetInfo, dict[str, Any]]:
     """The facts and the splits, "train", "test" and perhaps "validation", of a set.
 
