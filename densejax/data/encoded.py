@@ -83,9 +83,10 @@ class Folder(Sequence[Example]):
         return part
 
     def divided(self, share: float) -> tuple["Folder", "Folder"]:
-        """Two folders: the images that train, and a share of each class's images, at least one.
+        """Two folders: the images that train, and a share of all images, but at least one image.
 
-        Only the names decide which images are in the share: a new image moves few of the others.
+        The share has the classes in proportion. Only the names decide which images are in it: a
+        new image moves few of the others.
         """
         digests = [hashlib.sha256(name).digest() for name in self.names.tolist()]
         order = np.array(sorted(range(len(self)), key=digests.__getitem__))

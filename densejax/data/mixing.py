@@ -122,9 +122,8 @@ def _around_a_pixel(sides, uniforms, height, width):
     """The rectangles of a height and width, int32 [batch], around a random pixel."""
     row, column = (jnp.floor(uniforms[:, i] * sides[i]).astype(jnp.int32) for i in range(2))
     half_height, half_width = height // 2, width // 2
-    return _rectangle(
-        *(sides, row - half_height, column - half_width, row + half_height, column + half_width)
-    )
+    top, left = row - half_height, column - half_width
+    return _rectangle(sides, top, left, row + half_height, column + half_width)
 
 
 def _rectangle(sides, top, left, bottom, right):

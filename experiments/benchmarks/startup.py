@@ -3,9 +3,8 @@
 Command: python experiments/benchmarks/startup.py --model=densenet_40_12 [--format=json]
 
 Every try is a process of its own that imports, reads the data (digits resized to 32x32), builds,
-draws the parameters and takes one step; run directory and logs are left out.
-Cold: an empty compilation cache. Warm: the cache that the cold
-try before it has left.
+draws the parameters and takes one step; run directory and logs are left out. Cold: an empty
+compilation cache. Warm: the cache that the cold try before it has left.
 """
 
 import argparse

@@ -332,7 +332,8 @@ def test_a_set_of_damaged_images_is_no_endless_search(tmp_path):
 
 def test_what_is_not_installed_is_named(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
-    with pytest.raises(UserError, match=r"needs grain: pip install 'densejax-lab\[imagenet\]'"):
+    message = r"needs grain: make imagenet, or pip install 'densejax-lab\[imagenet\]'$"
+    with pytest.raises(UserError, match=message):
         create(root)
 
 
