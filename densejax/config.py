@@ -60,6 +60,9 @@ def _one_of(*names: str) -> _Range:
 # No bound lets infinity or what is not a number through; counts are int32 on the devices.
 _POSITIVE = _Range(lambda value: 0 < value < 2**31, "a number above 0 and below 2**31")
 _NOT_NEGATIVE = _Range(lambda value: 0 <= value < 2**31, "0 or more, and below 2**31")
+_EVEN = _Range(
+    lambda value: value in range(0, 2**31, 2), "an even number, 0 or more, and below 2**31"
+)
 _FEW = _Range(lambda value: 0 < value <= 14, "1 to 14")
 _FRACTION = _Range(lambda value: 0 <= value < 1, "a number in [0, 1)")
 _PROBABILITY = _Range(lambda value: 0 <= value <= 1, "a number in [0, 1]")
@@ -259,7 +262,7 @@ KEYS = {
     "augmentation.cutout": Key(
         0,
         "A square with sides of this number of pixels is set to the mean colour. 0: none.",
-        _NOT_NEGATIVE,
+        _EVEN,
     ),
     "augmentation.erasing": Key(
         0.0, "The probability that a rectangle of an image is set to the mean colour.", _PROBABILITY

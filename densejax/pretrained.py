@@ -40,7 +40,6 @@ SHORTCUT = flags.DEFINE_string(
     "",
     "For a ResNet without projections: where shortcuts add channels, identity or identity_middle.",
 )
-flags.DEFINE_bool("allow_pickle", False, "Changes nothing: no code in a file is executed.")
 
 
 def main() -> int:

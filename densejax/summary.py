@@ -114,7 +114,7 @@ def draw(graphs: Mapping[str, Graph]) -> None:
         raise UserError(f"--figure={FIGURE.value}: the name must end in .png, .svg or .pdf")
     panels = {", ".join(names): graph for graph, names in _alike(graphs).items()}
     with files.writing(f"--figure={FIGURE.value}", "name another file"):
-        plots.save(plots.connections(panels), FIGURE.value, form)
+        plots.save(plots.connections(panels), files.path_of("--figure", FIGURE.value), form)
 
 
 def main() -> int:

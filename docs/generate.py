@@ -446,7 +446,10 @@ def helped(commands: dict[str, list[str]]) -> str:
     for typed, words in commands.items():
         result = subprocess.run(
             [sys.executable, *words, "--help"],
-            **{"cwd": ROOT, "capture_output": True, "text": True, "check": True},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
             env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "COLUMNS": "100"},
         )
         text = "\n".join(map(str.rstrip, result.stdout.strip().splitlines()))
@@ -519,9 +522,8 @@ def draw_dense_block() -> Figure:
             color = plots.COLORS[source]
             height = width / 24
             axes.add_patch(Rectangle((number - 0.3, bottom), 0.6, height, color=color, alpha=0.85))
-            axes.text(number, bottom + height / 2, name, **{"ha": "center", "va": "center"}).set(
-                color="white", fontsize=8
-            )
+            label = axes.text(number, bottom + height / 2, name, ha="center", va="center")
+            label.set(color="white", fontsize=8)
             bottom += height
             distance = number - source
             arc = Arc(((number + source) / 2, 3.75), distance, 0.5 * distance, theta2=180)

@@ -72,11 +72,24 @@ def start(
 
 def finish(run: pathlib.Path, started: list[subprocess.Popen]) -> None:
     """Waits for the processes of a run; raises UserError with its last line where one fails."""
-    for number, process in enumerate(started):
-        if process.wait(timeout=600):
+    for number, code in enumerate(wait(run, started, seconds=600)):
+        if code:
             output = run / f"output{number}"
             said = output.read_text().splitlines()[-1:] or ["it said nothing"]
-            raise UserError(f"{output}: the process ended with {process.returncode}: {said[0]}")
+            raise UserError(f"{output}: the process ended with {code}: {said[0]}")
+
+
+def wait(run: pathlib.Path, started: list[subprocess.Popen], seconds: float) -> list[int]:
+    """Exit codes of processes of a run; kills them and raises UserError where one takes longer."""
+    try:
+        return [process.wait(seconds) for process in started]
+    except subprocess.TimeoutExpired as error:
+        for process in started:
+            process.kill()
+        raise UserError(
+            f"{run}: a process went on after {seconds} seconds; output0 and the others beside it "
+            f"say what it did"
+        ) from error
 
 
 def losses(run: pathlib.Path) -> list[float]:
@@ -146,7 +159,7 @@ def kill(runs: pathlib.Path, victim: int) -> dict:
         time.sleep(0.01)
     started[victim].send_signal(signal.SIGKILL)
     begin = time.monotonic()
-    code = started[1 - victim].wait(timeout=60)
+    (code,) = wait(run, [started[1 - victim]], seconds=60)
     seconds = time.monotonic() - begin
     last_line = (run / f"output{1 - victim}").read_text().splitlines()[-1]
     finish(run, start(run, *layout, *flags))
@@ -204,7 +217,8 @@ def main() -> None:
     )
     parser.add_argument("--output", type=script.path, required=True, help="folder of the results")
     options = parser.parse_args()
-    rows = compare(options.runs)
+    runs = pathlib.Path(options.runs).absolute()  # the runs' processes have a folder of their own
+    rows = compare(runs)
     options.output.mkdir(parents=True, exist_ok=True)
     with open(options.output / "layouts.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -214,7 +228,7 @@ def main() -> None:
     for row in rows:
         cells = (f"{v:.1e}" if isinstance(v, float) else str(v) for v in row.values())
         print("| " + " | ".join(cells) + " |")
-    killed = [kill(options.runs, victim) for victim in (0, 1)]
+    killed = [kill(runs, victim) for victim in (0, 1)]
     (options.output / "kill.json").write_text(json.dumps(killed, indent=2) + "\n")
     rounded = rounding()
     (options.output / "rounding.json").write_text(json.dumps(rounded, indent=2) + "\n")

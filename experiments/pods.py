@@ -6,7 +6,8 @@ Needs:   the extras `tpu` and `cuda` in the interpreters that are named; a CPU. 
          is one process of `python -m densejax.compile`, minutes long (BC-100 on a TPU the longest).
 
 Each cell is kept in a JSON file of its own and not compiled again while the package's code for
-models, data and training is the same; table.md has all that are there.
+models, data, training and topologies is the same; table.md has all that are there. --report leaves
+cells of older code as they are, and shows them, too.
 Efficiency is t / (t + c) at weak scaling: t is the roofline of the program's bytes and FLOPs on one
 device (its main memory alone: a TPU's own counts as free), c what its all-reduces take one after
 another, by `densejax.topology.roofline.communication` and the bandwidths and latencies in
@@ -54,9 +55,14 @@ COLUMNS = {  # title: (key, unit); all but the global batch are of one device
 }
 
 
+def code() -> str:
+    """Digests of the code that trains and of the code that analyses a compiled step."""
+    return f"{workdir.code_digest()} {workdir.code_digest(pathlib.Path(targets.__file__).parent)}"
+
+
 def compile_cell(name: str, place: str, python: str, path: pathlib.Path) -> None:
     """Writes what densejax.compile says of one cell, unless it fails or today's code wrote it."""
-    if (cell := script.read_json(path)) and cell.get("code") == workdir.code_digest():
+    if (cell := script.read_json(path)) and cell.get("code") == code():
         return
     images, flags = NETWORKS[name]
     batch = images * math.prod(map(int, place.partition(":")[2].split("x")))
@@ -69,7 +75,7 @@ def compile_cell(name: str, place: str, python: str, path: pathlib.Path) -> None
         said = done.stderr.strip().splitlines() or ["it said nothing"]
         print(f"  failed: {said[-1]}", file=sys.stderr, flush=True)
         return
-    facts = json.loads(done.stdout) | {"network": name, "code": workdir.code_digest()}
+    facts = json.loads(done.stdout) | {"network": name, "code": code()}
     path.write_text(json.dumps(facts, indent=1) + "\n")
 
 

@@ -233,7 +233,8 @@ def works() -> list[Work]:
     given = joined_words()
     card = flags.FLAGS["config"].config_filename
     overrides = [word for word in given if word.lstrip("-").startswith("config.")]
-    rates = best_rates(epath.Path(LEARNING_RATES.value)) if LEARNING_RATES.value else None
+    tuned = LEARNING_RATES.value
+    rates = best_rates(files.path_of("--learning_rates", tuned)) if tuned else None
     axes, values = parse_axes(AXES.value), parse_values(VALUES.value or "")
     folder = "_x_".join([SWEEP.value or "card", *axis_names(list(axes))])
     found = []
@@ -244,7 +245,7 @@ def works() -> list[Work]:
         if rates is not None:
             kind = run.axes.get("kind", "dense")
             if kind not in rates:
-                raise UserError(f"--learning_rates={LEARNING_RATES.value}: no result of {kind!r}")
+                raise UserError(f"--learning_rates={tuned}: no result of {kind!r}")
             own.setdefault("optimizer.learning_rate", rates[kind])
         kept = [word for word in overrides if _key(word) not in own]
         if run.model:  # overrides of the card's network do not fit another network
@@ -301,9 +302,15 @@ def _key(word: str) -> str:
 
 
 def best_rates(path: epath.Path) -> dict[str, float]:
-    """For each kind of network, the rate with the best mean over seeds on held-out images."""
+    """For each kind of network, the rate with the best mean over seeds on held-out images.
+
+    Raises:
+      UserError: there is no such folder, or a run in it that cannot be compared.
+    """
     found, origins = collections.defaultdict(list), collections.defaultdict(dict)
     diverged = set()
+    if not path.is_dir():
+        raise UserError(f"--learning_rates={path}: there is no such folder; name that of a sweep")
     for sweep in sorted(epath.Path(glob.escape(str(path))).glob("*/sweep.json")):
         run, summary = sweep.parent, result.read(sweep.parent)
         axes = read_json(sweep).get("axes", {})
@@ -532,22 +539,28 @@ def step_seconds(config: ConfigDict) -> tuple[int, int, float, float]:
 
 
 def latency(all_works: list[Work]) -> None:
-    """Writes ROOT/SWEEP/latency.json: seconds of classifying 1 and 64 images, by point."""
+    """Writes ROOT/SWEEP/latency.json: seconds of classifying 1 and 64 images, by point.
+
+    The programs are those that densejax.predict compiles, without the preparation of images.
+    """
     programs, random = {}, np.random.default_rng(0)
 
     def weights(leaf):  # of a plausible size; a norm's are ones
         drawn = random.normal(0, 0.05, leaf.shape) if leaf.ndim > 1 else np.ones(leaf.shape)
         return jnp.asarray(drawn, leaf.dtype)
 
+    def classify(task, variables, images):
+        return task.model.apply(variables, images)[0]
+
     for point, work in {work.point: work for work in all_works}.items():
-        built = experiment.build(work.config)
-        model = built.task.model
-        images = jnp.ones((64, *built.task.network_shape), work.config.train.dtype)
-        variables = jax.eval_shape(model.init, jax.random.key(0), images[:1])
+        task = experiment.build(work.config).computed_task
+        images = jnp.ones((64, *task.network_shape), task.preparation.dtype)
+        variables = jax.eval_shape(task.model.init, jax.random.key(0), images[:1])
         variables = jax.tree.map(weights, variables)
-        program = jax.jit(lambda variables, images, model=model: model.apply(variables, images)[0])
+        program = jax.jit(functools.partial(classify, task))
         for size in (1, 64):
-            compiled = program.lower(variables, images[:size]).compile()
+            with jax.default_matmul_precision(experiment.matmul_precision(work.config)):
+                compiled = program.lower(variables, images[:size]).compile()
             programs[point, size] = functools.partial(compiled, variables, images[:size])
     seconds = collections.defaultdict(dict)
     for (point, batch_size), value in in_turns(programs, 10).items():

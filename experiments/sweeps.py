@@ -399,6 +399,8 @@ def train_size(base: Base) -> Iterator[Run]:
             for section, key in (("checkpoint", "every_epochs"), ("evaluate", "every_epochs")):
                 if every := config[section][key]:
                     changes[f"{section}__{key}"] = max(1, round(factor * every))
+            if config.evaluate.train_images > size:
+                changes["evaluate__train_images"] = size
             if warmup := config.optimizer.warmup_epochs:
                 changes["optimizer__warmup_epochs"] = round(factor * warmup, 3)
         images = size or base.train_images
@@ -438,7 +440,7 @@ def recipe(base: Base) -> Iterator[Run]:
         "clip": {"optimizer__clip_norm": 1.0},
         "mixup": {"augmentation__mixup": 0.2},
         "cutmix": {"augmentation__cutmix": 1.0},
-        "cutout": {"augmentation__cutout": base.image_shape[0] // 2},
+        "cutout": {"augmentation__cutout": base.image_shape[0] // 4 * 2},
         "erasing": {"augmentation__erasing": 0.25},
         "randaugment": {"augmentation__policy": "randaugment"},
         "trivialaugment": {"augmentation__policy": "trivialaugment"},

@@ -125,17 +125,29 @@ def fake(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "images, tried",
-    [(64, [128, 384]), (1600, [768, 384, 192])],
+    "images, largest, tried",
+    [(64, 384, [128, 384]), (1600, 400, [800, 400, 192])],
     ids=["fits", "too many"],
 )
-def test_the_largest_batch_is_on_the_line_through_two(fake, images, tried):
+def test_the_largest_batch_is_on_the_line_through_two(fake, images, largest, tried):
     built = experiment.build(small.tiny())
     used = 1000 + 10 * images
     found = steps.largest_batch(built, 5000, images, used if used <= 5000 else math.inf)
-    assert (found, fake.tried) == ((384, True), tried)
+    assert (found, fake.tried) == ((largest, True), tried)
     fake.limit = 3000  # the compiler's own idea of the memory is smaller than what is published
     assert steps.largest_batch(built, 5000, 64, 1640) == (384, False)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_the_largest_batch_is_far_below_the_known_one(fake, refuses):
+    fake.limit = 1500 if refuses else 5000
+    for images, accumulate, largest, tried in ((128, 1, 32, [64, 32]), (96, 3, 48, [48])):
+        built = experiment.build(
+            small.tiny(train__batch_size=240, train__accumulate_steps=accumulate)
+        )
+        used, fake.tried = math.inf if refuses else 1000 + 10 * images, []
+        assert steps.largest_batch(built, 1500, images, used) == (largest, True)
+        assert fake.tried == tried
 
 
 def test_the_largest_batch_where_there_is_no_line(fake):

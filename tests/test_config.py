@@ -46,7 +46,7 @@ OUT_OF_RANGE = {
     "augmentation.policy": ["autoaugment"],
     "augmentation.operations": [0, 15],
     "augmentation.magnitude": [-0.1, 10.1, float("nan")],
-    "augmentation.cutout": [-1],
+    "augmentation.cutout": [-1, 15],
     "augmentation.erasing": [-0.1, 1.1, float("nan")],
     "augmentation.erasing_area": [(), (0.1,), (0.4, 0.02), (0.1, 0.2, 0.3), (0.0, 0.5)],
     "augmentation.mixup": [-0.1, float("nan")],

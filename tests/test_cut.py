@@ -46,7 +46,7 @@ def test_held_out_images_come_before_test_images(tmp_path):
     config = small.tiny(data__validation_size=100)
     split, images, labels = cut.held_out(experiment.build(config), tmp_path, 1000)
     stored = builders.read("digits", "train", config.data.directory)
-    _, held_out = data.hold_out(len(stored[1]), 100)
+    _, held_out = data.hold_out(len(stored[1]), 100, 0, None)
     assert split == "validation"
     np.testing.assert_array_equal(images, stored[0][held_out])
     np.testing.assert_array_equal(labels, stored[1][held_out])

@@ -11,7 +11,6 @@ MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml
 CALLS = {"eval", "exec", "compile", "__import__", "extract", "extractall", "system", "popen"}
 ALLOWED = {
     "__main__": {"runpy"},  # runs a command that its own table names
-    "analysis.reuse": {"runpy"},  # runs the command densejax.reuse, whatever the data are
     "data.official": {"pickle"},  # its Unpickler finds arrays, and no other class
 }
 

@@ -95,6 +95,8 @@ def test_weights_of_imagenet_remember_its_levels(state_dict, tmp_path, classes, 
     pretrained.convert_file("small", str(weights), output, num_classes=10, adapt=True)
     description, _ = pretrained.load(output)
     assert ("mean" in description, "std" in description) == (remembered, remembered)
+    said = "images are normalised as ImageNet's, which weights do not show"
+    assert description["assumed"] == [said] * remembered
     if remembered:  # torchvision's, of images in [0, 1]
         np.testing.assert_allclose(np.array(description["mean"]) / 255, [0.485, 0.456, 0.406])
         np.testing.assert_allclose(np.array(description["std"]) / 255, [0.229, 0.224, 0.225])
@@ -250,7 +252,7 @@ TREES = {  # what people save, and what is said because it had to be assumed
 def test_a_network_is_found_among_what_was_saved_with_it(tree, state_dict, tmp_path, convert):
     change, assumed = TREES[tree]
     (tmp_path / "a.pth").write_bytes(torch_file(change(state_dict)))
-    answer = convert(tmp_path / "a.pth", "--allow_pickle")
+    answer = convert(tmp_path / "a.pth")
     description, variables, lines = made(answer, tmp_path)
     assert lines[1:] == [f"assumed: {line}" for line in assumed]
     again = pretrained.to_torch(models.create(description["model"], 7), variables)

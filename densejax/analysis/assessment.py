@@ -94,7 +94,10 @@ def calibration(
 
 
 def assess(logits: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> dict[str, Any]:
-    """All of the above as JSON, where None stands for NaN, with the most confident mistakes."""
+    """All of the above as JSON, where None stands for NaN, with the most confident mistakes.
+
+    Probabilities are the softmax of the logits, whatever the loss was that trained the network.
+    """
     predicted = winners(logits, labels)
     probabilities = softmax(logits.astype(np.float64), axis=1)
     confidences, correct = probabilities.max(1), predicted == labels
@@ -137,8 +140,8 @@ def of_run(path: epath.Path, split: str = "") -> dict[str, Any]:
     """
     experiment = classifier.experiment_of(path)
     config, info = experiment.config, experiment.info
-    parts = config.train.batch_size // config.train.accumulate_steps
-    devices = math.gcd(jax.device_count(), config.evaluate.batch_size, parts)
+    part_size = config.train.batch_size // config.train.accumulate_steps
+    devices = math.gcd(jax.device_count(), config.evaluate.batch_size, part_size)
     experiment.devices = jax.devices()[:devices]
     split, summary = split or config.evaluate.final_split, result.read(path)
     with contextlib.closing(classifier.data_of(experiment, path)) as data:

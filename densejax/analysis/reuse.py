@@ -6,7 +6,6 @@ unlike the sum, does not grow with the number of the source's feature maps.
 """
 
 import dataclasses
-import runpy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -142,7 +141,3 @@ def _stages(model: ResNet, variables: Any) -> Iterator[HeatMap]:
             sources = _sources(len(graph.reads))
             weights = np.where(reads, sizes, np.nan)
             yield HeatMap(name, sources, (*sources[1:], "end"), weights, "size of coefficients")
-
-
-if __name__ == "__main__":  # the name of the command in earlier versions
-    runpy.run_module("densejax.reuse", run_name="__main__")

@@ -46,7 +46,7 @@ class Data:
         for that: of what TFDS records of its files, or of the names of a folder's images.
       test_split: what the set itself calls the split that is "test" here.
       sample: reads some training images, spread over all of them, uint8 [n, height, width,
-        channels], as they are evaluated.
+        channels], as they are stored; a stream's are cropped as in an evaluation.
       notes: what was found about image files, by title; {} for other sets.
     """
 
@@ -76,21 +76,23 @@ def info(config: ConfigDict) -> SetInfo:
     """
     section = config.data
     if section.storage == "memory":
-        found = builders.info(section.name, section.directory)
+        set_info = builders.info(section.name, section.directory)
     else:
-        found = STREAMED.get(section.name) or _open_splits(config)[0]  # ImageNet need not be there
-        if found.num_classes == 1:
+        # ImageNet need not be there.
+        set_info = STREAMED.get(section.name) or _open_splits(config)[0]
+        if set_info.num_classes == 1:
             hint = "; name the folder that has a folder for each class" * bool(section.manual_dir)
             what = "data.manual_dir" if section.manual_dir else f"data.name = {section.name}"
-            raise UserError(f"{what}: all images are of one class, {found.class_names[0]!r}{hint}")
+            (name,) = set_info.class_names
+            raise UserError(f"{what}: all images are of one class, {name!r}{hint}")
         shape = (section.image_size, section.image_size, section.channels)
-        found = dataclasses.replace(found, image_shape=shape)
-    mean, std, channels = found.mean, found.std, found.image_shape[-1]
+        set_info = dataclasses.replace(set_info, image_shape=shape)
+    mean, std, channels = set_info.mean, set_info.std, set_info.image_shape[-1]
     if section.normalization == "scale":
         mean, std = (0.0,) * channels, (255.0,) * channels
     elif section.normalization == "weights":
         learned = facts.of_weights(config.train.weights, ("mean", "std"))
-        scale = found.white_level / learned.get("white_level", 255)
+        scale = set_info.white_level / learned.get("white_level", 255)
         mean, std = (tuple(scale * x for x in learned[key]) for key in ("mean", "std"))
         if len(mean) != channels:
             raise UserError(
@@ -112,46 +114,46 @@ def info(config: ConfigDict) -> SetInfo:
             f"data.mean = {mean}, data.std = {std}: give {channels} numbers each, one for each "
             f"channel of these images"
         )
-    return dataclasses.replace(found, mean=mean, std=std)
+    return dataclasses.replace(set_info, mean=mean, std=std)
 
 
-def in_memory(config: ConfigDict, found: SetInfo | None = None) -> bool:
-    """Whether the images lie on the devices; `found` is what `info(config)` gives, where known."""
+def in_memory(config: ConfigDict, set_info: SetInfo | None = None) -> bool:
+    """Whether the images lie on the devices; `set_info`: what `info(config)` gives, if known."""
     section = config.data
     if section.storage != "auto":
         return section.storage == "memory"
-    return _gigabytes(found or info(config)) <= section.memory_gigabytes
+    return _gigabytes(set_info or info(config)) <= section.memory_gigabytes
 
 
-def _gigabytes(found):
-    return sum(found.splits.values()) * math.prod(found.image_shape) / 2**30
+def _gigabytes(set_info):
+    return sum(set_info.splits.values()) * math.prod(set_info.image_shape) / 2**30
 
 
-def preparation(config: ConfigDict, found: SetInfo | None = None) -> Preparation:
+def preparation(config: ConfigDict, set_info: SetInfo | None = None) -> Preparation:
     """How images become the network's input, from `config.data` and `config.augmentation`.
 
     Args:
       config: the whole configuration.
-      found: what `info(config)` gives, where it is known.
+      set_info: what `info(config)` gives, where it is known.
 
     Raises:
       UserError: the configuration asks for what cannot be done to the set's images.
     """
-    found = found or info(config)
-    channels = found.image_shape[-1]
+    set_info = set_info or info(config)
+    channels = set_info.image_shape[-1]
     augmentation = config.augmentation
     if channels != 3 and (augmentation.jitter or augmentation.lighting):
         raise UserError("augmentation.jitter and augmentation.lighting: these images are not RGB")
     are_arrays, crop = config.data.storage == "memory", config.evaluate.crop_size
-    if are_arrays and crop > (size := config.data.image_size or min(found.image_shape[:2])):
+    if are_arrays and crop > (size := config.data.image_size or min(set_info.image_shape[:2])):
         raise UserError(
             f"evaluate.crop_size = {crop}: must be at most the images' {size}; data.image_size "
             f"enlarges them"
         )
     return Preparation(
-        found.mean,
-        found.std,
-        shift=augmentation.shift if in_memory(config, found) else 0,
+        set_info.mean,
+        set_info.std,
+        shift=augmentation.shift if in_memory(config, set_info) else 0,
         flip=augmentation.flip,
         jitter=augmentation.jitter,
         lighting=augmentation.lighting,
@@ -160,10 +162,10 @@ def preparation(config: ConfigDict, found: SetInfo | None = None) -> Preparation
             augmentation.policy,
             augmentation.operations,
             augmentation.magnitude,
-            found.white_level,
+            set_info.white_level,
         ),
         erasing=Erasing(augmentation.cutout, augmentation.erasing, augmentation.erasing_area),
-        mixing=Mixing(augmentation.mixup, augmentation.cutmix, found.num_classes),
+        mixing=Mixing(augmentation.mixup, augmentation.cutmix, set_info.num_classes),
         crop_size=crop,
         view_shift=config.evaluate.shift,
         view_mirror=config.evaluate.mirror,
@@ -174,18 +176,19 @@ def preparation(config: ConfigDict, found: SetInfo | None = None) -> Preparation
 # --- Which images train, which are held out, which test.
 
 
-def train_size(config: ConfigDict, info: SetInfo) -> int:
+def train_size(config: ConfigDict, set_info: SetInfo) -> int:
     """The number of images that train, from the set's facts alone.
 
     Raises:
-      UserError: splits that are not there or must not train, or fewer images than one batch.
+      UserError: splits that are not there or must not train, or fewer images than one batch or than
+        are to be measured.
     """
     measured = {"test"}
     if config.data.storage != "memory":
-        _check_validation(config, info)
+        _check_validation(config, set_info)
         measured = {"test", "validation"}
     names = config.data.train_split.split("+")
-    trains = [split for split in info.splits if split not in measured]
+    trains = [split for split in set_info.splits if split not in measured]
     for name in names:
         if name not in trains or names.count(name) > 1:
             allowed = ", ".join(trains)
@@ -193,12 +196,12 @@ def train_size(config: ConfigDict, info: SetInfo) -> int:
                 f"data.train_split = {config.data.train_split!r}: name {allowed} once each, "
                 f"with '+' between them"
             )
-    first, held_out = info.splits[names[0]], config.data.validation_size
+    first, held_out = set_info.splits[names[0]], config.data.validation_size
     if held_out >= first:
         raise UserError(
             f"data.validation_size = {held_out}: must be below the {first} training images"
         )
-    size = sum(info.splits[name] for name in names) - held_out
+    size = sum(set_info.splits[name] for name in names) - held_out
     if wanted := config.data.train_size:
         if len(names) > 1 or wanted > size:
             raise UserError(
@@ -211,18 +214,22 @@ def train_size(config: ConfigDict, info: SetInfo) -> int:
             f"train.batch_size = {config.train.batch_size}: must be at most the {size} "
             f"training images"
         )
+    if (count := config.evaluate.train_images) > size:
+        raise UserError(
+            f"evaluate.train_images = {count}: must be at most the {size} training images"
+        )
     return size
 
 
-def _check_validation(config, info):
+def _check_validation(config, set_info):
     """Checks what `densejax.config.check` cannot: it does not know if a folder has validation."""
     evaluate, held_out = config.evaluate, config.data.validation_size
-    if "validation" in info.splits and held_out:
+    if "validation" in set_info.splits and held_out:
         raise UserError(
             f"data.validation_size = {held_out}: set it to 0, the folder has images for validation"
         )
     for key in ("split", "final_split"):
-        if evaluate[key] not in {"test", *info.splits} and not held_out:
+        if evaluate[key] not in {"test", *set_info.splits} and not held_out:
             raise UserError(
                 f"evaluate.{key} = {evaluate[key]!r}: set data.validation_size above 0, the folder "
                 f"has no images for validation beside those for test"
@@ -230,11 +237,11 @@ def _check_validation(config, info):
 
 
 def hold_out(
-    size: int, validation_size: int, train_size: int = 0, labels: np.ndarray | None = None
+    size: int, validation_size: int, train_size: int, labels: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(indices that train, indices held out) of `size` examples, the same for every seed.
 
-    All that are not held out train, or only the first `train_size` of them in the order drawn. With
+    Of all that are not held out, the first `train_size` in the order drawn train; 0: all. With
     `labels`, int [size], each class has its share of both.
     """
     order = permutation(seed=0, epoch=0, size=size)
@@ -296,11 +303,11 @@ def create(config: ConfigDict, replicated: NamedSharding, sharded: NamedSharding
     if not in_memory(config):
         return _create_streams(config, sharded)
     (images, labels), arrays = _read_arrays(config)
-    version = _version_of_arrays((images, labels), arrays)
-    hosts.require_same({"digest of the data": version})  # before all make one array of it
+    data_version = _version_of_arrays((images, labels), arrays)
+    hosts.require_same({"digest of the data": data_version})  # before all make one array of it
     size, sample = config.evaluate.batch_size, images[:: -(-len(images) // 1000)].copy()
     are_files = config.data.storage == "auto"
-    found = _open_splits(config)[0] if are_files else info(config)
+    set_info = _open_splits(config)[0] if are_files else info(config)
     chosen = _chosen_files(config) if are_files else {}
     chosen.pop("train", None)
     files = {name: [str(part.file(n)) for n in places] for name, (part, places) in chosen.items()}
@@ -309,12 +316,14 @@ def create(config: ConfigDict, replicated: NamedSharding, sharded: NamedSharding
     )
     return Data(
         create_set(
-            *(images, labels, config.train.batch_size),
+            images,
+            labels,
+            config.train.batch_size,
             alternates=config.augmentation.alternate_flip,
         ),
         {name: create_set(*arrays[name], size, files=files.get(name, ())) for name in arrays},
-        version,
-        found.test_split,
+        data_version,
+        set_info.test_split,
         lambda: sample,
         _notes(config),
     )
@@ -322,14 +331,14 @@ def create(config: ConfigDict, replicated: NamedSharding, sharded: NamedSharding
 
 def _read_arrays(config: ConfigDict) -> tuple[Pair, dict[str, Pair]]:
     """(images and labels that train, those that are evaluated by name)."""
-    section, found = config.data, {}
+    section, arrays = config.data, {}
     if section.storage == "auto":  # a folder whose images fit into memory
         for name, (examples, indices) in _chosen_files(config).items():
             size = section.image_size if name == "train" else _evaluation_size(config)
             skip = name == "train" and section.corrupt_images == "skip"
-            options = size, config.evaluate.resize_size, section.channels, skip
-            found[name] = decoded.read(examples, indices, *options)
-        return found.pop("train"), found
+            resize = config.evaluate.resize_size
+            arrays[name] = decoded.read(examples, indices, size, resize, section.channels, skip)
+        return arrays.pop("train"), arrays
 
     @functools.cache
     def read(split):
@@ -339,11 +348,13 @@ def _read_arrays(config: ConfigDict) -> tuple[Pair, dict[str, Pair]]:
     for name, parts in _choose(config, len(read(first)[1])).items():
         pairs = [(read(split)[0][indices], read(split)[1][indices]) for split, indices in parts]
         images, labels = zip(*pairs, strict=True)
-        found[name] = np.concatenate(images), np.concatenate(labels)
-    images, labels = found.pop("train")
+        arrays[name] = np.concatenate(images), np.concatenate(labels)
+    images, labels = arrays.pop("train")
     if count := config.evaluate.train_images:
-        found["train"] = images[:count], labels[:count]
-    return (images, labels), found
+        # Some sets are sorted by class: the first images would be of a few classes.
+        places = np.sort(permutation(seed=0, epoch=0, size=len(labels))[:count])
+        arrays["train"] = images[places], labels[places]
+    return (images, labels), arrays
 
 
 def _chosen_files(config):
@@ -370,11 +381,12 @@ def _create_streams(config: ConfigDict, sharded: NamedSharding) -> Data:
     except ImportError as error:
         raise UserError(
             f"data.storage = {config.data.storage!r}: the images are read from the disk during "
-            f"training, which needs {error.name}: pip install 'densejax-lab[imagenet]'"
+            f"training, which needs {error.name}: make imagenet, or pip install "
+            f"'densejax-lab[imagenet]'"
         ) from error
-    facts, splits = _open_splits(config)
-    version = _version_of_splits(splits)
-    hosts.require_same({"digest of the data": version})
+    set_info, splits = _open_splits(config)
+    data_version = _version_of_splits(splits)
+    hosts.require_same({"digest of the data": data_version})
     section, chosen = config.data, _chosen_files(config)
     crop = functools.partial(images.evaluation_crop, resize=config.evaluate.resize_size)
     size = _evaluation_size(config)
@@ -401,14 +413,14 @@ def _create_streams(config: ConfigDict, sharded: NamedSharding) -> Data:
     }
 
     def sample():
-        found, (examples, indices) = [], chosen["train"]
+        sampled, (examples, indices) = [], chosen["train"]
         for index in indices[:: -(-len(indices) // 100)]:
             with contextlib.suppress(Exception):  # the run names what it cannot read
                 image = crop(examples[int(index)][0], size)
-                found.append(images.in_channels(image, section.channels))
-        return np.array(found, np.uint8).reshape(-1, size, size, section.channels)
+                sampled.append(images.in_channels(image, section.channels))
+        return np.array(sampled, np.uint8).reshape(-1, size, size, section.channels)
 
-    return Data(train, evaluation, version, facts.test_split, sample, _notes(config))
+    return Data(train, evaluation, data_version, set_info.test_split, sample, _notes(config))
 
 
 def _open_splits(config: ConfigDict) -> tuple[SetInfo, dict[str, Any]]:
@@ -418,8 +430,8 @@ def _open_splits(config: ConfigDict) -> tuple[SetInfo, dict[str, Any]]:
 
 def _statistics(config):
     data, train = config.data, _open_splits(config)[1]["train"]
-    options = config.evaluate.resize_size, data.channels, data.corrupt_images == "skip"
-    return decoded.statistics(train, data.image_size, *options)
+    resize, skip = config.evaluate.resize_size, data.corrupt_images == "skip"
+    return decoded.statistics(train, data.image_size, resize, data.channels, skip)
 
 
 def _notes(config):
@@ -427,22 +439,22 @@ def _notes(config):
     section = config.data
     if section.storage == "memory" or not section.manual_dir:
         return {}
-    found, splits = info(config), _open_splits(config)[1]
-    names, size = found.class_names, section.image_size
+    set_info, splits = info(config), _open_splits(config)[1]
+    names, size = set_info.class_names, section.image_size
     trained, tested = (
         np.bincount(splits[split].labels, minlength=len(names)) for split in ("train", "test")
     )
     classes = [f"{name} ({count})" for name, count in zip(names[:10], trained, strict=False)]
     colours = "grey" if section.channels == 1 else "RGB"
-    said = "in memory" if in_memory(config, found) else "streamed"
+    place = "in memory" if in_memory(config, set_info) else "streamed"
     if section.storage == "auto":
-        mebibytes, most = 1024 * _gigabytes(found), 1024 * section.memory_gigabytes
-        said += f": {mebibytes:.3g} MiB, up to {most:g} fit"
+        mebibytes, most = 1024 * _gigabytes(set_info), 1024 * section.memory_gigabytes
+        place += f": {mebibytes:.3g} MiB, up to {most:g} fit"
     notes = {
         "classes": f"{len(names)}: {', '.join(classes)}" + ", ..." * (len(names) > 10),
-        "images": f"{size}x{size} {colours}, {said}",
+        "images": f"{size}x{size} {colours}, {place}",
     }
-    if found.test_split == encoded.HELD_OUT:
+    if set_info.test_split == encoded.HELD_OUT:
         notes["test"] = f"{section.test_share:g} of each class, held out whatever the seed"
     if untested := [name for name, count in zip(names, tested, strict=True) if not count]:
         notes["untested"] = f"there is no test image of {', '.join(untested[:10])}"
@@ -452,8 +464,8 @@ def _notes(config):
         notes["mean, std"] = f"{mean}, {std}, of {count} training images"
     folders = {split.path: split.left_out for split in splits.values()}
     if left_out := sum(folders.values(), collections.Counter()):
-        said = ", ".join(f"{count} {kind or 'without suffix'}" for kind, count in left_out.items())
-        notes["left out"] = f"files that are no images by their name: {said}"
+        kinds = ", ".join(f"{count} {kind or 'without suffix'}" for kind, count in left_out.items())
+        notes["left out"] = f"files that are no images by their name: {kinds}"
     return notes
 
 

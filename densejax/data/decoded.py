@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import functools
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from densejax.data import encoded, images
 from densejax.data.official import DataError
 from densejax.data.stream import CHUNK, ChunkSource
+from densejax.models.convolution import cores
 
 MOST_MEASURED = 1000  # the most images that mean and std are computed from
 
@@ -37,23 +37,23 @@ def read(
         pixels[place] = chunk["image"][chunk["mask"]]
         labels[place] = chunk["label"][chunk["mask"]]
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+    with concurrent.futures.ThreadPoolExecutor(cores()) as threads:
         list(threads.map(fill, range(-(-len(indices) // CHUNK))))
     return pixels, labels
 
 
 @functools.cache
 def statistics(
-    examples: Sequence[encoded.Example], *options: int
+    examples: Sequence[encoded.Example], size: int, resize: int, channels: int, skip: bool
 ) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
     """(number, mean, std) of images spread evenly over a split, in uint8 units of each channel.
 
-    They are the same on every machine, since they come from sums of integers. `options` are the
-    arguments of `read` from `size` on. DataError for an image that cannot be read, or a channel
-    that has one value everywhere.
+    They are the same on every machine, since they come from sums of integers. Other arguments are
+    those of `read`. DataError for an image that cannot be read, or a channel that has one value
+    everywhere.
     """
     indices = np.arange(len(examples))[:: -(-len(examples) // MOST_MEASURED)]
-    found, _ = read(examples, indices, *options)
+    found, _ = read(examples, indices, size, resize, channels, skip)
     levels, means, stds = np.arange(256), [], []
     for channel in range(found.shape[-1]):
         counts = sum(np.bincount(image[..., channel].ravel(), minlength=256) for image in found)

@@ -17,7 +17,8 @@ import numpy as np
 from etils import epath
 
 from densejax.data import builders
-from densejax.data.official import STREAMED, DataError, SetInfo, one_line
+from densejax.data.added import ADDED
+from densejax.data.official import SETS, STREAMED, DataError, SetInfo, one_line
 from densejax.runs import files
 
 # The same as torchvision's ImageFolder reads, and GIF.
@@ -82,9 +83,10 @@ class Folder(Sequence[Example]):
         return part
 
     def divided(self, share: float) -> tuple["Folder", "Folder"]:
-        """Two folders: the images that train, and a share of each class's images, at least one.
+        """Two folders: the images that train, and a share of all images, but at least one image.
 
-        Only the names decide which images are in the share: a new image moves few of the others.
+        The share has the classes in proportion. Only the names decide which images are in it: a
+        new image moves few of the others.
         """
         digests = [hashlib.sha256(name).digest() for name in self.names.tolist()]
         order = np.array(sorted(range(len(self)), key=digests.__getitem__))
@@ -198,19 +200,23 @@ class Records(Sequence[Example]):
 def _open_folder(path: epath.Path, share: float, labelled_test: bool) -> tuple[str, dict[str, Any]]:
     """(what the folder calls the split "test", the splits)."""
     try:
-        children = {child.name.lower(): child for child in path.iterdir()}
+        children = sorted(path.iterdir())
     except OSError as error:
         _refuse(error)
-    names = {split: [n for n in SPLITS[split] if n in children] for split in SPLITS}
+    named = {
+        split: [child for child in children if child.name.lower() in names]
+        for split, names in SPLITS.items()
+    }
     if not labelled_test:
-        names.pop("test")
-    for found in names.values():
+        named.pop("test")
+    for found in named.values():
         if len(found) > 1:
+            names = " and ".join(child.name for child in found)
             raise DataError(
-                f"data.manual_dir: {path} has {' and '.join(found)}, which mean the same; put the "
-                f"images into one of them"
+                f"data.manual_dir: {path} has {names}, which mean the same; put the images into "
+                f"one of them"
             )
-    folders = {split: children[found[0]] for split, found in names.items() if found}
+    folders = {split: found[0] for split, found in named.items() if found}
     if folders and "train" not in folders:
         other = next(iter(folders.values()))
         raise DataError(
@@ -233,7 +239,7 @@ def _open_folder(path: epath.Path, share: float, labelled_test: bool) -> tuple[s
 
 @functools.cache
 def open_splits(
-    name: str, directory: str, manual_dir: str, test_share: float = 0.2
+    name: str, directory: str, manual_dir: str, test_share: float
 ) -> tuple[SetInfo, dict[str, Any]]:
     """The facts and the splits, "train", "test" and perhaps "validation", of a set.
 
@@ -252,6 +258,9 @@ def open_splits(
         test, splits = _open_folder(path, test_share, labelled_test=name not in STREAMED)
         class_names = splits["train"].class_names
     else:
+        are_arrays = f"data.name = {name}: its images are arrays; set data.storage = 'memory'"
+        if name in SETS or name in ADDED:  # before anything is downloaded
+            raise DataError(are_arrays)
         builder = builders.prepare(name, directory)
         features = builder.info.features
         try:
@@ -260,7 +269,7 @@ def open_splits(
             needs = f"needs image and label, a ClassLabel; has {one_line(features)}"
             raise DataError(f"data.name = {name}: {needs}") from error
         if not isinstance(image, builders.load_tfds().features.Image):
-            raise DataError(f"data.name = {name}: its images are arrays; set data.storage='memory'")
+            raise DataError(are_arrays)
         test = builders.test_split(builder) or "test"
         folder = str(builder.data_path)
         splits = {"train": Records(folder, "train"), "test": Records(folder, test)}

@@ -18,6 +18,8 @@ KEYS = {  # of the file, and the field of SetInfo that each holds
 # The images of weights of 1,000 classes whose model.json says nothing else; in uint8 units.
 IMAGENET = {key: getattr(STREAMED["imagenet2012"], key) for key in ("image_shape", "mean", "std")}
 
+BGR = ("keras", "resnet")  # the project and the family whose networks read blue, green, red
+
 
 def brightness(images: np.ndarray) -> dict[str, np.ndarray]:
     """Mean values of images [batch, height, width, channels] and of their outermost pixels.
@@ -105,11 +107,10 @@ def of_weights(
         found = json.loads((path / "model.json").read_text())
         classes, channels = found["num_classes"], found["image_channels"]
         names = list(map(str, range(classes)))
-        is_bgr = (found.get("names"), found["model"]["family"]) == ("keras", "resnet")
+        network = found.get("names"), found["model"]["family"]
     except Exception as error:  # damage leads to errors of many kinds
         raise UserError(f"{path}: no model.json that can be read ({error!r})") from error
-    if is_bgr:
-        raise UserError(f"{path}: Keras' ResNets want images in the order blue, green, red")
+    require_rgb(str(path), *network)
     found = (IMAGENET if (classes, channels) == (1000, 3) else {}) | found
     if missing := [key for key in keys if key not in found]:
         raise UserError(f"{path}/model.json: add {', '.join(missing)}; images cannot do without")
@@ -127,6 +128,15 @@ def of_weights(
         if key in (*keys, "class_names") and not fits:
             raise UserError(f"{path}/model.json: {key} = {value!r}: give {allowed}")
     return without_lists(found)
+
+
+def require_rgb(source: str, project: str, family: str) -> None:
+    """Raises UserError where a project's networks read images in another order of colours."""
+    if (project, family) == BGR:
+        raise UserError(
+            f"{source}: Keras' ResNets want images in the order blue, green, red, which are read "
+            f"nowhere; a run from them sets data.normalization = 'statistics' or 'scale'"
+        )
 
 
 def without_lists(value: Any) -> Any:

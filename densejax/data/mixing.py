@@ -20,8 +20,7 @@ class Erasing:
 
     Attributes:
       cutout: height and width of a square around a random pixel, cut off at the image's edge
-        (DeVries and Taylor, arXiv:1708.04552); an odd size becomes one less, as in their code; 0:
-        none.
+        (DeVries and Taylor, arXiv:1708.04552); even; 0: none.
       probability: of a rectangle within the image (Zhong et al., arXiv:1708.04896).
       area: its least and greatest share of the image, uniform between. Its aspect ratio is
         log-uniform between `ASPECT` and its inverse, as far as the rectangle fits.
@@ -123,9 +122,8 @@ def _around_a_pixel(sides, uniforms, height, width):
     """The rectangles of a height and width, int32 [batch], around a random pixel."""
     row, column = (jnp.floor(uniforms[:, i] * sides[i]).astype(jnp.int32) for i in range(2))
     half_height, half_width = height // 2, width // 2
-    return _rectangle(
-        *(sides, row - half_height, column - half_width, row + half_height, column + half_width)
-    )
+    top, left = row - half_height, column - half_width
+    return _rectangle(sides, top, left, row + half_height, column + half_width)
 
 
 def _rectangle(sides, top, left, bottom, right):

@@ -168,5 +168,5 @@ def _of_weights(path: epath.Path) -> Classifier:
         image_shape=shape,
         class_names=found["class_names"],
         # As torchvision evaluates. Sets of small images, such as CIFAR, are evaluated uncropped.
-        resize_size=round(min(height, width) * 256 / 224) if min(height, width) > 64 else 0,
+        resize_size=round(height * 256 / 224) if height == width > 64 else 0,
     )

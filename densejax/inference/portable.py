@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from densejax import config as schema
 from densejax import models
-from densejax.config import UserError, flatten, printable
+from densejax.config import flatten, printable
+from densejax.data.facts import without_lists
 from densejax.inference.classifier import Classifier
 from densejax.runs import files, formats, workdir
 from densejax.training import result
@@ -97,8 +98,7 @@ def write(network: Classifier, source: epath.Path, names: str, output: str) -> s
     Raises:
       UserError: the project has no names for such a network, or the folder cannot be written.
     """
-    if (path := files.path_of("--output", output)).exists():
-        raise UserError(f"--output={output}: exists; name a new directory")
+    path = files.new_path("--output", output)
     arrays = conversion.to_torch(network.model, network.variables, names)
     size = network.preparation.crop_size or network.preparation.image_size
     shape = (size, size, network.image_shape[-1]) if size else network.image_shape
@@ -190,10 +190,10 @@ def _training(source: epath.Path) -> str:
     if (source / "model.json").exists():
         described = json.loads((source / "model.json").read_text())
         return f"- **Weights**: converted from `{described.get('source')}`"
-    config = workdir.completed(json.loads((source / "config.json").read_text()))
+    config = without_lists(workdir.completed(json.loads((source / "config.json").read_text())))
     summary = result.read(source)
     data, train, optimizer = (config[name] for name in ("data", "train", "optimizer"))
-    known = flatten(json.loads(schema.default().to_json()))
+    known = flatten(schema.default().to_dict())
     own = {key: v for key, v in flatten(config).items() if known.get(key, v) != v}
     start = f"the weights `{train['weights']}`" if train["weights"] else "random weights"
     found = (

@@ -38,7 +38,7 @@ def read(path: epath.PathLike, network: classifier.Classifier) -> np.ndarray:
         )
     try:
         encoded = epath.Path(path).read_bytes()
-        if network.resize_size and height == width:
+        if network.resize_size:
             pixels = images.evaluation_crop(encoded, height, resize=network.resize_size)
         else:
             image = Image.fromarray(images.Picture(encoded).decode())
@@ -89,6 +89,8 @@ def predict(
     show: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
     """Finds the `top` most probable classes of each image file, most probable first.
+
+    Probabilities are the softmax of the logits, whatever the loss was that trained the network.
 
     Args:
       network: that classifies.

@@ -60,6 +60,13 @@ def path_of(flag: str, text: str | os.PathLike) -> epath.Path:
         raise UserError(f"{flag}={text}: {error}; give another path") from error
 
 
+def new_path(flag: str, text: str | os.PathLike) -> epath.Path:
+    """As `path_of`, of a directory that is to be made; UserError where it exists."""
+    if (path := path_of(flag, text)).exists():
+        raise UserError(f"{flag}={text}: exists; name a new directory")
+    return path
+
+
 def opened(path: epath.Path) -> BinaryIO:
     """Opens a file to read its bytes.
 

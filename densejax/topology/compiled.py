@@ -128,22 +128,27 @@ def largest_batch(built: Experiment, room: float, images: int, used: float) -> t
     def memory(images):
         return total_bytes(compile_step(built, True, images * built.mesh.size))
 
-    # Sizes keep the known one's factors: a TPU computes 128 images at once and pads 127.
-    unit = math.lcm(built.config.train.accumulate_steps, math.gcd(images, 128))
-    points = {images: used} if used < math.inf else {}
-    while len(points) < 2:
-        images = images // 2 // unit * unit or 2 * max(points, default=0)
-        if not images or (size := memory(images)) == math.inf and points:
-            return max(points, default=0), bool(points)
-        points |= {images: size} if size < math.inf else {}
-    less, more = sorted(points)
-    slope = (points[more] - points[less]) / (more - less)
+    accumulate, sizes = built.config.train.accumulate_steps, {images: used}
+    while sizes[images] > room:
+        images = images // 2 // accumulate * accumulate
+        if not images:
+            return 0, False
+        sizes[images] = memory(images)
+    # Sizes keep this one's factors: a TPU computes 128 images at once and pads 127.
+    unit = math.lcm(accumulate, math.gcd(images, 128))
+    other = images // 2 // unit * unit or 2 * images
+    if other not in sizes:
+        sizes[other] = memory(other)
+    if sizes[other] == math.inf:
+        return images, True
+    less, more = sorted((images, other))
+    slope = (sizes[more] - sizes[less]) / (more - less)
     if slope <= 0:  # the images are so small that padding hides them
-        return more, points[more] <= room
-    largest = max(0, int(less + (room - points[less]) / slope) // unit * unit)
-    if largest not in points:
-        points[largest] = memory(largest) if largest > 0 else math.inf
-    return largest, points[largest] <= room
+        return more, True
+    largest = max(images, int(less + (room - sizes[less]) / slope) // unit * unit)
+    if largest not in sizes:
+        sizes[largest] = memory(largest)
+    return largest, sizes[largest] <= room
 
 
 def report(config: ConfigDict, topology: str, largest: bool = False) -> dict[str, Any]:
@@ -152,7 +157,7 @@ def report(config: ConfigDict, topology: str, largest: bool = False) -> dict[str
     Args:
       config: the whole configuration.
       topology: as `targets.topology` reads it.
-      largest: whether to look for the largest batch, by two more compilations.
+      largest: whether to look for the largest batch, by a few more compilations.
 
     Raises:
       UserError: the configuration is wrong, or the topology is unknown or has no compiler here.

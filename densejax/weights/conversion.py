@@ -240,7 +240,7 @@ def check_fit(
     expected: Mapping[str, Any],
     what: str,
     names: Mapping[str, str] | None = None,
-    remedy: str = "`adapt`",
+    remedy: str = "",
 ) -> None:
     """Raises UserError unless both have the same paths and shapes, and the numbers are finite.
 
@@ -249,7 +249,7 @@ def check_fit(
       expected: arrays or shapes by path.
       what: what the message calls `found`.
       names: what the message calls the paths.
-      remedy: what would fit the classifier and the image channels; "" if it is already in use.
+      remedy: what would fit the classifier and the image channels; "": nothing, or what is in use.
     """
     both = sorted(found.keys() & expected.keys())
     shapes = {

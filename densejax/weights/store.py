@@ -24,7 +24,7 @@ from densejax.runs import files, workdir
 from densejax.runs.checkpoint import CheckpointError, Checkpoints
 from densejax.weights import conversion
 from densejax.weights.files import from_safetensors, is_file, read
-from densejax.weights.names import LAYOUTS
+from densejax.weights.names import LAYOUTS, Layout
 
 COLLECTIONS = ("params", "batch_stats")  # the second is missing without BatchNorm
 # Fields that change the computation, but neither names nor shapes of the variables.
@@ -41,9 +41,7 @@ def save(directory: str, description: Mapping[str, Any], variables: Mapping[str,
       description: JSON: "model" (family and fields), "num_classes", "image_channels", and more.
       variables: float32 params, and batch_stats if there are any.
     """
-    path = files.path_of("--output", directory)
-    if path.exists():
-        raise UserError(f"--output={directory}: exists; name a new directory")
+    path = files.new_path("--output", directory)
     flat = conversion.flatten(variables)
     data = safetensors.numpy.save({p: np.ascontiguousarray(array) for p, array in flat.items()})
     digest = {"weights_sha256": hashlib.sha256(data).hexdigest()}
@@ -87,7 +85,7 @@ def load(directory: str) -> tuple[dict[str, Any], dict[str, Any]]:
         if max(depth, blocks, modules, stages) > len(flat):
             raise ValueError(f"{len(flat)} arrays are too few for its network")
         expected = conversion.abstract(models.create(description["model"], classes), channels)
-    conversion.check_fit(flat, expected, f"{directory}/weights.safetensors")
+    conversion.check_fit(flat, expected, f"{path}: the weights")
     return description, conversion.unflatten(flat)
 
 
@@ -138,7 +136,8 @@ def load_for(
         conversion.fit(found, wanted)
     remedy = "" if new_classifier else "train.new_classifier = True"
     conversion.check_fit(found, wanted, what, remedy=remedy)
-    for field in HIDDEN_FIELDS:
+    # Most HarDNets halve by max-pooling, which shows in no variable.
+    for field in (*HIDDEN_FIELDS, "downsampling"):
         mine, theirs = model.get(field), description["model"].get(field)
         if mine != theirs:
             raise UserError(
@@ -150,21 +149,28 @@ def load_for(
 def _load_file(source: str, model: Mapping[str, Any], of_imagenet: bool) -> dict[str, Any]:
     """The variables of a file, for a network of these fields with the file's own classifier."""
     arrays, _ = read(source, "train.weights")
-    layout, found, assumed = conversion.recognise(LAYOUTS.get(model["family"], ()), arrays)
+    layout, found, assumed, classes = _recognised(model["family"], arrays)
     for line in assumed:
         logging.warning("train.weights = %r: %s.", source, line)
-    bias = found.get(layout.name(conversion.CLASSIFIER[1]))
-    classes = 0 if bias is None else bias.size
     variables = conversion.convert(models.create(model, classes), found, layout)
     channels = conversion.first_kernel(conversion.flatten(variables)).shape[2]
-    is_bgr = (layout.project, model["family"]) == ("keras", "resnet")
-    if of_imagenet and ((classes, channels) != (1000, 3) or is_bgr):
-        of = "the order blue, green, red" if is_bgr else f"{classes} classes, {channels} channels"
-        raise UserError(
-            f"data.normalization = 'weights': nothing says how images are normalised for {source} "
-            f"({of}); set 'statistics' or 'scale'"
-        )
+    if of_imagenet:
+        facts.require_rgb(f"train.weights = {source!r}", layout.project, model["family"])
+        if (classes, channels) != (1000, 3):
+            raise UserError(
+                f"data.normalization = 'weights': nothing says how images are normalised for "
+                f"{source} ({classes} classes, {channels} channels); set 'statistics' or 'scale'"
+            )
     return variables
+
+
+def _recognised(
+    family: str, arrays: conversion.Weights
+) -> tuple[Layout, dict[str, np.ndarray], list[str], int]:
+    """What `conversion.recognise` finds for a family, and the number of classes."""
+    layout, found, assumed = conversion.recognise(LAYOUTS.get(family, ()), arrays)
+    bias = found.get(layout.name(conversion.CLASSIFIER[1]))
+    return layout, found, assumed, 0 if bias is None else bias.size
 
 
 def convert_file(
@@ -190,15 +196,12 @@ def convert_file(
       seed: see there.
       shortcut: of a ResNet whose weights do not show it; "": as the weights' project has it.
     """
-    if files.path_of("--output", output).exists():
-        raise UserError(f"--output={output}: exists; name a new directory")
+    files.new_path("--output", output)  # the weights may take minutes to read
     family = models.fields(model).family
     arrays, source_sha256 = read(weights)
-    layout, found, assumed = conversion.recognise(LAYOUTS.get(family, ()), arrays)
+    layout, found, assumed, classes_before = _recognised(family, arrays)
     if shortcut:
         layout = dataclasses.replace(layout, fields=layout.fields | {"shortcut": shortcut})
-    bias = found.get(layout.name(conversion.CLASSIFIER[1]))
-    classes_before = 0 if bias is None else bias.size
     num_classes = classes_before if num_classes is None else num_classes
     fields = models.fields(model, **layout.fields)
     for field in HIDDEN_FIELDS:
@@ -209,17 +212,21 @@ def convert_file(
     network = models.create(fields, num_classes)
     adaptation = {"image_channels": in_channels, "adapt": adapt, "seed": seed}
     variables = conversion.convert(network, found, layout, **adaptation)
+    channels = conversion.first_kernel(conversion.flatten(variables)).shape[2]
+    is_rgb = (layout.project, family) != facts.BGR
+    if is_of_imagenet := is_rgb and (classes_before, channels) == (1000, 3):
+        assumed.append("images are normalised as ImageNet's, which weights do not show")
     description = {
         "name": model,
         "model": fields.to_dict(),
         "num_classes": num_classes,
-        "image_channels": conversion.first_kernel(conversion.flatten(variables)).shape[2],
+        "image_channels": channels,
         "source": weights,
         "source_sha256": source_sha256,
         "names": layout.project,
         "assumed": assumed,
     }
-    if (classes_before, description["image_channels"]) == (1000, 3):  # they are of ImageNet
+    if is_of_imagenet:
         description |= {key: facts.IMAGENET[key] for key in ("mean", "std")}
     save(output, description, variables)
     return description

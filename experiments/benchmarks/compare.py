@@ -4,7 +4,6 @@ import argparse
 import concurrent.futures
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
 import statistics
@@ -20,6 +19,7 @@ from turns import Process, Unavailable, alternate
 
 from densejax import models
 from densejax.config import UserError
+from densejax.models.convolution import cores
 from densejax.runs import formats
 from experiments import script
 
@@ -113,7 +113,7 @@ def row(name: str, facts: Mapping, answers: Sequence[Mapping], batch_size: int) 
         "temp_bytes": None,
         "peak_rss_bytes": answers[-1]["peak_rss_bytes"],
         "compile_seconds": None,
-        "cores": os.cpu_count(),
+        "cores": cores(),
         **facts,
         "idle_cores": sum(a["idle_processor_seconds"] for a in idle) / waited if waited else None,
         "tries": tries,
@@ -198,7 +198,7 @@ def text(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     for found in rows:
         versions |= found["versions"]
     devices = sorted({found["device"] for found in rows})
-    facts = [f"{'; '.join(devices)}; {os.cpu_count()} cores"]
+    facts = [f"{'; '.join(devices)}; {cores()} cores"]
     facts += [f"{name} {version}" for name, version in versions.items()]
     return f"{title}\n{', '.join(facts)}\n{formats.table(cells, right=8)}"
 

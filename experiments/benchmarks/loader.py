@@ -12,7 +12,6 @@ import contextlib
 import functools
 import io
 import json
-import os
 import pathlib
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import time
 import numpy as np
 from PIL import Image
 
+from densejax.models.convolution import cores
 from experiments import script
 
 SIZE = 224
@@ -170,7 +170,7 @@ def main() -> None:
             for kind in ("folder", "array_record")
         }
     result = {
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "bytes_per_image": bytes_per_image,
         "decoder_images_per_core_second": rates,
         "loader_images_per_second_by_workers": loader,

@@ -3,9 +3,8 @@
 Command: python experiments/benchmarks/startup.py --model=densenet_40_12 [--format=json]
 
 Every try is a process of its own that imports, reads the data (digits resized to 32x32), builds,
-draws the parameters and takes one step; run directory and logs are left out.
-Cold: an empty compilation cache. Warm: the cache that the cold
-try before it has left.
+draws the parameters and takes one step; run directory and logs are left out. Cold: an empty
+compilation cache. Warm: the cache that the cold try before it has left.
 """
 
 import argparse
@@ -75,10 +74,12 @@ def main() -> None:
                 seconds[name].append(measure(options.model, options.batch_size, cache))
     import jax
 
+    from densejax.models.convolution import cores
+
     result = {
         "model": options.model,
         "batch_size": options.batch_size,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {cores()} cores",
         "jax": jax.__version__,
         "seconds_to_first_step": {
             name: {"median": statistics.median(tries), "all": tries}

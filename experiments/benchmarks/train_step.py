@@ -7,9 +7,9 @@ Command: python experiments/benchmarks/train_step.py --model=densenet_bc_100_12 
 `in_place` and `concat` are the package's own step in that block's form, `in_place:layer` with that
 recompute level, `densejax` is the step at the network's default fields. All start from the same
 weights and train on the same synthetic images, which lie on the device: uint8 for us and the plain
-flax network, normalised floats for the others, in their favour. The loss and the
-gradient of the first step must agree before anything is timed; later ones differ by rounding, in
-ResNet-50 by some percent.
+flax network, normalised floats for the others, in their favour. The loss and the gradient of the
+first step must agree before anything is timed; later ones differ by rounding, in ResNet-50 by some
+percent.
 """
 
 import compare

@@ -168,16 +168,6 @@ def test_command(command, tmp_path, known_network):
     assert answer == f"--output={tmp_path}/file: File exists; name another folder\n"
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_the_earlier_name_of_the_command_works(tmp_path, known_network, monkeypatch):
-    words = ["--workdir=runs/mine", f"--output={tmp_path}"]
-    monkeypatch.setattr(sys, "argv", ["densejax", *words])
-    with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
-        runpy.run_module("densejax.analysis.reuse", run_name="__main__")
-    assert (caught.value.code, known_network) == (0, ["runs/mine"])
-    assert (tmp_path / "reuse.npz").exists()
-
-
 def test_a_graph_of_one_s_own_is_drawn_as_it_reads():
     own = ((0,), (1, 0), (2, 0))  # of two layers; the second reads the first, then the input
     model, params = network("densenet_bc_40_12", depth=None, blocks=(2,), connect=own)

@@ -83,6 +83,20 @@ def test_other_arrays_are_other_data_and_extra_splits_train():
     assert found.train.size == 1437 + 360
 
 
+def test_measured_training_images_are_of_all_classes():
+    arrays = digits()
+    images, labels = arrays["train"]
+    order = np.argsort(labels, kind="stable")
+    data.add("mine", arrays | {"train": (images[order], labels[order])})
+    mesh = parallel.mesh()
+    measured = config(evaluate__train_images=100)
+    found = data.create(measured, parallel.replicated(mesh), parallel.split(mesh))
+    examples = found.evaluation["train"].examples(list(range(100)))
+    label_of = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
+    assert all(label_of[image.tobytes()] == label for image, label, _ in examples)
+    assert {label for _, label, _ in examples} == set(range(10))
+
+
 IMAGES, LABELS = np.arange(32, dtype=np.uint8).reshape(2, 4, 4, 1), np.array([0, 1])
 GOOD = {"train": (IMAGES, LABELS)}
 

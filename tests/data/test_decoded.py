@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from densejax import config as schema
@@ -36,6 +37,20 @@ def draw(root, counts=COUNTS, suffix="png"):
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return draw(tmp_path_factory.mktemp("folder") / "photos")
+
+
+def test_each_core_that_the_process_may_use_decodes(root, monkeypatch):
+    threads, pool = [], decoded.concurrent.futures.ThreadPoolExecutor
+
+    def counted(number):
+        threads.append(number)
+        return pool(number)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(decoded.concurrent.futures, "ThreadPoolExecutor", counted)
+    examples = encoded.Folder(epath.Path(root))
+    assert len(decoded.read(examples, np.arange(3), SIZE, RESIZE, 3)[0]) == 3
+    assert threads == [3]
 
 
 def config(root, **changes):

@@ -13,6 +13,7 @@ import pytest
 from densejax import data
 from densejax.config import UserError
 from densejax.data import encoded
+from densejax.data.added import ADDED
 from densejax.data.builders import DataError
 from densejax.data.official import STREAMED
 from tests import archives, photos
@@ -22,7 +23,7 @@ from tests.small import tiny
 def folder(tmp_path, **arguments):
     """The written files and the facts and splits that are found."""
     written = photos.make(tmp_path / "photos", **arguments)
-    return written, *encoded.open_splits("photos", "", str(tmp_path / "photos"))
+    return written, *encoded.open_splits("photos", "", str(tmp_path / "photos"), 0.2)
 
 
 def prepare(tmp_path, written, *tests):
@@ -61,7 +62,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
 def test_records_of_tfds_hold_the_same_examples_undecoded(tmp_path, tests):
     written, facts, splits = folder(tmp_path, train=3, val=2)
     prepare(tmp_path, written, *tests)
-    found_facts, found = encoded.open_splits("photos", str(tmp_path / "tfds"), "")
+    found_facts, found = encoded.open_splits("photos", str(tmp_path / "tfds"), "", 0.2)
     assert facts.test_split == "val"
     assert found_facts == dataclasses.replace(facts, test_split=tests[-1])
     for split in ("train", "test"):
@@ -82,13 +83,25 @@ def test_a_set_of_arrays_cannot_be_streamed(tmp_path):
     examples = [{"image": np.zeros((2, 2, 1), np.uint8), "label": 0}]
     archives.store(tmp_path, "arrays", features, {"train": examples, "test": examples})
     with pytest.raises(DataError, match="data.name = arrays: its images are arrays; set"):
-        encoded.open_splits("arrays", str(tmp_path), "")
+        encoded.open_splits("arrays", str(tmp_path), "", 0.2)
 
 
-@pytest.mark.parametrize("names", [("val", "validation"), ("train", "training")])
+@pytest.mark.parametrize("name", ["cifar10", "mine"])
+def test_a_set_of_arrays_is_refused_before_it_is_downloaded(name, monkeypatch):
+    monkeypatch.setitem(ADDED, "mine", None)
+    monkeypatch.setattr(encoded.builders, "prepare", lambda *arguments: pytest.fail("downloaded"))
+    changes = {"data__name": name, "data__storage": "stream", "data__image_size": 32}
+    with pytest.raises(UserError, match=f"data.name = {name}: its images are arrays; set data.st"):
+        data.info(tiny(**changes))
+
+
+@pytest.mark.parametrize(
+    "names", [("val", "validation"), ("train", "training"), ("Train", "train")]
+)
 def test_two_folders_of_one_split_are_refused(tmp_path, names):
     written, *_ = folder(tmp_path, train=3, val=2)
-    (tmp_path / "photos" / names[1]).mkdir()
+    for name in names:
+        (tmp_path / "photos" / name).mkdir(exist_ok=True)
     with pytest.raises(DataError, match=f"has {' and '.join(names)}, which mean the same"):
         encoded.open_splits("folder", "", str(tmp_path / "photos"), 0.25)
 
@@ -99,7 +112,7 @@ def test_a_label_that_is_no_class_is_named(tmp_path, monkeypatch):
     written, *_ = folder(tmp_path, train=3, val=2)
     monkeypatch.setattr(tfds.features.ClassLabel, "encode_example", lambda *_: 2)
     prepare(tmp_path, written, "validation")
-    _, found = encoded.open_splits("photos", str(tmp_path / "tfds"), "")
+    _, found = encoded.open_splits("photos", str(tmp_path / "tfds"), "", 0.2)
     with pytest.raises(DataError, match=r"train\[0\] .*: has label 2, not 0 to 1") as caught:
         found["train"][0]
     assert not isinstance(caught.value, encoded.ImageError)  # which are skipped
@@ -109,7 +122,7 @@ def test_a_worker_opens_records_without_running_what_their_files_name(tmp_path, 
     """The files may be others by then: they are read again where the examples are unpickled."""
     written, *_ = folder(tmp_path, train=1, val=1)
     prepare(tmp_path, written, "validation")
-    _, found = encoded.open_splits("photos", str(tmp_path / "tfds"), "")
+    _, found = encoded.open_splits("photos", str(tmp_path / "tfds"), "", 0.2)
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
     content = pickle.dumps(found["train"])
@@ -138,23 +151,25 @@ def test_an_official_set_has_its_official_size(tmp_path, monkeypatch):
         STREAMED["imagenet2012"], class_names=("0", "1"), splits={"train": 10, "test": 4}
     )
     monkeypatch.setitem(STREAMED, "tiny", facts)
-    assert encoded.open_splits("tiny", "", root)[0] == dataclasses.replace(facts, test_split="val")
+    assert encoded.open_splits("tiny", "", root, 0.2)[0] == dataclasses.replace(
+        facts, test_split="val"
+    )
     with pytest.raises(DataError, match="data.name = imagenet2012: found .*'train': 10.* expected"):
-        encoded.open_splits("imagenet2012", "", root)
+        encoded.open_splits("imagenet2012", "", root, 0.2)
 
 
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(DataError, match="folder .*/photos cannot be read .No such file"):
-        encoded.open_splits("photos", "", str(tmp_path / "photos"))
+        encoded.open_splits("photos", "", str(tmp_path / "photos"), 0.2)
     photos.make(tmp_path / "photos", train=1, val=1)
     (tmp_path / "photos/val/n03").mkdir()
     with pytest.raises(DataError, match="photos/val/n03 is no class of the training set"):
-        encoded.open_splits("photos", "", str(tmp_path / "photos"))
+        encoded.open_splits("photos", "", str(tmp_path / "photos"), 0.2)
     (tmp_path / "empty/train").mkdir(parents=True)
     with pytest.raises(DataError, match=r"empty/train has no class/image.jpg"):
-        encoded.open_splits("photos", "", str(tmp_path / "empty"))
+        encoded.open_splits("photos", "", str(tmp_path / "empty"), 0.2)
     with pytest.raises(DataError, match="data.name = photos: neither one of"):
-        encoded.open_splits("photos", str(tmp_path / "nothing"), "")
+        encoded.open_splits("photos", str(tmp_path / "nothing"), "", 0.2)
 
 
 def small(tmp_path):
@@ -180,7 +195,7 @@ def test_images_lie_at_any_depth_and_what_is_hidden_is_left_out(tmp_path):
     put(root / "train/0.jpg")  # of no class
     (root / "train/owl").symlink_to(tmp_path / "elsewhere")
     (root / "train/dog/.#0.jpg").symlink_to("an editor's lock")
-    facts, splits = encoded.open_splits("photos", "", str(root))
+    facts, splits = encoded.open_splits("photos", "", str(root), 0.2)
     assert facts.class_names == ("cat", "dog", "owl")
     found = [(label, place) for _, label, place in map(splits["train"].__getitem__, range(7))]
     dog = ["0.jpg", "a.jpg/3.TIF", "b/9.jpg", "b-c/2.webp", "b/x/1.JPEG"]
@@ -202,7 +217,7 @@ def test_splits_have_folders(tmp_path, folders, splits, test):
     for number, split in enumerate(folders, 1):
         for index in range(number):
             put(tmp_path / split / f"cat/{index}.jpg")
-    facts, found = encoded.open_splits("photos", "", str(tmp_path))
+    facts, found = encoded.open_splits("photos", "", str(tmp_path), 0.2)
     assert (tuple(facts.splits), facts.test_split) == (splits, test)
     for split in found:
         folder = test if split == "test" else folders[splits.index(split)]
@@ -262,20 +277,20 @@ def test_a_test_set_without_labels_is_no_part_of_imagenet(tmp_path, monkeypatch)
         STREAMED["imagenet2012"], class_names=("0", "1"), splits={"train": 2, "test": 1}
     )
     monkeypatch.setitem(STREAMED, "tiny", facts)
-    assert encoded.open_splits("tiny", "", str(tmp_path))[0].test_split == "val"
+    assert encoded.open_splits("tiny", "", str(tmp_path), 0.2)[0].test_split == "val"
 
 
 def test_files_that_are_no_images_by_their_name_are_counted(tmp_path):
     root = small(tmp_path)
     for name in ("train/cat/1.heic", "train/cat/2.HEIC", "train/notes.txt", "train/dog/.hidden"):
         (root / name).write_text("something")
-    train = encoded.open_splits("photos", "", str(root))[1]["train"]
+    train = encoded.open_splits("photos", "", str(root), 0.2)[1]["train"]
     assert train.left_out == {".heic": 1, ".HEIC": 1, "outside any class": 1}
 
 
 def refused(root):
     with pytest.raises(DataError) as caught:
-        encoded.open_splits("photos", "", str(root))
+        encoded.open_splits("photos", "", str(root), 0.2)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -323,7 +338,7 @@ def test_a_name_is_bytes_and_shown_in_one_line(tmp_path):
     content = photos.encode(photos.photo(30, 20))
     with open(latin, "wb") as file:
         file.write(content)
-    train = encoded.open_splits("photos", "", str(root))[1]["train"]
+    train = encoded.open_splits("photos", "", str(root), 0.2)[1]["train"]
     assert train[1] == (content, 0, latin)
     os.remove(latin)
     with pytest.raises(encoded.ImageError, match=r"cat/caf\\udce9\\n\\x1b\[31m.jpg: No such file"):
@@ -335,7 +350,7 @@ def test_an_accent_is_the_same_however_a_file_system_spells_it(tmp_path, forms):
     for split, form in zip(("train", "val"), forms, strict=True):
         put(tmp_path / split / unicodedata.normalize(form, "\u00e9tang") / "0.jpg")
         put(tmp_path / split / "zoo/0.jpg")
-    facts, splits = encoded.open_splits("photos", "", str(tmp_path))
+    facts, splits = encoded.open_splits("photos", "", str(tmp_path), 0.2)
     for split in splits.values():
         labels = {os.path.basename(os.path.dirname(place)): label for _, label, place in split}
         assert labels.pop("zoo") == facts.class_names.index("zoo")
@@ -346,7 +361,7 @@ def test_what_is_no_file_is_an_image_that_cannot_be_read(tmp_path):
     root = small(tmp_path)
     (root / "train/cat/1.jpg").symlink_to("gone")
     os.mkfifo(root / "train/cat/2.jpg")
-    train = encoded.open_splits("photos", "", str(root))[1]["train"]
+    train = encoded.open_splits("photos", "", str(root), 0.2)[1]["train"]
     for index, problem in ((1, "1.jpg: No such file"), (2, "2.jpg: it is no regular file")):
         with pytest.raises(encoded.ImageError, match=f"{root}/train/cat/{problem}"):
             train[index]
@@ -356,7 +371,7 @@ def test_a_set_of_other_features_is_named(monkeypatch):
     builder = types.SimpleNamespace(info=types.SimpleNamespace(features={"text": "bytes"}))
     monkeypatch.setattr(encoded.builders, "prepare", lambda *_: builder)
     with pytest.raises(DataError, match="words: needs image and label, a ClassLabel; has .*text"):
-        encoded.open_splits("words", "", "")
+        encoded.open_splits("words", "", "", 0.2)
 
 
 def test_a_damaged_record_is_an_image_that_cannot_be_read(tmp_path):
@@ -366,6 +381,6 @@ def test_a_damaged_record_is_an_image_that_cannot_be_read(tmp_path):
     content = bytearray(path.read_bytes())
     content[1000:3000] = bytes(2000)
     path.write_bytes(content)
-    train = encoded.open_splits("photos", str(tmp_path / "tfds"), "")[1]["train"]
+    train = encoded.open_splits("photos", str(tmp_path / "tfds"), "", 0.2)[1]["train"]
     with pytest.raises(encoded.ImageError, match=r"train\[0\]: "):
         train[0]

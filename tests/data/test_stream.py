@@ -81,7 +81,7 @@ def reference(root):
 
 
 def test_a_batch_is_the_crops_of_the_epochs_permutation(root, reference):
-    splits = encoded.open_splits("photos", "", str(root))[1]
+    splits = encoded.open_splits("photos", "", str(root), 0.2)[1]
     for step, batch in enumerate(reference):
         epoch, index = divmod(step, 28 // BATCH)
         order = permutation(0, epoch, 28)[index * BATCH : (index + 1) * BATCH]
@@ -225,7 +225,7 @@ def test_two_real_processes_hold_the_batch_of_one(root, reference, tmp_path):
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_test_image_comes_once_and_in_order(root, workers):
     test = create(root, data__workers=workers).evaluation["test"]
-    examples = encoded.open_splits("photos", "", str(root))[1]["test"]
+    examples = encoded.open_splits("photos", "", str(root), 0.2)[1]["test"]
     found = [arrays(batch) for batch in test.evaluation()]
     assert test.size == 10 and [batch["mask"].sum() for batch in found] == [8, 2]
     whole = {key: np.concatenate([batch[key] for batch in found]) for key in found[0]}
@@ -240,7 +240,7 @@ def test_every_test_image_comes_once_and_in_order(root, workers):
 def test_ten_crops_are_taken_from_the_middle_square(root):
     test = create(root, evaluate__crop_size=32).evaluation["test"]
     batch = next(test.evaluation())
-    examples = encoded.open_splits("photos", "", str(root))[1]["test"]
+    examples = encoded.open_splits("photos", "", str(root), 0.2)[1]["test"]
     crop = images.evaluation_crop(examples[3][0], 40, resize=40)
     np.testing.assert_array_equal(batch["image"][3], crop)
     views = data.preparation(config(root, evaluate__crop_size=32)).views(batch["image"])
@@ -254,7 +254,7 @@ def test_held_out_images_do_not_train(root):
     train = streams.train._source
     assert kept.examples is train.examples and len(kept.indices) == 5
     assert sorted([*kept.indices, *train.indices]) == list(range(28))
-    expected = data.hold_out(28, 5)
+    expected = data.hold_out(28, 5, 0, None)
     np.testing.assert_array_equal(train.indices, expected[0])
     assert (streams.train.size, streams.train.steps_per_epoch) == (23, 2)
 
@@ -332,7 +332,8 @@ def test_a_set_of_damaged_images_is_no_endless_search(tmp_path):
 
 def test_what_is_not_installed_is_named(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
-    with pytest.raises(UserError, match=r"needs grain: pip install 'densejax-lab\[imagenet\]'"):
+    message = r"needs grain: make imagenet, or pip install 'densejax-lab\[imagenet\]'$"
+    with pytest.raises(UserError, match=message):
         create(root)
 
 
@@ -437,7 +438,7 @@ def test_a_run_from_a_folder_to_its_result(root, tmp_path, capsys):
     )
     assert result.returncode == 0, result.stderr
     assert "leaked" not in result.stderr and "Traceback" not in result.stderr
-    assert "on 10 images of the split 'val'; " in result.stdout
+    assert "on 10 images of the split 'val'\n" in result.stdout
     summary = json.loads((path / "summary.json").read_text())
     assert [summary[key] for key in ("test_examples", "steps", "test_split")] == [10, 3, "val"]
     assert loop.run(config(root, **changes | {"data__workers": 0}), str(path), "eval") == 0

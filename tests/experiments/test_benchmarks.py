@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -150,8 +151,10 @@ def rows():
     ]
 
 
-def test_a_row_is_the_median_of_all_turns():
+def test_a_row_is_the_median_of_all_turns(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
     ours, flax, *_ = rows()
+    assert ours["cores"] == 3  # those that the process may use
     assert (ours["seconds_per_step"], ours["images_per_second"]) == (2, 4)
     assert ours["tries"] == [3, 1, 2]
     assert (ours["compile_seconds"], ours["temp_bytes"]) == (None, None)

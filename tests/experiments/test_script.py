@@ -1,6 +1,8 @@
 """Bad input of the small scripts is one line and exit code 2, and nothing is written."""
 
 import json
+import pathlib
+import subprocess
 import sys
 
 import curve
@@ -9,6 +11,9 @@ import pods
 import pytest
 import script
 import without_training
+
+import densejax
+from densejax.config import UserError
 
 
 @pytest.mark.parametrize(
@@ -31,7 +36,7 @@ import without_training
         (pods, "--output=file --report", "file: File exists"),
         (pods, "--output=empty --cuda_python=/no/python", "/no/python: No such file"),
         (pods, "--output=damaged --report", "damaged/densenet121-h100-8.json is damaged"),
-        (layouts, "--output=a --runs=file", "file/1x1-shard_map-float64: Not a directory"),
+        (layouts, "--output=a --runs=file", "HERE/file/1x1-shard_map-float64: Not a directory"),
         (layouts, "--output=a --runs=", "argument --runs: name a file or a folder"),
     ],
 )
@@ -48,8 +53,15 @@ def test_bad_input_is_one_line(module, flags, message, monkeypatch, tmp_path, ca
         script.run(module.main)
     said = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and len(said) <= 2  # pods.py says first what it compiles
-    assert said[-1].startswith(f"densejax: {message}")
+    assert said[-1].startswith(f"densejax: {message.replace('HERE', str(tmp_path))}")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_process_without_end_is_ended():
+    endless = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+    with pytest.raises(UserError, match="^run: a process went on after 0.1 seconds; output0 and"):
+        layouts.wait("run", [endless], seconds=0.1)
+    assert endless.wait() < 0
 
 
 def test_curve_draws_a_run_whose_last_line_is_torn(tmp_path):
@@ -60,3 +72,19 @@ def test_curve_draws_a_run_whose_last_line_is_torn(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     curve.draw(tmp_path, tmp_path / "curve")
     assert (tmp_path / "curve").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_cell_is_compiled_again_where_its_code_is_newer(monkeypatch, tmp_path):
+    digests, compiled = {"densejax": "a", "topology": "b"}, []
+    root = pathlib.Path(densejax.__file__).parent
+
+    def run(command, **options):
+        compiled.append(dict(digests))
+        return subprocess.CompletedProcess(command, 0, "{}", "")
+
+    monkeypatch.setattr(pods.workdir, "code_digest", lambda folder=root: digests[folder.name])
+    monkeypatch.setattr(pods.subprocess, "run", run)
+    for changed in ({}, {}, {"topology": "c"}, {"densejax": "d"}):
+        digests |= changed
+        pods.compile_cell("densenet121", "h100:8", "python", tmp_path / "cell.json")
+    assert [list(found.values()) for found in compiled] == [["a", "b"], ["a", "c"], ["d", "c"]]

@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 import run as runner
 import sweeps
@@ -208,6 +210,7 @@ def test_the_kinds_differ_in_how_they_are_joined(base, card):
 def test_few_images_are_seen_as_often(base, card, monkeypatch):
     monkeypatch.setattr(base, "steps", 100)  # 20 epochs
     monkeypatch.setattr(base, "train_images", 1437)
+    monkeypatch.setattr(base.config.evaluate, "train_images", 1000)
     found = {run.axes["train_size"]: read(run, card) for run in sweeps.train_size(base)}
     assert sorted(found) == [500, 1437]
     assert found[500].train.epochs == 100  # one batch of 256 in each
@@ -215,11 +218,18 @@ def test_few_images_are_seen_as_often(base, card, monkeypatch):
     # As many steps of warm-up and between two checkpoints as the card has, whose epoch has five.
     assert (found[500].optimizer.warmup_epochs, found[500].checkpoint.every_epochs) == (2.5, 5)
     assert found[500].data.train_size == 500 and found[1437].data.train_size == 0
+    assert found[500].evaluate.train_images == 500
 
 
 def test_no_set_is_smaller_than_a_batch():
     base = sweeps.Base(small.tiny(**CHANGES, train__batch_size=600))
     assert {run.axes["train_size"] for run in sweeps.train_size(base)} == {base.train_images}
+
+
+def test_a_cutout_of_about_half_a_side_is_even(base, monkeypatch):
+    monkeypatch.setattr(base, "image_shape", (14, 14, 1))
+    cutouts = [run.overrides.get("augmentation.cutout") for run in sweeps.recipe(base)]
+    assert [size for size in cutouts if size] == [6]
 
 
 def test_test_images_choose_no_learning_rate(base, card):
@@ -508,6 +518,23 @@ def test_runs_of_equal_time_take_as_many_steps_as_fit_into_it(sweep, monkeypatch
         assert config.train.max_steps == steps == experiment.build(config).steps
 
 
+def test_latency_times_what_predict_computes(sweep, monkeypatch):
+    first, second, *_ = sweep[0]
+    words = (*second.arguments, "--config.train.dtype=bfloat16")  # float32 on a CPU
+    apply, traced = models.FAMILIES["densenet"].apply, []
+
+    def noted(model, *arguments):
+        traced.append((model.dtype, jax.config.jax_default_matmul_precision))
+        return apply(model, *arguments)
+
+    monkeypatch.setattr(models.FAMILIES["densenet"], "apply", noted)
+    monkeypatch.setattr(runner, "in_turns", lambda programs, calls: dict.fromkeys(programs, 0.1))
+    runner.latency([first, dataclasses.replace(second, arguments=words)])
+    assert traced == [(jnp.float32, "float32")] * 2 + [(jnp.float32, "default")] * 2
+    measured = json.loads((first.path.parent / "latency.json").read_text())
+    assert measured["seconds"] == {name: {"1": 0.1, "64": 0.1} for name in ("n0", "n1")}
+
+
 def test_programs_are_timed_in_turns(monkeypatch):
     now, order = [0.0], []
 
@@ -557,6 +584,8 @@ def test_the_best_rate_of_each_kind(tmp_path):
         (folder / "sweep.json").write_text(json.dumps({"axes": axes}))
         write(folder, accuracy=accuracy)
     root = runner.epath.Path(tmp_path)
+    with pytest.raises(UserError, match="--learning_rates=.*/none: there is no such folder; name"):
+        runner.best_rates(root / "none")
     found = {"dense": 0.1, "one_shot": 0.2, "vovnet": 0.2}  # a VoVNet's layers are joined alike
     assert runner.best_rates(root) == found
     write(folder, "test")
@@ -625,6 +654,9 @@ def test_bad_input_is_one_line(tmp_path):
     done = call(*words[:2], f"--root={tmp_path}/file")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith(f"densejax: --root={tmp_path}/file: give a folder")
+    done = call(*words, "--learning_rates=~/none")
+    says = f"densejax: --learning_rates={pathlib.Path.home()}/none: there is no such folder"
+    assert done.returncode == 2 and done.stderr.startswith(says)
     words = ("--sweep=connectivity", "--config=configs/d2l_fashion_mnist.py", f"--root={tmp_path}")
     done = call(*words, "--dry_run")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

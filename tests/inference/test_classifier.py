@@ -160,3 +160,5 @@ def test_the_network_alone_needs_no_facts_of_images(weights, classes):
 def test_weights_are_for_the_middle_of_files(weights):
     assert classifier.load(weights(num_classes=1000)).resize_size == 256  # torchvision's
     assert classifier.load(weights(**FACTS)).resize_size == 0  # small images are not cropped
+    tall = FACTS | {"image_shape": [128, 96, 3]}
+    assert classifier.load(weights(**tall)).resize_size == 0  # a file has a middle of that shape

@@ -158,6 +158,7 @@ def test_a_damaged_directory_is_refused_in_one_line(damage, folder):
     with pytest.raises(UserError) as caught:
         store.load(str(folder))
     assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value)
+    assert "`adapt`" not in str(caught.value)  # which a directory is past
 
 
 def test_a_field_that_is_newer_than_the_directory_has_its_default(folder):
@@ -305,6 +306,22 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_a_network_that_halves_elsewhere_is_another(tmp_path):
+    """A max-pooling has no variables that would show where it is."""
+    small_hardnet = {"family": "hardnet", "stem_widths": (4, 4), "blocks": (1, 1)}
+    small_hardnet |= {"growth_rates": (2, 2), "output_widths": (4, 4)}
+    first, second = (
+        models.completed(small_hardnet | {"downsampling": blocks}) for blocks in ((1,), (2,))
+    )
+    variables = variables_of(models.create(first, 7))
+    description = {"model": first, "num_classes": 7, "image_channels": 3}
+    store.save(str(tmp_path / "weights"), description, variables)
+    load = functools.partial(store.load_for, str(tmp_path / "weights"), expected=variables)
+    small.assert_same_bits(load(first), variables)
+    with pytest.raises(UserError, match=r"model.downsampling = \(1,\), not \(2,\)$"):
+        load(second)
+
+
 # Runs that start from another project's file.
 
 
@@ -378,6 +395,11 @@ def test_a_file_of_a_thousand_classes_is_of_imagenet(tmp_path, monkeypatch, clas
     assert load()["params"].keys() == variables["params"].keys()
     if fits:
         assert load(of_imagenet=True)
+        monkeypatch.setattr(facts, "BGR", ("torchvision", "densenet"))
+        store.convert_file("small", str(path), str(tmp_path / "folder"))
+        assert "mean" not in json.loads((tmp_path / "folder" / "model.json").read_text())
+        with pytest.raises(UserError, match="^train.weights = .* the order blue, green, red, "):
+            load(of_imagenet=True)
     else:
         with pytest.raises(UserError, match="data.normalization = 'weights': nothing says how"):
             load(of_imagenet=True)
@@ -406,11 +428,21 @@ def test_a_new_classifier_leaves_out_that_of_a_run():
 def test_a_run_that_is_older_than_a_key_is_taken_all_the_same(tmp_path):
     path = shutil.copytree(small.trained(), tmp_path / "run")
     config = json.loads((path / "config.json").read_text())
-    del config["checkpoint"]["select"], config["train"]["weights"]
+    del config["checkpoint"]["select"], config["train"]["weights"], config["optimizer"]["drop_at"]
     (path / "config.json").write_text(json.dumps(config))
     assert pretrained.digest(str(path)) == pretrained.digest(str(small.trained()))
     portable.write(classifier.load(path), path, "timm", str(tmp_path / "out"))
-    assert "from random weights" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "from random weights" in card and "drop_at" not in card  # it has the default
+
+
+def test_a_run_that_is_said_to_be_of_another_network_is_named(tmp_path):
+    path = shutil.copytree(small.trained(), tmp_path / "run")
+    config = json.loads((path / "config.json").read_text())
+    config["model"]["growth_rate"] += 1
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"^{path}: the weights do not fit the network: "):
+        store.load(str(path))
 
 
 # A network without BatchNorm, whose layers have names of their own.
