@@ -25,8 +25,8 @@ OUTPUT = flags.DEFINE_string("output", None, "The file or folder to write.")
 NAMES = flags.DEFINE_string(
     "names",
     None,
-    "Writes weights with the names of torchvision, timm or authors; without this flag, a program "
-    "in StableHLO.",
+    "Writes weights with the names of another project, such as torchvision, timm or authors; "
+    "without this flag, a program in StableHLO.",
 )
 ALLOWED = ("cpu", "cuda", "rocm", "tpu")
 PLATFORMS = flags.DEFINE_list(

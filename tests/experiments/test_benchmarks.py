@@ -286,9 +286,8 @@ def test_traffic_of_a_small_step():
         for name in ("concat", "flax"):
             row = traffic.analyse(work, name, "cpu")
             assert not row["is_void"] and row["convolutions"] > 0
-            assert row["bytes"] == pytest.approx(
-                row["compiler_bytes"], rel=0.01
-            )  # no loop is in it
+            if name == "flax":  # no loop is in it, whose body the compiler would count once
+                assert row["bytes"] == pytest.approx(row["compiler_bytes"], rel=0.01)
             assert "VOID" not in traffic.text([row], work)
             assert "VOID" in traffic.text([row | {"is_void": True}], work)
 
