@@ -109,8 +109,8 @@ def evaluate(
         # There is no sum along rows, and fewer arrays are in use than in training. On two cores of
         # an Intel Xeon with a cache of 2 MB each, DenseNet-BC-100 took 0.31 s with pieces of 16 MB
         # and 0.42 s with 2 MB. With 0.5 MB each, on an AMD EPYC, it took 0.72 and 0.59 s, and
-        # 0.52 s with 4 MB. So these pieces have about four times the size of the caches. If each core
-        # is a device, their size hardly matters (0.42 to 0.44 s there with 0.25 to 4 MB).
+        # 0.52 s with 4 MB. So these pieces have about four times the size of the caches. If each
+        # core is a device, their size hardly matters: 0.42 to 0.44 s with 0.25 to 4 MB there.
         size = plan.piece_bytes * cache_bytes() / 2**19
         plan = dataclasses.replace(plan, channels_first=False, piece_bytes=size)
         features = _with_room(x, settings.graph)
