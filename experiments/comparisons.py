@@ -4,24 +4,15 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from figures import say
 from scipy import stats
+from sweep_runs import Group, half_width, say
 from sweeps import COMPARISONS, differences, origin
 
 LEVEL, FEWEST = 0.01, 8  # "better" needs a p below this, and at least so many seeds
 # What two kinds of networks may differ in: the network, and its own best learning rate.
 OWN = ("config.model.", "config.optimizer.learning_rate")
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Half of the 95 % t interval of a mean; NaN of fewer than two values."""
-    if len(values) < 2:
-        return math.nan
-    quantile = stats.t.ppf(0.975, len(values) - 1)
-    return float(quantile * statistics.stdev(values) / math.sqrt(len(values)))
 
 
 def t_test(first: Sequence[float], second: Sequence[float]) -> float:
@@ -79,7 +70,7 @@ class Comparison:
     conclusion: str = ""
 
 
-def compare(sweep: str, groups: Sequence[Any]) -> list[Comparison]:
+def compare(sweep: str, groups: Sequence[Group]) -> list[Comparison]:
     """The comparisons that were written down for a sweep; [] if there are none with two seeds.
 
     Pairs are runs of the same seed. Comparisons that have not been run count in the correction.

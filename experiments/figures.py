@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator
 from matplotlib.transforms import Bbox
-from sweeps import ADDING
+from sweep_runs import Group, Run, numeric, say
 
 from densejax import config as schema
 from densejax.analysis import plots, reuse
@@ -41,7 +41,6 @@ PATHS = {
 }
 MOST = 5  # lines that a panel has room for
 FAR = 4  # times the median error: a network that is worse would squeeze all others into a line
-FAMILIES = {"vovnet": "VoVNet", "rdnet": "RDNet", "hardnet": "HarDNet"}
 # The colour (a number in plots.COLORS) of each kind; kinds that add have squares and dashes.
 CONCATENATING = {"dense": 0, "one-shot": 2, "exponential": 5, "window": 4, "hardnet": 3}
 CONCATENATING |= {"random": 7, "chain": 6}
@@ -52,50 +51,26 @@ LOOKS |= {"VoVNet": (2, "^", plots.DASHES[2]), "RDNet": (0, "^", plots.DASHES[2]
 LOOKS |= {"HarDNet": (3, "^", plots.DASHES[2])}
 
 
-def say(value: Any) -> str:
-    """A value of an axis for people."""
-    return value.replace("_", "-") if isinstance(value, str) else str(value)
-
-
-def kind_of(family: str, connect: Any) -> str:
-    """What a network is called by how it joins layers."""
-    if family in FAMILIES:
-        return FAMILIES[family]
-    if not isinstance(connect, str):
-        return "its own graph"
-    return say(ADDING.get(connect, connect) if family == "resnet" else connect)
-
-
 def style(kind: str) -> dict[str, Any]:
     """Colour, marker and dashes of a kind of network; options such as ":size=2" do not matter."""
     color, marker, dashes = LOOKS.get(kind.partition(":")[0], (6, "D", plots.DASHES[2]))
     return {"color": plots.COLORS[color], "marker": marker, "linestyle": dashes}
 
 
-def styles(groups: Sequence[Any]) -> list[dict[str, Any]]:
+def styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """As `style` of each group; where a kind is repeated, each has a look of its own."""
     if len({group.kind for group in groups}) == len(groups):
         return [style(group.kind) for group in groups]
     return [plots.style(number) for number in range(len(groups))]
 
 
-def numeric(groups: Sequence[Any], least: int = 3) -> list[str]:
-    """The axes whose values are numbers, at least `least` different ones."""
-    found = []
-    for axis in groups[0].axes:
-        values = {group.axes.get(axis) for group in groups}
-        if len(values) >= least and {type(value) for value in values} <= {int, float}:
-            found.append(axis)
-    return found
-
-
-def error_of(groups: Sequence[Any]) -> str:
+def error_of(groups: Sequence[Group]) -> str:
     """The name of the groups' error, which says on what images it was measured."""
     return f"{' or '.join(sorted({group.split for group in groups}))} error (%)"
 
 
 def mark(
-    axes: Axes, x: Sequence[float], groups: Sequence[Any], quantity: str, label: str = "", **look
+    axes: Axes, x: Sequence[float], groups: Sequence[Group], quantity: str, label: str = "", **look
 ) -> None:
     """Means of a quantity in [0, 1] at x, with intervals."""
     means = [100 * group.mean(quantity) for group in groups]
@@ -137,7 +112,7 @@ def annotate(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> Non
         taken.append(box)
 
 
-def curve(group: Any) -> tuple[list[float], list[float]]:
+def curve(group: Group) -> tuple[list[float], list[float]]:
     """(epochs, training errors as it learns): means over the group's runs."""
     by_epoch = {}
     for record in itertools.chain.from_iterable(run.records for run in group.runs):
@@ -152,7 +127,7 @@ def legend(axes: Axes) -> None:
     plots.legend(axes, 1 if longest > 20 else 2)
 
 
-def curves(groups: Sequence[Any], limits: tuple[float, float]) -> Figure:
+def curves(groups: Sequence[Group], limits: tuple[float, float]) -> Figure:
     """Error over epochs: lines are training, as it learns; marks at the end are the result."""
     figure, (axes,) = plots.figure(width=4.0)
     for group, look in zip(groups, styles(groups), strict=True):
@@ -168,7 +143,7 @@ def curves(groups: Sequence[Any], limits: tuple[float, float]) -> Figure:
     return figure
 
 
-def front(groups: Sequence[Any], quantity: str) -> list[Any]:
+def front(groups: Sequence[Group], quantity: str) -> list[Group]:
     """The Pareto front: no other group has both less of the quantity and no larger error."""
     best, found = math.inf, []
     for group in sorted(groups, key=lambda g: (g.mean(quantity), g.mean("error"))):
@@ -178,7 +153,7 @@ def front(groups: Sequence[Any], quantity: str) -> list[Any]:
     return found
 
 
-def against(groups: Sequence[Any], quantity: str, numbers: str = "") -> Figure:
+def against(groups: Sequence[Group], quantity: str, numbers: str = "") -> Figure:
     """Error over a quantity of COSTS or PATHS, a mark for each group; costs also have the front.
 
     A thin line joins the marks of one kind.
@@ -227,7 +202,7 @@ def against(groups: Sequence[Any], quantity: str, numbers: str = "") -> Figure:
     return figure
 
 
-def along(groups: Sequence[Any], axis: str) -> Figure:
+def along(groups: Sequence[Group], axis: str) -> Figure:
     """Error along an axis of numbers: test solid, training (not augmented) dotted without marks.
 
     Groups that are alike on the other axes make a line. If no two groups of one kind of network
@@ -271,7 +246,7 @@ def along(groups: Sequence[Any], axis: str) -> Figure:
     return figure
 
 
-def gaps(groups: Sequence[Any]) -> Figure:
+def gaps(groups: Sequence[Group]) -> Figure:
     """Training (not augmented) and test error of each group, joined by a line."""
     labels = [plots.short(group.label(), 36) for group in groups]
     size = {"width": 3.0 + 0.08 * max(map(len, labels)), "height": 1.0 + 0.22 * len(groups)}
@@ -292,7 +267,7 @@ def gaps(groups: Sequence[Any]) -> Figure:
     return figure
 
 
-def of_costs_and_paths(groups: Sequence[Any], what: str) -> Iterator[tuple[str, str, Figure]]:
+def of_costs_and_paths(groups: Sequence[Group], what: str) -> Iterator[tuple[str, str, Figure]]:
     """As `of_sweep`: error against each quantity in which the groups differ by 5 % or more."""
     alike = all(group.axes.keys() == groups[0].axes.keys() for group in groups)
     numbers = numeric(groups, least=2)[:1] if alike else []
@@ -305,7 +280,7 @@ def of_costs_and_paths(groups: Sequence[Any], what: str) -> Iterator[tuple[str, 
             yield quantity, f"{text}.", against(groups, quantity, *numbers)
 
 
-def near(groups: Sequence[Any]) -> tuple[list[Any], str]:
+def near(groups: Sequence[Group]) -> tuple[list[Group], str]:
     """(those whose error is at most `FAR` times the median, what a caption says of the others)."""
     limit = FAR * statistics.median(group.mean("error") for group in groups)
     far = [group for group in groups if group.mean("error") > limit]
@@ -314,7 +289,7 @@ def near(groups: Sequence[Any]) -> tuple[list[Any], str]:
     return [group for group in groups if group not in far], said
 
 
-def of_sweep(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:
+def of_sweep(groups: Sequence[Group]) -> Iterator[tuple[str, str, Figure]]:
     """(file name, caption, figure) of all that can be drawn of a sweep's groups."""
     groups, said = near(groups)
     for name, text, figure in _of_sweep(groups):
@@ -343,7 +318,7 @@ def _of_sweep(groups):
         yield f"curves{part.replace(' ', '_')}", text, curves(panel, limits)
 
 
-def of_all(groups: dict[str, list[Any]]) -> Iterator[tuple[str, str, Figure]]:
+def of_all(groups: dict[str, list[Group]]) -> Iterator[tuple[str, str, Figure]]:
     """As `of_sweep`, for the networks of all sweeps that have the most common recipe.
 
     The learning rate is no part of the recipe: each kind of network has its own best rate.
@@ -372,7 +347,7 @@ def of_all(groups: dict[str, list[Any]]) -> Iterator[tuple[str, str, Figure]]:
             yield name, text + said, figure
 
 
-def heat_maps(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:
+def heat_maps(groups: Sequence[Group]) -> Iterator[tuple[str, str, Figure]]:
     """As `of_sweep`: what the layers of each group's first network read, if its weights exist."""
     for group in groups:
         run = group.runs[0]
@@ -387,7 +362,7 @@ def heat_maps(groups: Sequence[Any]) -> Iterator[tuple[str, str, Figure]]:
             yield f"reuse_{run.name}", caption, plots.heat_maps(maps)
 
 
-def of_assessment(run: Any) -> Iterator[tuple[str, str, Figure]]:
+def of_assessment(run: Run) -> Iterator[tuple[str, str, Figure]]:
     """As `of_sweep`: which classes a run's network confuses, and how well it is calibrated."""
     found = run.assessment
     counts, names = np.array(found["confusion"]), found["classes"]["name"]

@@ -1,7 +1,4 @@
-"""The page of experiments/report.py: tables, figures, and where every number comes from.
-
-Sweeps and runs are those of experiments/report.py.
-"""
+"""The page of experiments/report.py: tables, figures, and where every number comes from."""
 
 import base64
 import dataclasses
@@ -16,8 +13,8 @@ from typing import Any
 import figures
 from comparisons import FEWEST, LEVEL, compare
 from etils import epath
-from figures import say
 from matplotlib.figure import Figure
+from sweep_runs import Group, Run, say
 from sweeps import SWEEPS, differences
 
 from densejax.analysis import plots
@@ -89,7 +86,7 @@ def spread(mean: float, half: float, form: str = "{:.2f}") -> tuple[float, str]:
     return shown(mean, lambda mean: form.format(mean) + (f" ± {half:.2f}" if half == half else ""))
 
 
-def table(groups: Sequence[Any]) -> Table:
+def table(groups: Sequence[Group]) -> Table:
     """The table of a sweep's groups."""
 
     def points(quantity):
@@ -108,7 +105,7 @@ def table(groups: Sequence[Any]) -> Table:
         return f"{100 * mismatch:+.2f}"
 
     splits = sorted({group.split for group in groups})
-    columns: dict[str, Callable[[Any], tuple[Any, str]]] = {
+    columns: dict[str, Callable[[Group], tuple[Any, str]]] = {
         **{
             name.replace("_", " "): lambda group, name=name: shown(group.axes.get(name))
             for name in groups[0].axes
@@ -138,7 +135,7 @@ def table(groups: Sequence[Any]) -> Table:
     return Table(list(columns), rows, best if len(groups) > 1 and len(splits) == 1 else None)
 
 
-def table_of_comparisons(sweep: str, groups: Sequence[Any]) -> Table | None:
+def table_of_comparisons(sweep: str, groups: Sequence[Group]) -> Table | None:
     """The comparisons that were written down; None if there are none, or none is possible yet."""
     head = ["difference of", "n", f"accuracy (points) {INTERVAL}", "p (paired t test)"]
     head += ["p (sign flips, exact)", "p (t test, by Holm)", "first against second"]
@@ -154,7 +151,7 @@ def table_of_comparisons(sweep: str, groups: Sequence[Any]) -> Table | None:
     return Table(head, rows) if rows else None
 
 
-def facts(groups: Sequence[Any]) -> str:
+def facts(groups: Sequence[Group]) -> str:
     """The data, epochs, devices, dates and code of the runs of some groups, in one line."""
     found = {"data": set(), "epochs": set(), "device": set(), "date": set(), "code": set()}
     for run in (run for group in groups for run in group.runs):
@@ -180,7 +177,7 @@ def question(name: str) -> str:
     return made.__doc__.splitlines()[0].replace("*", "") if made else ""
 
 
-def markdown(sweeps: dict[str, list[Any]], groups: dict[str, list[Any]]) -> str:
+def markdown(sweeps: dict[str, list[Run]], groups: dict[str, list[Group]]) -> str:
     """The tables of all sweeps as Markdown; names come from folders, so they are escaped."""
     parts = ["# Sweeps\n"]
     for name in sweeps:
@@ -208,7 +205,7 @@ def drawn(name: str, drawings: Iterable[tuple[str, str, Figure]], files: Files) 
     return "".join(elements)
 
 
-def assessed(name: str, run: Any, files: Files) -> str:
+def assessed(name: str, run: Run, files: Files) -> str:
     """What `python -m densejax.assess` found of a run, folded; writes its figures."""
     found, picture = run.assessment, run.path / "assessment" / "mistakes.png"
     told = f"accuracy {formats.percent(found['accuracy'])}"
@@ -234,14 +231,14 @@ def listed(values: dict[str, Any]) -> str:
     return f"<code>{html.escape(', '.join(pairs)) or 'nothing'}</code>"
 
 
-def provenance(runs: Sequence[Any]) -> str:
+def provenance(runs: Sequence[Run]) -> str:
     """Each run's command, the part of its configuration that is its own, and its versions."""
     known = flatten(json.loads(default().to_json()))  # a tuple is a list in config.json too
     flat = [flatten(run.config) for run in runs]
     keys, whole = set().union(*flat), [values for values in flat if values]
     own = {key for key in keys if len({json.dumps(values.get(key)) for values in whole}) > 1}
     shared = {key: whole[0].get(key) for key in keys - own}
-    changed = {key: shared[key] for key in shared if shared[key] != known.get(key, whole[0])}
+    changed = {k: v for k, v in shared.items() if k not in known or known[k] != v}
     parts = [f"<p>All runs, beside the defaults: {listed(changed)}</p>"]
     for run, values in zip(runs, flat, strict=True):
         versions = " ".join(f"{name} {version}" for name, version in run.versions.items())
@@ -256,7 +253,7 @@ def provenance(runs: Sequence[Any]) -> str:
     return f"<details>{summary}{''.join(parts)}</details>"
 
 
-def one_version(groups: dict[str, Any]) -> str:
+def one_version(groups: dict[str, Group]) -> str:
     """A paragraph that says which named groups have which versions; "" if all have the same.
 
     Data and weights are left out: a run with fewer images, or another network, has its own.
@@ -269,7 +266,7 @@ def one_version(groups: dict[str, Any]) -> str:
     return f"<p>Not all of these are of one version: {html.escape(others)}.</p>" if others else ""
 
 
-def section(name: str, runs: Sequence[Any], groups: Sequence[Any], files: Files) -> str:
+def section(name: str, runs: Sequence[Run], groups: Sequence[Group], files: Files) -> str:
     """A sweep's part of the page; writes its figures."""
     left = [run for run in runs if not run.result]
     parts = [
@@ -300,7 +297,9 @@ def section(name: str, runs: Sequence[Any], groups: Sequence[Any], files: Files)
     return "".join([*parts, provenance(runs), "</section>"])
 
 
-def of(sweeps: dict[str, list[Any]], groups: dict[str, list[Any]], title: str, files: Files) -> str:
+def of(
+    sweeps: dict[str, list[Run]], groups: dict[str, list[Group]], title: str, files: Files
+) -> str:
     """The whole page; writes its figures.
 
     Args:

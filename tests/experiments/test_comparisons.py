@@ -5,6 +5,7 @@ import types
 
 import comparisons
 import pytest
+import sweep_runs
 
 # Darwin's pairs of maize, crossed less self-fertilised, in eighths of an inch.
 MAIZE = (49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48)
@@ -16,7 +17,7 @@ def test_fishers_tests_of_darwins_maize():
     assert comparisons.sign_flips(MAIZE, zeros) == pytest.approx(1726 / 32768, abs=1e-12)
     assert comparisons.t_test(MAIZE, zeros) == pytest.approx(0.0497, abs=5e-5)
     # The mean is 20.93 with a standard error of 9.746; Student's t of 14 degrees is 2.145.
-    assert comparisons.half_width(MAIZE) == pytest.approx(2.145 * 9.746, rel=1e-3)
+    assert sweep_runs.half_width(MAIZE) == pytest.approx(2.145 * 9.746, rel=1e-3)
 
 
 def test_holms_correction():
@@ -28,7 +29,7 @@ def test_holms_correction():
 
 def test_without_variance_there_is_no_test():
     assert comparisons.t_test([0.5, 0.6], [0.4, 0.5]) == 1.0
-    assert math.isnan(comparisons.half_width([0.5]))
+    assert math.isnan(sweep_runs.half_width([0.5]))
 
 
 def group(kind, accuracies, **versions):
