@@ -222,7 +222,7 @@ def train_size(config: ConfigDict, set_info: SetInfo) -> int:
 
 
 def _check_validation(config, set_info):
-    """Checks what `densejax.config.check` cannot: it does not know if a folder has validation."""
+    """Checks what `densejax.config.checked` cannot: it does not know if a folder has validation."""
     evaluate, held_out = config.evaluate, config.data.validation_size
     if "validation" in set_info.splits and held_out:
         raise UserError(
