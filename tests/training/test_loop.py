@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 from densejax import data, pretrained
-from densejax.config import UserError, check
+from densejax.config import UserError, checked
 from densejax.data import builders, memory, stream
 from densejax.models import layers
 from densejax.runs import checkpoint, files, goodput, hosts, workdir
@@ -106,8 +106,7 @@ def test_the_summary_holds_the_result_and_what_it_depends_on(finished):
     assert (result["test_examples"], result["steps"], result["device"]) == (360, 10, "4 x cpu")
     assert result["seconds_to_first_step"] > 0 and result["images_per_second"] > 0
     assert {"jax", "flax", "densejax", "python"} <= set(result["versions"])
-    expected = small.tiny()
-    check(expected)  # which sets the size of evaluation's images where none is given
+    expected = checked(small.tiny())  # with the size of evaluation's images
     assert result["config"] == json.loads(expected.to_json())
     assert result["parameters"] == sum(
         array.size for name, array in small.restored(finished).items() if ".params" in name
@@ -582,7 +581,7 @@ def test_max_steps_end_a_run_within_an_epoch(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="train.max_steps = 1: .* 3 steps behind it, more than"):
         run(tmp_path, small.tiny(train__max_steps=1, optimizer__warmup_epochs=0.0), force=True)
     # Without the limit it goes on: no result yet, and no other configuration.
-    check(longer := small.tiny())
+    longer = checked(small.tiny())
     assert result.finished(tmp_path, longer, {}) is None
     assert workdir.check(tmp_path, longer) == ["train.max_steps: 3 -> 0"]
 
