@@ -172,8 +172,8 @@ def meanings(family: str) -> dict[str, str]:
     said = dict(re.findall(r"^  (\w+): ((?:.|\n    )+)", text, re.MULTILINE))
     found = {"family": f"Allowed: {' or '.join(FAMILIES)}."}
     for name, field in _description(family).items():
-        kind = field.type.__name__ if type(field.type) is type else field.type
-        found[name] = f"{' '.join(said.get(name, '').split())} (type {kind})".lstrip()
+        meaning = " ".join(said.get(name, "").split())
+        found[name] = f"{meaning} (type {_type_name(field.type)})".lstrip()
     return found
 
 
@@ -253,7 +253,7 @@ def create(
     hints = typing.get_type_hints(FAMILIES[family])
     for name, value in values.items():
         if not _is_a(value, hints[name]):
-            wanted = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
+            wanted = _type_name(hints[name])
             raise UserError(f"model.{name} = {value!r}: give a value of type {wanted}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"model.{name} = {value!r}: give a finite number")
@@ -302,6 +302,11 @@ def depth(model: nn.Module) -> int:
     params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)["params"]
     paths = flatten_dict(params)
     return sum(path[-1] == "kernel" and "projection" not in path for path in paths)
+
+
+def _type_name(hint: Any) -> str:
+    """An annotation as it is written: the own name of `tuple[int, ...]` would be `tuple`."""
+    return hint.__name__ if type(hint) is type else str(hint)
 
 
 def _is_a(value: Any, hint: Any) -> bool:

@@ -30,7 +30,8 @@ COLLECTIONS = ("params", "batch_stats")  # the second is missing without BatchNo
 # Fields that change the computation, but neither names nor shapes of the variables.
 HIDDEN_FIELDS = ("batch_norm_epsilon", "head_norm_epsilon", "connect", "identity", "shortcut")
 HIDDEN_FIELDS += ("stride_on", "survival")
-JOINING_FIELDS = ("connect", "identity", "downsampling")  # those that a network's name decides
+# A network's name decides these. Most HarDNets halve by max-pooling, which shows in no variable.
+JOINING_FIELDS = ("connect", "identity", "downsampling")
 
 
 def save(directory: str, description: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
@@ -136,8 +137,7 @@ def load_for(
         conversion.fit(found, wanted)
     remedy = "" if new_classifier else "train.new_classifier = True"
     conversion.check_fit(found, wanted, what, remedy=remedy)
-    # Most HarDNets halve by max-pooling, which shows in no variable.
-    for field in (*HIDDEN_FIELDS, "downsampling"):
+    for field in dict.fromkeys((*HIDDEN_FIELDS, *JOINING_FIELDS)):
         mine, theirs = model.get(field), description["model"].get(field)
         if mine != theirs:
             raise UserError(
